@@ -1,0 +1,103 @@
+"""Cost of the query side against the large tower: `python -m isa_lite.bench cost`.
+
+Every figure that matters is a ratio, with both sides measured in one run on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
+
+
+def multiply_adds(call: Callable[[], object]) -> float:
+    """Millions of multiply-adds of one call, by torch's flop counter (which counts two for each).
+
+    PyTorch's fast path for attention hides work from the counter, so it is off while counting.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() / 2e6
+
+
+def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, float]:
+    """Median milliseconds of each call. All are measured in turn in every round, so a noisy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for r in range(rounds + 3):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                if r >= 3:  # the first rounds warm up
+                    times[name].append(1000 * (time.perf_counter() - began))
+    return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+
+
+def cost(
+    vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, modifier: str = "make the circle red"
+) -> pd.DataFrame:
+    """Multiply-adds (millions an image) and time (ms an image) of the parts of a query, and both relative to the VL image tower.
+
+    "query, light": image to sentence to query embedding; "query, symmetric": the large tower on the image and the
+    text tower on the modifier, as late fusion does.
+    """
+    encoder.eval()
+    light = torch.randn(batch, 3, encoder.config.image_size, encoder.config.image_size)
+    large = torch.randn(batch, 3, vl.image_size, vl.image_size)
+    ids, places = prompt_ids(vl, encoder(light).tokens.shape[1], [modifier] * batch)
+    alone = vl.cut(vl.tokenize([modifier] * batch))
+    tokens = encoder(light).tokens.detach()
+
+    def text_tower(sentence: Tensor) -> Tensor:
+        return vl.encode_vectors(splice(vl, sentence, ids, places), ids)
+
+    calls = {
+        "VL image tower": lambda: vl.encode_pixels(large),
+        "light encoder (backbone)": lambda: encoder.backbone(light),
+        "image to sentence (backbone + token learner)": lambda: encoder(light),
+        "text tower, sentence and modifier": lambda: text_tower(tokens),
+        "query, light": lambda: text_tower(encoder(light).tokens),
+        "query, symmetric": lambda: (vl.encode_pixels(large), vl.encode_vectors(vl.word_vectors(alone), alone)),
+    }
+    table = pd.DataFrame({"multiply-adds": {n: multiply_adds(c) / batch for n, c in calls.items()}})
+    table["ms"] = pd.Series(side_by_side(calls, rounds)) / batch
+    for column in ("multiply-adds", "ms"):
+        table[f"VL tower / {column}"] = table.loc["VL image tower", column] / table[column]
+    return table
+
+
+def parameters(module: nn.Module) -> float:
+    """Millions of parameters."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["cost"])
+    parser.add_argument("--vl-model", default=SCENES_CLIP)
+    parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
+    parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
+    args = parser.parse_args(argv)
+    vl = load_vl_model(args.vl_model, args.pretrained)
+    encoder = QueryEncoder.load(args.encoder, vl)
+    print(machine())
+    for batch in (1, 32):
+        print(f"\nbatch {batch}; per image; multiply-adds in millions")
+        print(cost(vl, encoder, batch).round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""Distillation: a light query encoder learns from the frozen VL model on unlabeled images alone.
+
+The images are the only data here. There is no argument through which a caption or a triplet could come in.
+What the large image tower says about each image does not change during training, so it is computed once and kept
+on disk (`Targets`). A run can be killed at any moment and taken up again with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from isa_lite.checkpoint import load_run, save_run
+from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, prompt_ids, splice
+from isa_lite.vl_model import VLModel, plain_attention
+
+
+@dataclass
+class DistillConfig:
+    """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
+
+    batch_size: images a step; temperature: of GCD (and of late interaction); lar_weight: of LAR, 0 switches it
+    off; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
+    """
+
+    steps: int = 1200
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.05
+    temperature: float = 0.05
+    lar_weight: float = 0.1
+    validation: int = 500
+    validate_every: int = 100
+    template: str = TEMPLATE
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    num_workers: int = 0
+
+    def __post_init__(self):
+        for name, least in {
+            "steps": 1,
+            "batch_size": 2,
+            "validation": 2,
+            "validate_every": 1,
+            "warmup": 0,
+            "num_workers": 0,
+            "seed": 0,
+        }.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        for name, positive in {"lr": True, "temperature": True, "lar_weight": False, "weight_decay": False}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (positive and value == 0):
+                raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+class ImageFolder(Sequence):
+    """The images below a folder, as RGB pictures: any size, mode and format that Pillow reads.
+
+    Every file is decoded once at the start, so that nothing can fail later; what cannot be read is left out and
+    listed in `broken`. Pictures are turned upright (EXIF), transparent ones are laid on white, the first
+    frame of an animation is taken, 16-bit grey is scaled to 8.
+    Raises FileNotFoundError for a missing folder, ValueError where no image is left.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {self.folder}; images= names a folder of images")
+        Image.init()
+        found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in Image.registered_extensions())
+        self.files: list[Path] = []
+        self.broken: dict[Path, str] = {}
+        digest = hashlib.sha256()
+        for path in tqdm(found, desc="checking images", disable=len(found) < 500):
+            try:
+                data = path.read_bytes()
+                _decode(data)
+            except Exception as error:  # whatever a decoder throws at a broken file
+                self.broken[path] = f"{type(error).__name__}: {error}"
+                continue
+            digest.update(hashlib.sha256(data).digest())
+            self.files.append(path)
+        if not self.files:
+            raise ValueError(
+                f"{self.folder} holds no image that can be read"
+                + (f"; all {len(self.broken)} files are broken, the first: {next(iter(self.broken))}" if self.broken else "")
+            )
+        if self.broken:
+            warnings.warn(
+                f"skipped {len(self.broken)} of {len(found)} files in {self.folder}: {next(iter(self.broken.items()))} ...",
+                stacklevel=2,
+            )
+        self.key = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return _decode(self.files[i].read_bytes())
+
+
+def _decode(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; a file that cannot be read still raises
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
+            values = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
+
+
+Images = np.ndarray | ImageFolder | Sequence[Image.Image]
+
+
+def images_key(images: Images) -> str:
+    """A digest of every pixel (or, for a folder, of every file)."""
+    if isinstance(images, ImageFolder):
+        return images.key
+    digest = hashlib.sha256()
+    for image in [images] if isinstance(images, np.ndarray) else images:
+        array = np.ascontiguousarray(image)
+        digest.update(repr(array.shape).encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class _Batches(Dataset):
+    """Batch number i of a list of index arrays, as pixels."""
+
+    def __init__(self, images: Images, batches: Sequence[np.ndarray], to_pixels: Callable):
+        self.images, self.batches, self.to_pixels = images, batches, to_pixels
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> Tensor:
+        chosen = self.batches[i]
+        return self.to_pixels(
+            self.images[chosen] if isinstance(self.images, np.ndarray) else [self.images[int(j)] for j in chosen]
+        )
+
+
+def _loader(images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int) -> DataLoader:
+    return DataLoader(_Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers)
+
+
+# ----------------------------------------------------------------------------------------------- targets
+
+
+@dataclass
+class Targets:
+    """What the large image tower says: embeddings N x E (float32) and, for LAR, patch tokens N x P x width (float16)."""
+
+    embeddings: np.ndarray
+    patches: np.ndarray | None
+
+
+def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None = None, num_workers: int = 0) -> Targets:
+    """The large tower's targets, computed once: later calls read them from `cache`.
+
+    They are filed under a digest of the model, its preprocessing and every image, so a change of any of these is
+    a new entry. The arrays are mapped from disk where there is a cache, and so need not fit into memory.
+    """
+    digest = hashlib.sha256(f"{vl.fingerprint} {images_key(images)} {vl.preprocess}".encode()).hexdigest()[:24]
+    folder = Path(cache) / digest if cache else None
+    wanted = ["embeddings"] + (["patches"] if patches else [])
+    if folder and all((folder / f"{name}.npy").is_file() for name in wanted):
+        return Targets(
+            *(
+                np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) if n in wanted else None
+                for n in ("embeddings", "patches")
+            )
+        )
+    batches = np.array_split(np.arange(len(images)), max(1, -(-len(images) // 128)))
+    out: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        for rows, pixels in zip(
+            tqdm(batches, desc="targets of the large tower", mininterval=1),
+            _loader(images, batches, vl.pixels, num_workers),
+            strict=True,
+        ):
+            pixels = pixels.to(vl.device)
+            values = vl.encode_pixels_and_patches(pixels) if patches else (vl.encode_pixels(pixels),)
+            for name, value, kind in zip(wanted, values, (np.float32, np.float16), strict=False):
+                if name not in out:
+                    out[name] = _array(folder, name, (len(images), *value.shape[1:]), kind)
+                out[name][rows] = value.cpu().numpy()
+    if folder:
+        for name in wanted:
+            out[name].flush()
+            (folder / f"{name}.part.npy").rename(folder / f"{name}.npy")
+    return Targets(out["embeddings"], out.get("patches"))
+
+
+def _array(folder: Path | None, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
+    if folder is None:
+        return np.empty(shape, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(folder / f"{name}.part.npy", "w+", kind, shape)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class History:
+    """One entry a step: loss terms in nats, and the share of sentences that the matching encoder puts with their own
+    image; and validation points: (step, Recall@1 in percent of own image among the images held back)."""
+
+    gcd: list[float] = field(default_factory=list)
+    lar: list[float] = field(default_factory=list)
+    matched: list[float] = field(default_factory=list)
+    recall: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """The images of one step: a new permutation every epoch, a function of the seed and the step alone."""
+    batch_size = min(batch_size, count)
+    per_epoch = count // batch_size
+    order = np.random.default_rng((seed, 3, step // per_epoch)).permutation(count)
+    place = step % per_epoch * batch_size
+    return order[place : place + batch_size]
+
+
+def learning_rate(step: int, config: DistillConfig) -> float:
+    """Linear warm-up, then a cosine to a hundredth."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.lr * warm * (0.505 + 0.495 * float(np.cos(np.pi * step / config.steps)))
+
+
+def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Sentences B x L x D without a modifier -> embeddings B x E, contextual tokens B x T x width, places B x T."""
+    ids, places = prompt_ids(vl, tokens.shape[1], [""], template)
+    ids, places = ids.expand(len(tokens), -1), places.expand(len(tokens), -1)
+    context = vl.text_tokens(splice(vl, tokens, ids, places), ids)
+    return vl.pool(context, ids), context, places
+
+
+def _lar(
+    vl: VLModel, context: Tensor, places: Tensor, patches: Tensor, other: Tensor, temperature: float
+) -> tuple[Tensor, float]:
+    """The LAR that the VL model allows: its matching encoder, or late interaction."""
+    if vl.matcher is not None:
+        mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
+        loss, matched = matching_loss(vl.matcher, context, mask, patches, other)
+        return loss, float(matched)
+    count = int(places[0].sum())
+    words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
+    return late_interaction_loss(words, vl.project_patches(patches), temperature), float("nan")
+
+
+def distill(
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: DistillConfig,
+    cache: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> History:
+    """Train `encoder` in place, on `images` alone, against the frozen `vl`.
+
+    images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the targets.
+    checkpoint: a file of this run's state; if it exists, the run goes on from there (ValueError if it belongs to
+    other settings or images). Returns the history of losses and validation recall.
+    """
+    if len(images) < config.validation + 2:
+        raise ValueError(
+            f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or a smaller validation"
+        )
+    device, began = torch.device(config.device), time.perf_counter()
+    vl.to(device), encoder.to(device, memory_format=torch.channels_last)
+    known = targets(images, vl, config.lar_weight > 0, cache, config.num_workers)
+    shuffled = np.random.default_rng((config.seed, 4)).permutation(len(images))
+    held_back, train = np.sort(shuffled[: config.validation]), np.sort(shuffled[config.validation :])
+
+    weights = [p for p in encoder.parameters() if p.ndim > 1]
+    vectors = [p for p in encoder.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+
+    history, start = History(), 0
+    settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
+    identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
+    checkpoint = Path(checkpoint) if checkpoint else None
+    if checkpoint and checkpoint.is_file():
+        info = load_run(checkpoint, {"encoder": encoder}, optimizer)
+        if info["identity"] != _plain(identity):
+            changed = [k for k in identity if info["identity"].get(k) != _plain(identity)[k]]
+            raise ValueError(
+                f"{checkpoint} belongs to another run (different {', '.join(changed)}); delete it or choose another file"
+            )
+        start, history = info["step"], History(**info["history"])
+    began -= history.seconds
+
+    def save(step: int) -> None:
+        history.seconds = time.perf_counter() - began
+        save_run(checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)})
+
+    chosen = [train[batch_indices(len(train), config.batch_size, step, config.seed)] for step in range(start, config.steps)]
+    loader = _loader(images, chosen, encoder.pixels, config.num_workers)
+    bar = tqdm(
+        zip(chosen, loader, strict=True),
+        total=config.steps,
+        initial=start,
+        desc="distillation",
+        mininterval=2,
+        disable=not progress,
+    )
+    for step, (rows, pixels) in enumerate(bar, start):
+        encoder.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        own = torch.from_numpy(known.embeddings[rows]).to(device)  # B x E
+        with (
+            plain_attention(device),
+            torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"),
+        ):
+            tokens, _ = encoder(pixels.to(device, memory_format=torch.channels_last))  # B x L x D
+            query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
+            loss = gcd = gcd_loss(query, own, config.temperature)
+            if config.lar_weight > 0:
+                patches = torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # B x P x width
+                lar, matched = _lar(vl, context, places, patches, hardest_other(query @ own.T), config.temperature)
+                loss = gcd + config.lar_weight * lar
+                history.lar.append(lar.item()), history.matched.append(matched)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        history.gcd.append(gcd.item())
+        if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+            history.recall.append((step + 1, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
+            bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
+        if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
+            save(step + 1)
+    history.seconds = time.perf_counter() - began
+    encoder.eval()
+    return history
+
+
+def own_image_recall(
+    images: Images, rows: np.ndarray, known: np.ndarray, vl: VLModel, encoder: QueryEncoder, config: DistillConfig
+) -> float:
+    """Recall@1 in percent: does the sentence of a held-back image find that image among all held-back ones?"""
+    picked = images[rows] if isinstance(images, np.ndarray) else [images[int(i)] for i in rows]
+    with torch.inference_mode():
+        tokens = encoder.sentences(picked).tokens.to(vl.device)
+        found = torch.cat([sentence_embeddings(vl, part, config.template)[0] for part in tokens.split(256)])
+    best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
+    return 100 * float((best == torch.arange(len(rows))).float().mean())
+
+
+def _plain(value: dict) -> dict:
+    """As it comes back from JSON (tuples as lists)."""
+    return {k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in value.items()}

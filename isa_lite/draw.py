@@ -1,0 +1,157 @@
+"""Figures. Each function returns a matplotlib figure; `show` puts one into a notebook with caption and alt text.
+
+Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says is also said by a mark or a word.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from IPython.display import Image as Picture
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+
+from isa_lite.distill import History
+from isa_lite.evaluate import Benchmark, bootstrap_interval, recall
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+_STYLE = {
+    "font.size": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 14,
+    "axes.titlelocation": "left",
+}
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)  # not pyplot: nothing to close, no double display
+
+
+def show(figure: Figure, caption: str, alt: str) -> None:
+    """Display a figure with its alternative text (for a screen reader), and its caption below."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    display(Picture(data.getvalue(), format="png", alt=alt, width=int(figure.get_figwidth() * 90)))
+    display(Markdown(f"*{caption}*"))
+
+
+def _picture(axes, image, title: str = "", color: str | None = None, size: int = 11) -> None:
+    axes.imshow(np.asarray(image), interpolation="nearest")
+    axes.set_xticks([]), axes.set_yticks([])
+    axes.set_title(title, fontsize=size, loc="center", color=color or "black", fontweight="bold" if color else "normal")
+    for spine in axes.spines.values():
+        spine.set(visible=True, linewidth=4 if color else 0.5, color=color or "#BBBBBB")
+
+
+def wrap(text: str, width: int) -> str:
+    """Text broken into lines of at most `width` characters at its spaces."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def contact_sheet(images: Sequence, titles: Sequence[str] = (), columns: int = 8, wrap_at: int = 22) -> Figure:
+    """Images in rows, each with its title above it."""
+    with matplotlib.rc_context(_STYLE):
+        rows = -(-len(images) // columns)
+        lines = max((wrap(t, wrap_at).count("\n") + 1 for t in titles), default=0)
+        figure = _figure(1.6 * columns, rows * (1.6 + 0.2 * lines))
+        for axes, i in zip(figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True):
+            if i < len(images):
+                _picture(axes, images[i], wrap(titles[i], wrap_at) if titles else "", size=9)
+            else:
+                axes.axis("off")
+        return figure
+
+
+def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
+    """A row a query: the reference with its modifier, then the best images; `found`: gallery indices, one row of them a query.
+
+    An image that shows the target scene has a green frame and the word "target" above it.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = found.shape[1]
+        figure = _figure(1.45 * (columns + 1.5), 1.95 * len(rows) + 0.35)
+        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns)
+        for axes, i, best in zip(grid, rows, found, strict=True):
+            _picture(axes[0], bench.images[bench.reference[i]], "reference", size=10)
+            axes[0].set_xlabel(wrap(f"“{bench.texts[i]}”", 26), fontsize=10)
+            for k, (a, j) in enumerate(zip(axes[1:], best, strict=True), 1):
+                hit = bench.labels[j] == bench.labels[bench.target[i]]
+                _picture(a, bench.images[j], f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
+        figure.suptitle(title, fontsize=14, x=0.01, ha="left")
+        return figure
+
+
+def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
+    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(8.5, 0.5 * len(methods) + 1.2)
+        axes = figure.subplots()
+        for y, (name, rank) in enumerate(methods.items()):
+            mean, (low, high) = recall(rank, k), bootstrap_interval(rank, k)
+            ceiling = "ceiling" in name
+            axes.barh(
+                y,
+                mean,
+                color=ORANGE if name == emphasis else "#DDDDDD" if ceiling else BLUE,
+                edgecolor=GREY if ceiling else "none",
+                hatch="//" if ceiling else "",
+            )
+            axes.plot([low, high], [y, y], color="black", linewidth=2)
+            axes.text(high + 1, y, f"{mean:.0f}", va="center")
+        axes.set_yticks(range(len(methods)), list(methods))
+        axes.invert_yaxis()
+        axes.set(xlabel=f"Recall@{k} in % (line: 95% interval over queries)", xlim=(0, 108), title=title)
+        return figure
+
+
+def curves(histories: Mapping[str, History], window: int = 20) -> Figure:
+    """Loss terms (running mean) and validation recall along the steps, a line a run."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(12, 3.8)
+        panels = figure.subplots(1, 3)
+        styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, ":"), (PURPLE, "-.")]
+        for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
+            for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
+                if values:
+                    kernel = np.ones(min(window, len(values))) / min(window, len(values))
+                    smooth = np.convolve(values, kernel, "valid")
+                    axes.plot(np.arange(len(smooth)) + len(kernel), smooth, color=color, linestyle=line, label=name)
+            panels[2].plot(*zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name)
+        panels[0].set(title="GCD falls", ylabel="nats", xlabel="step")
+        panels[1].set(title="LAR", ylabel="nats", xlabel="step")
+        panels[2].set(title="own image found", ylabel="validation Recall@1 in %", xlabel="step", ylim=(0, 102))
+        for axes in panels:
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=11)
+            else:
+                axes.text(0.5, 0.5, "not used in this run", ha="center", transform=axes.transAxes, color=GREY)
+        return figure
+
+
+def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7) -> Figure:
+    """An image, and beside it what each token attends to: maps L x h x w laid over it, brighter where a token looks."""
+    with matplotlib.rc_context(_STYLE):
+        image = np.asarray(image)
+        rows = -(-(len(maps) + 1) // columns)
+        figure = _figure(1.6 * columns, 1.85 * rows)
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        _picture(panels[0], image, "image")
+        for i, axes in enumerate(panels[1:]):
+            if i >= len(maps):
+                axes.axis("off")
+                continue
+            _picture(axes, image, titles[i] if titles else f"token {i + 1}")
+            extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+            axes.imshow(
+                maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.72, interpolation="bilinear", vmin=0, vmax=1
+            )
+        return figure

@@ -1,0 +1,227 @@
+"""Evaluation on rendered scenes: queries with a gallery of hard negatives, ranks, Recall@K with intervals.
+
+`python -m isa_lite.evaluate runs/02_distillation/metrics.json` prints the table of a finished run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from isa_lite import scenes
+from isa_lite.checkpoint import write_text
+from isa_lite.gallery import mask_reference
+from isa_lite.scenes import KINDS, Scene
+
+KS = (1, 5, 10)
+
+
+@dataclass
+class Benchmark:
+    """Composed queries over a gallery of rendered scenes.
+
+    scenes, jitter: the gallery's G scenes and their rendering seeds; images: G x S x S x 3 uint8; labels: G integers,
+    equal for equal scenes. A query i is (reference[i], texts[i]) with the target scene that target[i] shows; both
+    are gallery indices. kinds[i] names its one or two changes; held_out[i]: reference or target shows a
+    shape-colour pair that no training has seen.
+    """
+
+    scenes: list[Scene]
+    jitter: np.ndarray
+    images: np.ndarray
+    labels: np.ndarray
+    reference: np.ndarray
+    target: np.ndarray
+    texts: list[str]
+    kinds: list[tuple[str, ...]]
+    held_out: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size: int = scenes.IMAGE_SIZE) -> Benchmark:
+    """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs are allowed here).
+
+    The gallery holds, for each query, its reference, its target and two hard negatives (the reference after *other*
+    changes), and is filled up to `gallery` with random scenes. Raises ValueError where that is more than `gallery`.
+    """
+    if gallery < 4 * queries:
+        raise ValueError(f"a gallery of {gallery} is too small for {queries} queries: each brings 4 images")
+    rng = np.random.default_rng((seed, 5))
+    world: list[Scene] = []
+    reference, target, texts, kinds = [], [], [], []
+    for _ in range(queries):
+        base = scenes.sample_scene(rng, held_out=True)
+        wanted, change = scenes.modify(base, rng, held_out=True)
+        others: list[Scene] = []
+        while len(others) < 2:
+            other = scenes.modify(base, rng, held_out=True)[0]
+            if other not in (wanted, *others):
+                others.append(other)
+        reference.append(len(world)), target.append(len(world) + 1), texts.append(change.text), kinds.append(change.kinds)
+        world += [base, wanted, *others]
+    world += [scenes.sample_scene(rng, held_out=True) for _ in range(gallery - len(world))]
+    jitter = rng.integers(2**31, size=gallery)
+    number = {scene: i for i, scene in enumerate(dict.fromkeys(world))}
+    return Benchmark(
+        world,
+        jitter,
+        scenes.render_many(world, jitter, size),
+        np.array([number[s] for s in world]),
+        np.array(reference),
+        np.array(target),
+        texts,
+        kinds,
+        np.array([world[r].held_out or world[t].held_out for r, t in zip(reference, target, strict=True)]),
+    )
+
+
+def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
+    """The rank (1 = first) of each query's best hit in the gallery, by cosine, with the reference left out.
+
+    queries: B x E, gallery: G x E, both L2-normalised; reference: B gallery indices (-1: none); hits: B x G bool.
+    A tie with something that is no hit counts against the query. Raises ValueError for a query without a hit.
+    """
+    scores = queries @ gallery.T  # B x G
+    mask_reference(scores, torch.as_tensor(reference))
+    hits = hits & scores.isfinite()
+    if not hits.any(1).all():
+        raise ValueError(f"query {int((~hits.any(1)).nonzero()[0])} has no hit in the gallery apart from its reference")
+    best = scores.masked_fill(~hits, float("-inf")).amax(1, keepdim=True)  # B x 1
+    return ((scores >= best) & ~hits).sum(1).add(1).numpy()
+
+
+def benchmark_ranks(bench: Benchmark, queries: Tensor, gallery: Tensor) -> np.ndarray:
+    """`ranks` for a benchmark: a hit is every gallery image with the target's label."""
+    hits = torch.from_numpy(bench.labels[bench.target][:, None] == bench.labels[None])  # B x G
+    return ranks(queries, gallery, bench.reference, hits)
+
+
+def recall(rank: np.ndarray, k: int) -> float:
+    """Recall@K in percent: the share of queries whose best hit is among the first K."""
+    return float(100 * np.mean(rank <= k))
+
+
+def bootstrap_interval(rank: np.ndarray, k: int, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of Recall@K over queries drawn again with replacement (percentile bootstrap), in percent."""
+    rng = np.random.default_rng((seed, 6))
+    # The number of successes among n draws from a sample with a share p of successes is binomial.
+    shares = rng.binomial(len(rank), np.mean(rank <= k), draws) / len(rank)
+    low, high = np.percentile(100 * shares, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def recall_table(methods: Mapping[str, np.ndarray], ks: tuple[int, ...] = KS) -> pd.DataFrame:
+    """Recall@K with its interval for every method, as text like `52.1 [49.0, 55.2]`."""
+    rows = {}
+    for name, rank in methods.items():
+        cells = [(recall(rank, k), *bootstrap_interval(rank, k)) for k in ks]
+        rows[name] = [f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in cells]
+    return pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in ks])
+
+
+def groups(bench: Benchmark) -> dict[str, np.ndarray]:
+    """Named subsets of the queries as B bool: all, each kind alone, two changes at once, seen and held-out pairs."""
+    kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in KINDS}
+    two = {"two changes": np.array([len(k) == 2 for k in bench.kinds])}
+    return {"all": np.ones(len(bench), bool)} | kinds | two | {"seen pairs": ~bench.held_out, "held-out pairs": bench.held_out}
+
+
+def group_table(bench: Benchmark, methods: Mapping[str, np.ndarray], k: int = 1) -> pd.DataFrame:
+    """Recall@K in percent: a row a group of queries (with its size), a column a method."""
+    rows = {
+        f"{name} ({mask.sum()})": {m: recall(r[mask], k) for m, r in methods.items()}
+        for name, mask in groups(bench).items()
+        if mask.any()
+    }
+    return pd.DataFrame.from_dict(rows, "index").round(1)
+
+
+def metrics(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, params: Mapping) -> dict:
+    """What a run writes to metrics.json: recall of every method in percent, its interval, and by group."""
+    return {
+        "queries": len(bench),
+        "gallery": len(bench.scenes),
+        "data": "rendered scenes",
+        "seed": seed,
+        "params": dict(params),
+        "methods": {m: {f"R@{k}": round(recall(r, k), 2) for k in KS} for m, r in methods.items()},
+        "intervals": {m: {f"R@{k}": [round(v, 2) for v in bootstrap_interval(r, k)] for k in KS} for m, r in methods.items()},
+        "groups": {
+            name: {"queries": int(mask.sum())}
+            | {m: {f"R@{k}": round(recall(r[mask], k), 2) for k in KS} for m, r in methods.items()}
+            for name, mask in groups(bench).items()
+            if mask.any()
+        },
+    }
+
+
+def seed_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean over seeds, from Student's t: few seeds, wide interval. (nan, nan) for one seed."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def gather(paths: Sequence[Path]) -> dict:
+    """Several runs' metrics.json as one record: what `runs_table` shows, with the machine."""
+    runs = [json.loads(Path(path).read_text()) for path in paths]
+    kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
+    return {"machine": " / ".join(sorted({r["machine"] for r in runs})), "runs": [{k: r[k] for k in kept} for r in runs]}
+
+
+def runs_table(runs: Sequence[Mapping], parameter: str = "lar_weight", methods: Sequence[str] | None = None) -> pd.DataFrame:
+    """Mean Recall@K over seeds with its 95% interval, a row a method; methods that are trained, one a value of `parameter`."""
+    rows: dict[str, list[Mapping[str, float]]] = {}
+    for run in sorted(runs, key=lambda r: (str(r["params"][parameter]), r["seed"])):
+        for name, found in run["methods"].items():
+            if methods is None or name in methods:
+                rows.setdefault(f"{name}, {parameter} {run['params'][parameter]:g}" if name == "isa" else name, []).append(found)
+    cells = {}
+    for name, found in rows.items():
+        cells[f"{name} ({len(found)} runs)"] = []
+        for k in KS:
+            values = [f[f"R@{k}"] for f in found]
+            low, high = seed_interval(values)
+            cells[f"{name} ({len(found)} runs)"].append(f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]")
+    return pd.DataFrame.from_dict(cells, "index", columns=[f"R@{k}" for k in KS])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the retrieval table of a metrics.json, or gather several into one file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it")
+    parser.add_argument("--gather", type=Path, help="write all of them into this one JSON file")
+    args = parser.parse_args(argv)
+    for path in args.metrics:
+        if not path.is_file():
+            parser.error(f"there is no file {path}; notebook 02 writes one into its out_dir")
+    if args.gather:
+        record = gather(args.metrics)
+        write_text(args.gather, json.dumps(record, indent=1) + "\n")
+        print(runs_table(record["runs"]).to_string())
+        return
+    for path in args.metrics:
+        found = json.loads(path.read_text())
+        print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
+        print("Recall@K in percent [95% bootstrap interval over queries]")
+        rows = {
+            name: [f"{values[f'R@{k}']:.1f} [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]" for k in KS]
+            for name, values in found["methods"].items()
+        }
+        print(pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]).to_string())
+
+
+if __name__ == "__main__":
+    main()

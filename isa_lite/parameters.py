@@ -1,0 +1,94 @@
+"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know.
+
+A notebook calls `check` in the cell behind its parameters, with a rule for each:
+
+    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=text())
+
+A misspelt name or a bad value raises a ValueError that names it, before any work is done.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+Rule = Callable[[Any], Any]
+_PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
+_IPYTHON = {"In", "Out", "exit", "quit"}
+
+
+def whole(least: int) -> Rule:
+    """A whole number of at least `least`."""
+
+    def rule(value):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"must be a whole number of at least {least}")
+        return value
+
+    return rule
+
+
+def number(least: float, above: bool = False) -> Rule:
+    """A number of at least `least`, or above it."""
+
+    def rule(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not (value > least or (value == least and not above))
+        ):
+            raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}")
+        return float(value)
+
+    return rule
+
+
+def flag() -> Rule:
+    """True or False; also the words, since papermill's `-p name false` passes a string."""
+
+    def rule(value):
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+
+    return rule
+
+
+def text(*choices: str) -> Rule:
+    """A string; one of `choices`, where there are any."""
+
+    def rule(value):
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return value
+
+    return rule
+
+
+def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
+    """The checked parameters as attributes. Call it with `globals()` right behind the parameters cell.
+
+    Raises ValueError naming the parameter: for a plain value in the namespace that is no parameter (a misspelt name),
+    for a parameter that is missing, or for a value against its rule.
+    """
+    for name, value in namespace.items():
+        if name not in rules and name not in _IPYTHON and not name.startswith("_") and isinstance(value, _PLAIN):
+            near = difflib.get_close_matches(name, rules, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
+            raise ValueError(f"unknown parameter {name!r}; {hint}")
+    checked = {}
+    for name, rule in rules.items():
+        if name not in namespace:
+            raise ValueError(f"parameter {name!r} is missing from the parameters cell")
+        try:
+            checked[name] = rule(namespace[name])
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r} {error}, not {namespace[name]!r}") from None
+    return SimpleNamespace(**checked)

@@ -1,0 +1,400 @@
+"""Pre-training of the small VL model that we ship: `python -m isa_lite.pretrain --out data/scenes-clip`.
+
+A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on top of its
+frozen towers. Two things make a small model good enough to compose (both ours, measured in the model card):
+
+- *Families.* A third of nothing is learned from random negatives once colours and shapes are known. So a batch
+  holds families of five scenes, a scene, three edits of it, and one in which words trade places: each is the
+  others' hard negative.
+- *The language of change.* An edited scene also gets the caption "<the scene before>, <the edit>". It describes
+  the one image it belongs to, as web captions of the kind "my house, now with a red door" do. Without it, a text
+  tower has no reason to understand an instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from isa_lite import scenes
+from isa_lite.baselines import UNTRAINED
+from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
+from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
+from isa_lite.losses import hardest_other, matching_loss
+from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, load_vl_model, machine, plain_attention
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of one pre-training run. Everything random follows from `seed`."""
+
+    steps: int = 4600
+    matching_steps: int = 600
+    families: int = 20  # a batch: families of five related scenes ...
+    singles: int = 12  # ... and unrelated scenes
+    partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
+    lr: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.05
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "bfloat16"  # of the matrix products (autocast); the weights stay float32
+    num_workers: int = 1
+
+    image_size: int = scenes.IMAGE_SIZE
+    embed_dim: int = 256
+    vision_width: int = 192
+    vision_layers: int = 6
+    patch_size: int = 16
+    text_width: int = 192
+    text_layers: int = 4
+    context_length: int = 77
+
+    def model_cfg(self) -> dict:
+        """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "width": self.vision_width,
+                "layers": self.vision_layers,
+                "head_width": 32,
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "vocab_size": 49408,
+                "width": self.text_width,
+                "heads": self.text_width // 32,
+                "layers": self.text_layers,
+            },
+        }
+
+
+PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def _pick(rng: np.random.Generator, items: Sequence):
+    return items[rng.integers(len(items))]
+
+
+class SceneBatches(Dataset):
+    """Batch number `i`: uint8 images B x S x S x 3, captions, and which image each caption belongs to.
+
+    Never a held-out shape-colour pair. Batch `start + i` depends on
+    the seed, the purpose (1 towers, 3 matching encoder, 9 measuring) and its number alone, so a run can resume.
+    """
+
+    def __init__(self, config: PretrainConfig, purpose: int, start: int = 0, stop: int = 0):
+        self.config, self.purpose, self.start, self.stop = config, purpose, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, list[str], list[int]]:
+        c = self.config
+        rng = np.random.default_rng((c.seed, self.purpose, self.start + i))
+        images, texts, owner = [], [], []
+        for _ in range(c.families):
+            base = scenes.sample_scene(rng)
+            family = {base: None}
+            while len(family) < 4:
+                edited, change = scenes.modify(base, rng)
+                family.setdefault(edited, change)
+            family.setdefault(scenes.confuse(_pick(rng, list(family)), rng), None)
+            for scene, change in family.items():
+                texts.append(scenes.caption(scene, rng))
+                owner.append(len(images))
+                if change is not None:
+                    joiner = _pick(rng, (", ", ", ", " ", ", but ", ". "))
+                    texts.append(scenes.caption(base, rng) + joiner + change.text)
+                    owner.append(len(images))
+                images.append(scene)
+        for _ in range(c.singles):
+            scene = scenes.sample_scene(rng)
+            texts.append(scenes.caption(scene, rng, full=rng.random() >= c.partial))
+            owner.append(len(images))
+            images.append(scene)
+        return scenes.render_many(images, rng.integers(2**31, size=len(images)), c.image_size), texts, owner
+
+
+def _stream(config: PretrainConfig, purpose: int, start: int, stop: int) -> DataLoader:
+    data = SceneBatches(config, purpose, start, stop)
+    return DataLoader(data, batch_size=None, num_workers=config.num_workers, prefetch_factor=4 if config.num_workers else None)
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+class _WordTable(torch.nn.Module):
+    """The rows of the word-embedding table that scene captions use, trained apart from the 49,408 others.
+
+    Words that never occur keep the zero vector: the model says nothing about what it has not seen, and the
+    file of weights compresses well.
+    """
+
+    def __init__(self, vl: VLModel, seed: int):
+        super().__init__()
+        rng = np.random.default_rng((seed, 2))
+        texts = []
+        for _ in range(4000):
+            scene = scenes.sample_scene(rng)
+            texts += [
+                scenes.caption(scene, rng),
+                scenes.caption(scene, rng, False),
+                scenes.modify(scene, rng)[1].text + ", but .",
+            ]
+        table = vl._text.token_embedding.weight
+        used = torch.unique(torch.cat([vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]))
+        self.row = torch.zeros(table.shape[0], dtype=torch.long)
+        self.row[used] = torch.arange(len(used))
+        self.used, self.rows = used, torch.nn.Parameter(table[used].clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows[self.row[ids]]
+
+    def store(self, vl: VLModel) -> None:
+        with torch.no_grad():
+            vl._text.token_embedding.weight.zero_()[self.used] = self.rows.detach()
+
+
+def _encode_captions(vl: VLModel, table: _WordTable, texts: list[str], chunks: int = 4) -> Tensor:
+    """Captions -> embeddings, in chunks of similar length, each cut at its own longest caption."""
+    ids = vl.tokenize(texts)
+    order = ids.argmax(1).argsort()
+    parts = [vl.encode_vectors(table(vl.cut(part)), vl.cut(part)) for part in (ids[p] for p in order.chunk(chunks))]
+    return torch.cat(parts)[order.argsort()]
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE both ways, for images B x E with one or two captions each: M x E, caption m belongs to image owner[m].
+
+    Image to text: each caption in turn is the positive, and the image's other caption is left out of the sum.
+    """
+    logits = scale * texts @ images.T  # M x B
+    text_to_image = F.cross_entropy(logits, owner)
+    same = owner[:, None] == owner[None]  # M x M: captions of one image
+    other = same & ~torch.eye(len(owner), dtype=torch.bool, device=owner.device)
+    image_to_text = F.cross_entropy(
+        logits.T[owner].masked_fill(other, float("-inf")), torch.arange(len(owner), device=owner.device)
+    )
+    return (text_to_image + image_to_text) / 2
+
+
+def _lr(step: int, steps: int, config: PretrainConfig) -> float:
+    return float(config.lr) * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * float(np.cos(np.pi * step / steps))) + 1e-6
+
+
+def _optimizer(modules: dict[str, torch.nn.Module], config: PretrainConfig) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices but not on vectors, embeddings or position codes."""
+    named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in named if p.ndim > 1 and "embedding" not in n and n not in ("rows", "patch_position")]
+    kept = {id(p) for p in decayed}
+    others = [p for _, p in named if id(p) not in kept]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def fresh_model(config: PretrainConfig) -> VLModel:
+    """The VL model before training, from the seed."""
+    torch.manual_seed(config.seed)
+    clip = open_clip.CLIP(**config.model_cfg()).to(config.device, memory_format=torch.channels_last)
+    clip.visual.image_mean = clip.visual.image_std = tuple(PREPROCESS_CFG["mean"])
+    return VLModel(clip, None, SimpleTokenizer(context_length=config.context_length), name="in training")
+
+
+def train_towers(config: PretrainConfig, checkpoint: Path | None = None, log: Callable[[str], None] = tqdm.write) -> VLModel:
+    """Contrastive pre-training of both towers. With `checkpoint`, progress is saved there and taken up again."""
+    vl = fresh_model(config)
+    vl.clip.train().requires_grad_(True)
+    vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
+    modules = {"vl": vl, "table": _WordTable(vl, config.seed).to(config.device)}
+    optimizer, start = _optimizer(modules, config), 0
+    if checkpoint and checkpoint.is_file():
+        start = load_run(checkpoint, modules, optimizer)["step"]
+    bar, scale = (
+        tqdm(range(start, config.steps), initial=start, total=config.steps, desc="towers", mininterval=10),
+        vl.clip.logit_scale,
+    )
+    for step, (images, texts, owner) in zip(bar, _stream(config, 1, start, config.steps), strict=True):
+        owner = torch.as_tensor(owner, device=config.device)
+        pixels = vl.pixels(np.asarray(images)).contiguous(memory_format=torch.channels_last)
+        with (
+            plain_attention(config.device),
+            torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32"),
+        ):
+            image = vl.encode_pixels(pixels)  # B x E
+            text = _encode_captions(vl, modules["table"], texts)  # M x E
+        loss = contrastive_loss(image, text, owner, scale.exp())
+        _step(loss, optimizer, _lr(step, config.steps, config))
+        with torch.no_grad():
+            scale.clamp_(0, float(np.log(100)))
+        if (step + 1) % 100 == 0:
+            hit = (text @ image.T).argmax(1) == owner
+            log(f"towers, step {step + 1}: loss {loss.item():.3f}, captions with their own image {100 * hit.float().mean():.0f}%")
+        if checkpoint and ((step + 1) % 250 == 0 or step + 1 == config.steps):
+            save_run(checkpoint, modules, optimizer, {"step": step + 1})
+    modules["table"].store(vl)
+    return vl.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: list[int]) -> tuple[Tensor, ...]:
+    """One caption an image (the last one: of change, where there is one) through the frozen towers.
+
+    Returns contextual tokens B x T x width, mask B x T, patches B x N x width, similarity B x B.
+    """
+    last = {image: text for image, text in zip(owner, texts, strict=True)}
+    ids = vl.cut(vl.tokenize([last[i] for i in range(len(images))]))
+    image, patches = vl.encode_pixels_and_patches(vl.pixels(images))
+    tokens = vl.text_tokens(vl.word_vectors(ids), ids)
+    mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
+    return tokens, mask, patches, vl.pool(tokens, ids) @ image.T
+
+
+def train_matcher(vl: VLModel, config: PretrainConfig, log: Callable[[str], None] = tqdm.write) -> MatchingEncoder:
+    """The matching encoder on the frozen towers: own image and caption against the hardest other image and caption."""
+    torch.manual_seed(config.seed)
+    images, texts, owner = SceneBatches(config, 3)[0]
+    tokens, _, patches, _ = _matching_inputs(vl, images, texts, owner)
+    matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(config.device)
+    optimizer = _optimizer({"matcher": matcher}, config)
+    bar = tqdm(range(config.matching_steps), desc="matching encoder", mininterval=10)
+    for step, batch in zip(bar, _stream(config, 3, 0, config.matching_steps), strict=True):
+        with (
+            plain_attention(config.device),
+            torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32"),
+        ):
+            tokens, mask, patches, similarity = _matching_inputs(vl, *batch)
+            images_loss, right = matching_loss(matcher, tokens, mask, patches, hardest_other(similarity))
+            wrong = hardest_other(similarity.T)
+            logits = matcher(tokens[wrong], mask[wrong], patches)
+            loss = images_loss + F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)) / 2
+        _step(loss, optimizer, _lr(step, config.matching_steps, config))
+        if (step + 1) % 100 == 0:
+            log(f"matching, step {step + 1}: loss {loss.item():.3f}, own image above the hardest other {100 * right:.0f}%")
+    return matcher.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------- shipping and card
+
+
+def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
+    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder beside them."""
+    write_text(
+        folder / "open_clip_config.json",
+        json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n",
+    )
+    half = {k: v.half() if v.is_floating_point() else v for k, v in vl.clip.state_dict().items()}
+    write_tensors(folder / "open_clip_model.safetensors", half)
+    write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
+    write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
+
+
+@torch.inference_mode()
+def matching_accuracy(vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1) -> float:
+    """How often, in percent, the matching encoder puts a caption's own image above the hardest other of its batch of 128.
+
+    families: with families of edits in the batch (most hardest others differ in one thing), or unrelated scenes.
+    """
+    config = PretrainConfig(seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0)
+    rates = []
+    for i in range(batches):
+        tokens, mask, patches, similarity = _matching_inputs(vl, *SceneBatches(config, 9)[i])
+        rates.append(float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1]))
+    return 100 * float(np.mean(rates))
+
+
+def report(vl: VLModel, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, dict[str, float]]:
+    """What the model card says: Recall@K in percent without training, averaged over benchmark seeds, and matching."""
+    found: dict[str, list[np.ndarray]] = {}
+    for seed in seeds:
+        bench = make_benchmark(seed=seed)
+        gallery = vl.encode_images(bench.images)
+        for name, method in UNTRAINED.items():
+            rank = benchmark_ranks(bench, method(bench, vl, gallery), gallery)
+            found.setdefault(name, []).append(np.array([recall(rank, k) for k in KS]))
+    table = {
+        name: {f"R@{k}": round(float(v), 1) for k, v in zip(KS, np.mean(rows, 0), strict=True)} for name, rows in found.items()
+    }
+    table["matching encoder, own image against the hardest other"] = {
+        "with families of edits in the batch": round(matching_accuracy(vl), 1),
+        "unrelated scenes": round(matching_accuracy(vl, families=False), 1),
+    }
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, export and report; with --report, only report on the model that is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DATA / SCENES_CLIP, help="folder of the model")
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
+    parser.add_argument("--report", action="store_true", help="train nothing, measure the model in --out")
+    for f in fields(PretrainConfig):
+        if f.type in ("int", "float", "str"):
+            parser.add_argument(
+                "--" + f.name.replace("_", "-"),
+                type={"int": int, "float": float, "str": str}[f.type],
+                default=f.default,
+                help=" ",
+            )
+    args = vars(parser.parse_args(argv))
+    folder, run, only_report = args.pop("out"), args.pop("run"), args.pop("report")
+    if not only_report:
+        config, began = PretrainConfig(**args), time.time()
+        if config.device == "cpu":
+            print(f"{torch.get_num_threads()} threads")
+        vl = train_towers(config, run / "towers.safetensors")
+        vl.matcher = train_matcher(vl, config)
+        export(vl, config, folder)
+        record = {
+            "command": "python -m isa_lite.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
+            "commit": _commit(),
+            "config": asdict(config),
+            "minutes": round((time.time() - began) / 60, 1),
+            "machine": machine(),
+            "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
+        }
+        write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    table = report(load_vl_model(str(folder)))
+    write_text(folder / "report.json", json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table, indent=1))
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

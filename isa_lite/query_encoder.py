@@ -1,0 +1,217 @@
+"""The query side: a light image encoder and a token learner give a sentence, which is composed with the modifier.
+
+Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms as T
+
+from isa_lite.checkpoint import read_tensors, write_tensors, write_text
+from isa_lite.token_learner import MAPPINGS, Sentence
+from isa_lite.vl_model import VLModel
+
+#: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
+TEMPLATE = "a photo of {sentence}, {modifier}"
+
+
+@dataclass
+class QueryEncoderConfig:
+    """Everything that is needed to build a query encoder again.
+
+    backbone: any timm model with feature maps; stride: of the map that is used, in pixels; mapping: a name of
+    `token_learner.MAPPINGS`; word_width, word_norm: of the VL model whose words are imitated; vl_model: its
+    fingerprint, checked when the encoder is loaded.
+    """
+
+    word_width: int
+    word_norm: float
+    vl_model: str = ""
+    backbone: str = "lcnet_050"
+    pretrained: bool = False
+    image_size: int = 96
+    stride: int = 16
+    mapping: str = "adaptive"
+    num_tokens: int = 12
+    width: int = 128
+    depth: int = 2
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def _backbone(name: str, pretrained: bool, stride: int) -> nn.Module:
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        raise ValueError(f"unknown backbone {name!r}; timm has {', '.join(near) if near else 'no name near it'}")
+    try:
+        info = timm.create_model(name, features_only=True).feature_info
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ValueError(f"backbone {name!r} gives no feature maps: {error}") from error
+    strides = info.reduction()
+    if stride not in strides:
+        raise ValueError(f"backbone {name!r} has no feature map of stride {stride}; its strides are {sorted(set(strides))}")
+    index = len(strides) - 1 - strides[::-1].index(stride)
+    # 'getter' drops the layers behind the map that is used, so that nothing is computed in vain.
+    return timm.create_model(name, pretrained=pretrained, features_only=True, feature_cls="getter", out_indices=(index,))
+
+
+class QueryEncoder(nn.Module):
+    """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it."""
+
+    def __init__(self, config: QueryEncoderConfig):
+        super().__init__()
+        for name in ("num_tokens", "image_size", "stride", "width"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+        if config.mapping not in MAPPINGS:
+            raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
+        self.config = config
+        self.backbone = _backbone(config.backbone, config.pretrained, config.stride)
+        with torch.no_grad():
+            _, channels, *grid = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
+        self.mapping = MAPPINGS[config.mapping](
+            channels, tuple(grid), config.num_tokens, config.word_width, config.word_norm, config.width, config.depth
+        )
+        self.preprocess = T.Compose(
+            [
+                T.Resize(config.image_size, T.InterpolationMode.BICUBIC),
+                T.CenterCrop(config.image_size),
+                T.ToTensor(),
+                T.Normalize(config.mean, config.std),
+            ]
+        )
+
+    @classmethod
+    def for_model(cls, vl: VLModel, **settings) -> QueryEncoder:
+        """A fresh query encoder whose words fit `vl`; `settings` are fields of `QueryEncoderConfig`."""
+        settings = {"image_size": vl.image_size} | settings
+        return cls(QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings))
+
+    def forward(self, pixels: Tensor) -> Sentence:
+        """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
+        return self.mapping(self.backbone(pixels)[0])
+
+    def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
+        """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W as the backbone wants them."""
+        size, device = self.config.image_size, next(self.parameters()).device
+        if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+            mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
+            return ((torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std).to(device)
+        return torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images]).to(device)
+
+    @torch.inference_mode()
+    def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Sentence:
+        """Images -> their sentences and attention maps, in evaluation mode, on the CPU."""
+        was_training = self.training
+        self.eval()
+        parts = [self(self.pixels(images[s : s + batch_size])) for s in range(0, len(images), batch_size)]
+        self.train(was_training)
+        return Sentence(*(torch.cat(p).cpu() for p in zip(*parts, strict=True)))
+
+    def save(self, folder: str | Path, info: dict | None = None) -> None:
+        """Weights as query_encoder.safetensors, settings (and `info`, for the reader) as query_encoder.json."""
+        write_tensors(Path(folder) / "query_encoder.safetensors", self.state_dict())
+        write_text(
+            Path(folder) / "query_encoder.json", json.dumps({"config": asdict(self.config), "info": info or {}}, indent=1) + "\n"
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path, vl: VLModel | None = None) -> QueryEncoder:
+        """What `save` wrote. Raises FileNotFoundError, or ValueError where the weights do not fit the settings or `vl`."""
+        folder = Path(folder)
+        if not (folder / "query_encoder.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote")
+        config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
+        config.pretrained = False  # the weights follow; nothing is to be downloaded
+        if vl is not None and config.vl_model != vl.fingerprint:
+            raise ValueError(
+                f"the query encoder in {folder} belongs to VL model {config.vl_model}, not {vl.fingerprint} ({vl.name}); "
+                "its sentences mean nothing to another model: load that one, or distill again"
+            )
+        encoder = cls(config)
+        try:
+            encoder.load_state_dict(read_tensors(folder / "query_encoder.safetensors")[0])
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {folder} do not fit its query_encoder.json: {error}") from error
+        return encoder.eval()
+
+
+# ------------------------------------------------------------------------------------------ composition
+
+
+def _ids(vl: VLModel, text: str) -> list[int]:
+    """Token ids of a piece of text, without start and end."""
+    tokenizer = vl.tokenizer
+    ids = tokenizer.encode(tokenizer.clean_fn(text))
+    if any(i in (tokenizer.sot_token_id, tokenizer.eot_token_id) for i in ids):  # somebody typed "<end_of_text>"
+        ids = tokenizer.encode(tokenizer.clean_fn(text.replace("<", "< ")))
+    return ids
+
+
+def prompt_ids(
+    vl: VLModel, num_tokens: int, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids of one prompt a modifier, B x T, and where the pseudo-words go, B x T bool (`num_tokens` true a row).
+
+    The ids are put together piece by piece, so no character of a modifier can be taken for a placeholder.
+    With an empty modifier the template ends behind the sentence. Raises ValueError for a template without its
+    two fields, and for a modifier that does not fit, unless `truncate` allows cutting its end.
+    """
+    if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
+        raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
+    tokenizer = vl.tokenizer
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    rows, marks = [], []
+    for modifier in modifiers:
+        wanted = template if modifier.strip() else template.replace("{modifier}", "").rstrip(" ,.;:")
+        pieces = [p for p in re.split(r"(\{sentence\}|\{modifier\})", wanted) if p]
+        said = _ids(vl, modifier)
+        parts = {p: said if p == "{modifier}" else [1] * num_tokens if p == "{sentence}" else _ids(vl, p) for p in pieces}
+        over = 2 + sum(len(parts[p]) for p in pieces) - vl.context_length
+        if over > 0:
+            if not truncate or over > len(said):
+                raise ValueError(
+                    f"the prompt is {over} token(s) too long for the text tower's {vl.context_length}; "
+                    f"shorten the modifier {modifier!r} ({len(said)} tokens) or pass truncate=True"
+                )
+            parts["{modifier}"] = said[: len(said) - over]
+        ids, mark = [start], [False]
+        for p in pieces:
+            ids += parts[p]
+            mark += [p == "{sentence}"] * len(parts[p])
+        rows.append([*ids, end] + [0] * (vl.context_length - len(ids) - 1))
+        marks.append(mark + [False] * (vl.context_length - len(mark)))
+    ids = vl.cut(torch.tensor(rows, device=vl.device))
+    return ids, torch.tensor(marks, device=vl.device)[:, : ids.shape[1]]
+
+
+def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+    """Word vectors of the prompts with the pseudo-words in their places: tokens B x L x D, ids and places B x T -> B x T x D."""
+    vectors = vl.word_vectors(ids)
+    return vectors.masked_scatter(places.unsqueeze(-1), tokens.to(vectors.dtype))
+
+
+@torch.inference_mode()
+def compose(
+    vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 256
+) -> Tensor:
+    """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU."""
+    if len(tokens) != len(modifiers):
+        raise ValueError(f"{len(tokens)} sentences but {len(modifiers)} modifiers")
+    parts = []
+    for s in range(0, len(modifiers), batch_size):
+        ids, places = prompt_ids(vl, tokens.shape[1], modifiers[s : s + batch_size], template, truncate)
+        parts.append(vl.encode_vectors(splice(vl, tokens[s : s + batch_size].to(vl.device), ids, places), ids).cpu())
+    return torch.cat(parts)

@@ -1,0 +1,143 @@
+"""From a feature map to a sentence of pseudo-words: the adaptive token learner and simpler alternatives.
+
+Every module here maps a light encoder's feature map, B x C x H x W, to a `Sentence`: L vectors in the
+word-embedding space of the frozen text tower, and the attention maps behind them. They differ in nothing else, so
+a comparison of them is a comparison of the mapping alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Sentence(NamedTuple):
+    """tokens: B x L x D pseudo-words; maps: B x L x H x W, each summing to one over the image."""
+
+    tokens: Tensor
+    maps: Tensor
+
+
+class NormMatched(nn.Module):
+    """Linear projection to the word-embedding width, with vectors about as long as real words' vectors.
+
+    Without it, learned tokens grow far beyond anything that the text tower has met. Each vector is normalised
+    and stretched to `norm`, times a factor between 1/2 and 2 that the token itself chooses. Ours.
+    """
+
+    def __init__(self, width: int, word_width: int, norm: float):
+        super().__init__()
+        self.direction, self.stretch = nn.Linear(width, word_width), nn.Linear(width, 1)
+        nn.init.zeros_(self.stretch.weight), nn.init.zeros_(self.stretch.bias)
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.direction(x), dim=-1) * self.norm * 2 ** torch.tanh(self.stretch(x))
+
+
+class Block(nn.Module):
+    """Refinement: tokens look at the feature map, then at one another, then an MLP; pre-norm, residual."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.cross = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.among = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        """x: B x L x width tokens, memory: B x HW x width positions."""
+        x = x + self.cross(self.norm1(x), memory, memory, need_weights=False)[0]
+        y = self.norm2(x)
+        x = x + self.among(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm3(x))
+
+
+class AdaptiveTokenLearner(nn.Module):
+    """L spatial attention maps pick L visual patterns; blocks refine them; a projection makes them words.
+
+    After the paper's description (adaptive selection of salient visual patterns by attention) and the token
+    module of Wu et al., AAAI 2022; the sizes and the position code are ours.
+
+    channels: C of the feature map; grid: its (H, W) in training, other sizes interpolate the position code;
+    word_width and norm: width and typical length of real word vectors.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        num_tokens: int,
+        word_width: int,
+        norm: float,
+        width: int = 128,
+        depth: int = 2,
+    ):
+        super().__init__()
+        self.project = nn.Conv2d(channels, width, 1)
+        self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
+        self.attend = nn.Conv2d(width, num_tokens, 1)  # one logit map a token
+        self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_word = NormMatched(width, word_width, norm)
+
+    def forward(self, features: Tensor) -> Sentence:
+        x = self.project(features)  # B x C x H x W -> B x width x H x W
+        position = self.position
+        if position.shape[-2:] != x.shape[-2:]:
+            position = F.interpolate(position, x.shape[-2:], mode="bilinear")
+        x = x + position
+        maps = self.attend(x).flatten(2).softmax(-1)  # B x L x HW, each row sums to 1
+        memory = x.flatten(2).transpose(1, 2)  # B x HW x width
+        tokens = maps @ memory  # B x L x width: weighted sums of positions
+        for block in self.blocks:
+            tokens = block(tokens, memory)
+        return Sentence(self.to_word(self.norm(tokens)), maps.unflatten(-1, x.shape[-2:]))
+
+
+class _Pooled(nn.Module):
+    """What the two alternatives share: the mean over the image, so that every map is uniform."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def tokens(self, pooled: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Sentence:
+        batch, _, height, width = features.shape
+        uniform = features.new_full((batch, self.num_tokens, height, width), 1 / (height * width))
+        return Sentence(self.tokens(features.mean((2, 3))), uniform)  # B x C x H x W -> B x C -> B x L x D
+
+
+class SingleVector(_Pooled):
+    """One pseudo-word from the pooled features by an MLP: the mapping network of the paper's ablation."""
+
+    def __init__(self, channels: int, grid, num_tokens: int, word_width: int, norm: float, width: int = 512, depth: int = 2):
+        super().__init__(1)
+        layers: list[nn.Module] = [nn.Linear(channels, width), nn.GELU()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), nn.GELU()]
+        self.mlp, self.to_word = nn.Sequential(*layers), NormMatched(width, word_width, norm)
+
+    def tokens(self, pooled: Tensor) -> Tensor:
+        return self.to_word(self.mlp(pooled)).unsqueeze(1)
+
+
+class AveragePooling(_Pooled):
+    """L pseudo-words from the pooled features, a linear map each: many words, but no attention. Ours."""
+
+    def __init__(self, channels: int, grid, num_tokens: int, word_width: int, norm: float, width: int = 128, depth: int = 1):
+        super().__init__(num_tokens)
+        self.spread, self.to_word = nn.Linear(channels, num_tokens * width), NormMatched(width, word_width, norm)
+
+    def tokens(self, pooled: Tensor) -> Tensor:
+        return self.to_word(F.gelu(self.spread(pooled)).unflatten(1, (self.num_tokens, -1)))
+
+
+#: The mapping networks by the name under which a query encoder asks for one.
+MAPPINGS = {"adaptive": AdaptiveTokenLearner, "single vector": SingleVector, "average pooling": AveragePooling}

@@ -1,0 +1,118 @@
+"""The files around the package: requirements, README, the order of the modules, and nothing private in the repository."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "isa_lite"
+
+# The order in which data flows. A module imports only modules above it.
+ORDER = """
+    parameters checkpoint scenes vl_model token_learner query_encoder losses distill gallery evaluate baselines pretrain
+    bench draw
+""".split()
+
+# Where the name that is imported differs from the name that is installed.
+DISTRIBUTION = {"PIL": "pillow", "open_clip": "open_clip_torch", "IPython": "ipython"}
+
+# Put together here, so that this file does not contain them.
+PRIVATE = ["/wo" + "rk/", "/ro" + "ot/", ".." + "/shared", "py" + "pi.org", "python" + "hosted.org"]
+
+
+def lines(path: str) -> list[str]:
+    return (ROOT / path).read_text(encoding="utf-8").splitlines()
+
+
+def requirement_lines() -> list[str]:
+    return [line for line in lines("requirements.txt") if line.strip() and not line.startswith("#")]
+
+
+def requirements() -> list[str]:
+    return [line.split("#")[0].strip() for line in requirement_lines()]
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package, by its dotted name below isa_lite, parsed."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return found
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Dotted names that a module imports, inside functions too; `from a import b` gives a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import; this package writes absolute ones"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def command_lines(heading: str) -> list[str]:
+    """The lines of the first fenced block behind a heading of the README, as .ci/run reads them."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert section, f"README.md has no heading '## {heading}'"
+    block = re.search(r"^```\w*\n(.*?)^```$", section[1], re.M | re.S)
+    assert block, f"README.md has no fenced block behind '## {heading}'"
+    return block[1].splitlines()
+
+
+def test_conda_and_pip_install_the_same():
+    text = lines("environment.yml")
+    start = text.index("  - pip:") + 1
+    assert [line.strip().removeprefix("- ") for line in text[start:] if line.strip()] == requirements()
+
+
+@pytest.mark.parametrize("line", requirement_lines())
+def test_a_requirement_has_a_lower_bound_and_a_reason(line):
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+>=\d+(\.\d+)*  # \S.*", line)
+
+
+def test_what_the_package_imports_is_required():
+    required = {re.split("[>=]", r)[0].lower() for r in requirements()}
+    for name, tree in modules().items():
+        tops = {i.split(".")[0] for i in imported(tree)} - set(sys.stdlib_module_names) - {"isa_lite"}
+        missing = {top for top in tops if DISTRIBUTION.get(top, top).lower() not in required}
+        assert not missing, f"isa_lite/{name}.py imports {missing}, which requirements.txt does not list"
+
+
+def test_a_module_imports_only_modules_above_it():
+    found = {name: tree for name, tree in modules().items() if name != "__init__"}
+    assert sorted(found) == sorted(ORDER), "give each module its place in ORDER"
+    for name, tree in found.items():
+        own = {i.split(".")[1] for i in imported(tree) if i.startswith("isa_lite.")} & set(ORDER)
+        below = [other for other in own if ORDER.index(other) >= ORDER.index(name)]
+        assert not below, f"isa_lite/{name}.py imports {below}, which do not stand above it"
+
+
+@pytest.mark.parametrize("heading", ["Run it", "Test it"])
+def test_the_readme_gives_one_line_to_paste(heading):
+    (line,) = command_lines(heading)
+    assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e . && ")
+
+
+def test_every_package_is_packed():
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert set(setup["packages"]) == folders | {"isa_lite.data"}
+
+
+def test_nothing_private_is_in_the_repository():
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        data = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+        if b"\0" not in data:  # a text
+            found = [word for word in PRIVATE if word in data.decode("utf-8", "replace")]
+            assert not found, f"{name} contains {found}"

@@ -290,7 +290,7 @@ def distill(
     """
     if len(images) < config.validation + 2:
         raise ValueError(
-            f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or a smaller validation"
+            f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
         )
     device, began = torch.device(config.device), time.perf_counter()
     vl.to(device), encoder.to(device, memory_format=torch.channels_last)

@@ -43,8 +43,8 @@ from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, load_
 class PretrainConfig:
     """Settings of one pre-training run. Everything random follows from `seed`."""
 
-    steps: int = 4600
-    matching_steps: int = 600
+    steps: int = 3400
+    matching_steps: int = 400
     families: int = 20  # a batch: families of five related scenes ...
     singles: int = 12  # ... and unrelated scenes
     partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
@@ -58,9 +58,8 @@ class PretrainConfig:
 
     image_size: int = scenes.IMAGE_SIZE
     embed_dim: int = 256
-    vision_width: int = 192
-    vision_layers: int = 6
-    patch_size: int = 16
+    vision_width: int = 24
+    vision_layers: tuple[int, ...] = (1, 1, 1, 1)  # blocks a stage: a ModifiedResNet, CLIP's convolutional tower
     text_width: int = 192
     text_layers: int = 4
     context_length: int = 77
@@ -69,13 +68,7 @@ class PretrainConfig:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
         return {
             "embed_dim": self.embed_dim,
-            "vision_cfg": {
-                "image_size": self.image_size,
-                "patch_size": self.patch_size,
-                "width": self.vision_width,
-                "layers": self.vision_layers,
-                "head_width": 32,
-            },
+            "vision_cfg": {"image_size": self.image_size, "layers": list(self.vision_layers), "width": self.vision_width},
             "text_cfg": {
                 "context_length": self.context_length,
                 "vocab_size": 49408,
@@ -369,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     args = vars(parser.parse_args(argv))
     folder, run, only_report = args.pop("out"), args.pop("run"), args.pop("report")
     if not only_report:
-        config, began = PretrainConfig(**args), time.time()
+        config, began, commit = PretrainConfig(**args), time.time(), _commit()
         if config.device == "cpu":
             print(f"{torch.get_num_threads()} threads")
         vl = train_towers(config, run / "towers.safetensors")
@@ -377,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
         export(vl, config, folder)
         record = {
             "command": "python -m isa_lite.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
-            "commit": _commit(),
+            "commit": commit,
             "config": asdict(config),
             "minutes": round((time.time() - began) / 60, 1),
             "machine": machine(),

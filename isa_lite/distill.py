@@ -36,9 +36,9 @@ class DistillConfig:
     off; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
     """
 
-    steps: int = 1200
+    steps: int = 800
     batch_size: int = 128
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup: int = 50
     weight_decay: float = 0.05
     temperature: float = 0.05
@@ -321,6 +321,7 @@ def distill(
         history.seconds = time.perf_counter() - began
         save_run(checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)})
 
+    half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
     chosen = [train[batch_indices(len(train), config.batch_size, step, config.seed)] for step in range(start, config.steps)]
     loader = _loader(images, chosen, encoder.pixels, config.num_workers)
     bar = tqdm(
@@ -336,11 +337,11 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         own = torch.from_numpy(known.embeddings[rows]).to(device)  # B x E
-        with (
-            plain_attention(device),
-            torch.autocast(device.type, getattr(torch, config.dtype), enabled=config.dtype != "float32"),
-        ):
-            tokens, _ = encoder(pixels.to(device, memory_format=torch.channels_last))  # B x L x D
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, half, enabled=mixed and device.type != "cpu"):
+            features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
+        with plain_attention(device), torch.autocast(device.type, half, enabled=mixed):
+            tokens, _ = encoder.mapping(features)  # B x L x D
             query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
             loss = gcd = gcd_loss(query, own, config.temperature)
             if config.lar_weight > 0:

@@ -39,7 +39,7 @@ class QueryEncoderConfig:
     word_width: int
     word_norm: float
     vl_model: str = ""
-    backbone: str = "lcnet_050"
+    backbone: str = "mobilenetv4_conv_small_050"
     pretrained: bool = False
     image_size: int = 96
     stride: int = 16

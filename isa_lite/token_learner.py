@@ -80,6 +80,8 @@ class AdaptiveTokenLearner(nn.Module):
         self.project = nn.Conv2d(channels, width, 1)
         self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
         self.attend = nn.Conv2d(width, num_tokens, 1)  # one logit map a token
+        # Who a token is. Without it all tokens start alike, see alike and stay alike: the sentence says one word L times.
+        self.identity = nn.Parameter(torch.randn(num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.to_word = NormMatched(width, word_width, norm)
@@ -92,7 +94,7 @@ class AdaptiveTokenLearner(nn.Module):
         x = x + position
         maps = self.attend(x).flatten(2).softmax(-1)  # B x L x HW, each row sums to 1
         memory = x.flatten(2).transpose(1, 2)  # B x HW x width
-        tokens = maps @ memory  # B x L x width: weighted sums of positions
+        tokens = maps @ memory + self.identity  # B x L x width: weighted means of positions, and whose they are
         for block in self.blocks:
             tokens = block(tokens, memory)
         return Sentence(self.to_word(self.norm(tokens)), maps.unflatten(-1, x.shape[-2:]))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,24 +31,22 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite import scenes
-from isa_lite.baselines import UNTRAINED
 from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
-from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.losses import hardest_other, matching_loss
-from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, load_vl_model, machine, plain_attention
+from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, commit, machine, plain_attention
 
 
 @dataclass
 class PretrainConfig:
     """Settings of one pre-training run. Everything random follows from `seed`."""
 
-    steps: int = 3400
+    steps: int = 2800
     matching_steps: int = 400
     families: int = 20  # a batch: families of five related scenes ...
     singles: int = 12  # ... and unrelated scenes
     partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
     lr: float = 1e-3
-    warmup: int = 200
+    warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 0
     device: str = "cpu"
@@ -260,7 +257,7 @@ def train_towers(config: PretrainConfig, checkpoint: Path | None = None, log: Ca
 
 
 @torch.no_grad()
-def _matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: list[int]) -> tuple[Tensor, ...]:
+def matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: list[int]) -> tuple[Tensor, ...]:
     """One caption an image (the last one: of change, where there is one) through the frozen towers.
 
     Returns contextual tokens B x T x width, mask B x T, patches B x N x width, similarity B x B.
@@ -277,7 +274,7 @@ def train_matcher(vl: VLModel, config: PretrainConfig, log: Callable[[str], None
     """The matching encoder on the frozen towers: own image and caption against the hardest other image and caption."""
     torch.manual_seed(config.seed)
     images, texts, owner = SceneBatches(config, 3)[0]
-    tokens, _, patches, _ = _matching_inputs(vl, images, texts, owner)
+    tokens, _, patches, _ = matching_inputs(vl, images, texts, owner)
     matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(config.device)
     optimizer = _optimizer({"matcher": matcher}, config)
     bar = tqdm(range(config.matching_steps), desc="matching encoder", mininterval=10)
@@ -286,7 +283,7 @@ def train_matcher(vl: VLModel, config: PretrainConfig, log: Callable[[str], None
             plain_attention(config.device),
             torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32"),
         ):
-            tokens, mask, patches, similarity = _matching_inputs(vl, *batch)
+            tokens, mask, patches, similarity = matching_inputs(vl, *batch)
             images_loss, right = matching_loss(matcher, tokens, mask, patches, hardest_other(similarity))
             wrong = hardest_other(similarity.T)
             logits = matcher(tokens[wrong], mask[wrong], patches)
@@ -312,45 +309,11 @@ def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
     write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
 
 
-@torch.inference_mode()
-def matching_accuracy(vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1) -> float:
-    """How often, in percent, the matching encoder puts a caption's own image above the hardest other of its batch of 128.
-
-    families: with families of edits in the batch (most hardest others differ in one thing), or unrelated scenes.
-    """
-    config = PretrainConfig(seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0)
-    rates = []
-    for i in range(batches):
-        tokens, mask, patches, similarity = _matching_inputs(vl, *SceneBatches(config, 9)[i])
-        rates.append(float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1]))
-    return 100 * float(np.mean(rates))
-
-
-def report(vl: VLModel, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, dict[str, float]]:
-    """What the model card says: Recall@K in percent without training, averaged over benchmark seeds, and matching."""
-    found: dict[str, list[np.ndarray]] = {}
-    for seed in seeds:
-        bench = make_benchmark(seed=seed)
-        gallery = vl.encode_images(bench.images)
-        for name, method in UNTRAINED.items():
-            rank = benchmark_ranks(bench, method(bench, vl, gallery), gallery)
-            found.setdefault(name, []).append(np.array([recall(rank, k) for k in KS]))
-    table = {
-        name: {f"R@{k}": round(float(v), 1) for k, v in zip(KS, np.mean(rows, 0), strict=True)} for name, rows in found.items()
-    }
-    table["matching encoder, own image against the hardest other"] = {
-        "with families of edits in the batch": round(matching_accuracy(vl), 1),
-        "unrelated scenes": round(matching_accuracy(vl, families=False), 1),
-    }
-    return table
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Train, export and report; with --report, only report on the model that is there."""
+    """Train and export; `python -m isa_lite.cards` then measures the model and writes its card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=DATA / SCENES_CLIP, help="folder of the model")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
-    parser.add_argument("--report", action="store_true", help="train nothing, measure the model in --out")
     for f in fields(PretrainConfig):
         if f.type in ("int", "float", "str"):
             parser.add_argument(
@@ -360,33 +323,22 @@ def main(argv: list[str] | None = None) -> None:
                 help=" ",
             )
     args = vars(parser.parse_args(argv))
-    folder, run, only_report = args.pop("out"), args.pop("run"), args.pop("report")
-    if not only_report:
-        config, began, commit = PretrainConfig(**args), time.time(), _commit()
-        if config.device == "cpu":
-            print(f"{torch.get_num_threads()} threads")
-        vl = train_towers(config, run / "towers.safetensors")
-        vl.matcher = train_matcher(vl, config)
-        export(vl, config, folder)
-        record = {
-            "command": "python -m isa_lite.pretrain " + " ".join(argv if argv is not None else sys.argv[1:]),
-            "commit": commit,
-            "config": asdict(config),
-            "minutes": round((time.time() - began) / 60, 1),
-            "machine": machine(),
-            "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
-        }
-        write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
-    table = report(load_vl_model(str(folder)))
-    write_text(folder / "report.json", json.dumps(table, indent=1) + "\n")
-    print(json.dumps(table, indent=1))
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    folder, run = args.pop("out"), args.pop("run")
+    config, began, made_by = PretrainConfig(**args), time.time(), commit()
+    vl = train_towers(config, run / "towers.safetensors")
+    towers = time.time() - began
+    vl.matcher = train_matcher(vl, config)
+    export(vl, config, folder)
+    record = {
+        "command": " ".join(["python -m isa_lite.pretrain", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": made_by,
+        "config": asdict(config),
+        "minutes": {"towers": round(towers / 60, 1), "matching encoder": round((time.time() - began - towers) / 60, 1)},
+        "machine": machine(),
+        "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

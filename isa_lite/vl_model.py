@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -280,3 +281,12 @@ def machine() -> str:
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
+
+
+def commit() -> str:
+    """The commit of the code that runs, for cards; "unknown" outside a checkout, with "-dirty" where it was changed."""
+    where = ["git", "-C", str(_HERE), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

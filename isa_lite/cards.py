@@ -1,0 +1,157 @@
+"""Cards of the shipped weights: what they were trained on, how, and what they can and cannot do.
+
+`python -m isa_lite.cards` measures the shipped models and writes `data/*/README.md`; every number in a card comes
+from this script or from the record of the training run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from isa_lite.baselines import UNTRAINED, composed
+from isa_lite.checkpoint import write_text
+from isa_lite.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
+from isa_lite.losses import hardest_other, matching_loss
+from isa_lite.pretrain import PretrainConfig, SceneBatches, matching_inputs
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
+
+
+@torch.inference_mode()
+def matching_accuracy(vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1) -> float:
+    """How often, in percent, the matching encoder puts a caption's own image above the hardest other of its batch of 128.
+
+    families: with families of edits in the batch (most hardest others differ in one thing), or unrelated scenes.
+    """
+    config = PretrainConfig(seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0)
+    rates = []
+    for i in range(batches):
+        tokens, mask, patches, similarity = matching_inputs(vl, *SceneBatches(config, 9)[i])
+        rates.append(float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1]))
+    return 100 * float(np.mean(rates))
+
+
+def measure(vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0, 1, 2)) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Recall@K in percent, averaged over benchmark seeds, a row a method; and Recall@1 by group for the first seed."""
+    found: dict[str, list[list[float]]] = {}
+    by_group = None
+    for seed in seeds:
+        bench = make_benchmark(seed=seed, size=vl.image_size)
+        gallery = vl.encode_images(bench.images)
+        queries = {name: method(bench, vl, gallery) for name, method in UNTRAINED.items()}
+        if encoder is not None:
+            queries = {"isa": composed(bench, vl, encoder)} | queries
+        ranks = {name: benchmark_ranks(bench, q, gallery) for name, q in queries.items()}
+        for name, rank in ranks.items():
+            found.setdefault(name, []).append([recall(rank, k) for k in KS])
+        if by_group is None:
+            by_group = group_table(bench, {name: ranks[name] for name in ranks if name == "isa" or "ceiling" in name})
+    rows = {name: np.mean(values, 0).round(1) for name, values in found.items()}
+    return pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]), by_group
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
+    return "\n".join(
+        lines + [f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(table.index, table.values, strict=True)]
+    )
+
+
+def write_vl_card(folder: Path, vl: VLModel) -> None:
+    """README.md of a VL model that `isa_lite.pretrain` wrote into `folder`."""
+    record = json.loads((folder / "training.json").read_text())
+    config = record["config"]
+    recalls, by_group = measure(vl, None)
+    millions = {
+        n: sum(p.numel() for p in m.parameters()) / 1e6
+        for n, m in (("image", vl.clip.visual), ("all", vl.clip), ("match", vl.matcher))
+    }
+    batch = 5 * config["families"] + config["singles"]
+    minutes = " and ".join(f"{value:g} minutes for the {name}" for name, value in record["minutes"].items())
+    text = f"""# scenes-clip: the small vision-language model of rendered scenes
+
+A CLIP in open_clip's format (`local-dir:`), with a matching encoder. Image tower: a ModifiedResNet with {millions["image"]:.1f} million
+weights on {config["image_size"]} px; text tower: {config["text_layers"]} causal layers of width {config["text_width"]} with open_clip's own tokenizer;
+joint space: {config["embed_dim"]} dimensions. Matching encoder: {millions["match"]:.2f} million weights. Stored as float16.
+
+**What it saw.** Rendered scenes (`isa_lite/scenes.py`) with their captions: {config["steps"]} steps of {batch} images, each image new. An edited scene also
+has the caption "<the scene before>, <the edit>": the language of change. It never saw a held-out shape-colour pair. It knows nothing
+else: no photograph, no word beyond its captions' (their vectors are zero).
+
+**How it was made.** `{record["command"]}` at commit `{record["commit"]}`, seed {config["seed"]}, {record["date"]}, {record["machine"]}; {minutes}.
+No GPU was used, so these are the times on a CPU. Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
+
+## What it can do
+
+Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite.cards`.
+
+{_markdown(recalls)}
+
+By kind of change, Recall@1 in percent, first benchmark seed (the number of queries in brackets):
+
+{_markdown(by_group)}
+
+Matching encoder, own image above the hardest other of a batch: {matching_accuracy(vl, families=False):.1f}% among unrelated scenes,
+{matching_accuracy(vl):.1f}% where the batch holds families of edits, so that the hardest other often differs in one thing.
+
+## Where it fails
+
+Read the tables above: the kinds with the lowest composition ceiling are what its text tower understands least. Synonyms that the captions do not use, negation
+other than "without" and "remove", numbers, and any image that is not a rendered scene are outside what it knows.
+
+Licence: MIT, like the code.
+"""
+    write_text(folder / "README.md", text)
+
+
+def write_encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> None:
+    """README.md of a query encoder that notebook 02 saved into `folder`."""
+    info = json.loads((folder / "query_encoder.json").read_text())["info"]
+    settings = info["parameters"]
+    recalls, by_group = measure(vl, encoder)
+    size = sum(p.numel() for p in encoder.parameters()) / 1e6
+    text = f"""# scenes-query-encoder: the light query side for scenes-clip
+
+Image to sentence: `{encoder.config.backbone}` up to stride {encoder.config.stride}, and the adaptive token learner with {encoder.config.num_tokens} tokens;
+{size:.2f} million weights.
+
+**What it saw.** {settings["num_images"]} rendered scenes as images alone, and what `scenes-clip` says about them: no caption, no query, no held-out shape-colour pair.
+
+**How it was made.** By `notebooks/02_distillation.ipynb` with its default parameters, seed {settings["seed"]} ("Run it" in the README), and copied from its
+`out_dir`; {settings["steps"]} steps of {settings["batch_size"]} images, {info["seconds"] / 60:.1f} minutes on {info["machine"]}, commit `{info["commit"]}`.
+
+## What it can do
+
+Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite.cards`.
+
+{_markdown(recalls)}
+
+By kind of change, Recall@1 in percent, first benchmark seed:
+
+{_markdown(by_group)}
+
+Licence: MIT, like the code.
+"""
+    write_text(folder / "README.md", text)
+
+
+def main() -> None:
+    """Measure both shipped models and write their cards."""
+    print(machine())
+    vl = load_vl_model(SCENES_CLIP)
+    write_vl_card(DATA / SCENES_CLIP, vl)
+    print((DATA / SCENES_CLIP / "README.md").read_text())
+    folder = DATA / "scenes-query-encoder"
+    if folder.is_dir():
+        write_encoder_card(folder, vl, QueryEncoder.load(folder, vl))
+        print((folder / "README.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -76,6 +76,7 @@ class PretrainConfig:
         }
 
 
+CHECKPOINT_EVERY = 250  # steps
 PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -221,15 +222,18 @@ def fresh_model(config: PretrainConfig) -> VLModel:
     return VLModel(clip, None, SimpleTokenizer(context_length=config.context_length), name="in training")
 
 
-def train_towers(config: PretrainConfig, checkpoint: Path | None = None, log: Callable[[str], None] = tqdm.write) -> VLModel:
-    """Contrastive pre-training of both towers. With `checkpoint`, progress is saved there and taken up again."""
+def train_towers(
+    config: PretrainConfig, checkpoint: Path | None = None, log: Callable[[str], None] = tqdm.write
+) -> tuple[VLModel, float]:
+    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is saved there and resumed."""
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)
     vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
     modules = {"vl": vl, "table": _WordTable(vl, config.seed).to(config.device)}
-    optimizer, start = _optimizer(modules, config), 0
+    optimizer, start, before, began = _optimizer(modules, config), 0, 0.0, time.time()
     if checkpoint and checkpoint.is_file():
-        start = load_run(checkpoint, modules, optimizer)["step"]
+        info = load_run(checkpoint, modules, optimizer)
+        start, before = info["step"], info["seconds"]
     bar, scale = (
         tqdm(range(start, config.steps), initial=start, total=config.steps, desc="towers", mininterval=10),
         vl.clip.logit_scale,
@@ -250,10 +254,10 @@ def train_towers(config: PretrainConfig, checkpoint: Path | None = None, log: Ca
         if (step + 1) % 100 == 0:
             hit = (text @ image.T).argmax(1) == owner
             log(f"towers, step {step + 1}: loss {loss.item():.3f}, captions with their own image {100 * hit.float().mean():.0f}%")
-        if checkpoint and ((step + 1) % 250 == 0 or step + 1 == config.steps):
-            save_run(checkpoint, modules, optimizer, {"step": step + 1})
+        if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps):
+            save_run(checkpoint, modules, optimizer, {"step": step + 1, "seconds": before + time.time() - began})
     modules["table"].store(vl)
-    return vl.eval().requires_grad_(False)
+    return vl.eval().requires_grad_(False), before + time.time() - began
 
 
 @torch.no_grad()
@@ -264,7 +268,7 @@ def matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: li
     """
     last = {image: text for image, text in zip(owner, texts, strict=True)}
     ids = vl.cut(vl.tokenize([last[i] for i in range(len(images))]))
-    image, patches = vl.encode_pixels_and_patches(vl.pixels(images))
+    image, patches = vl.encode_pixels_and_patches(vl.pixels(np.asarray(images)))
     tokens = vl.text_tokens(vl.word_vectors(ids), ids)
     mask = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
     return tokens, mask, patches, vl.pool(tokens, ids) @ image.T
@@ -324,16 +328,16 @@ def main(argv: list[str] | None = None) -> None:
             )
     args = vars(parser.parse_args(argv))
     folder, run = args.pop("out"), args.pop("run")
-    config, began, made_by = PretrainConfig(**args), time.time(), commit()
-    vl = train_towers(config, run / "towers.safetensors")
-    towers = time.time() - began
+    config, made_by = PretrainConfig(**args), commit()
+    vl, towers = train_towers(config, run / "towers.safetensors")
+    began = time.time()
     vl.matcher = train_matcher(vl, config)
     export(vl, config, folder)
     record = {
         "command": " ".join(["python -m isa_lite.pretrain", *(sys.argv[1:] if argv is None else argv)]),
         "commit": made_by,
         "config": asdict(config),
-        "minutes": {"towers": round(towers / 60, 1), "matching encoder": round((time.time() - began - towers) / 60, 1)},
+        "minutes": {"towers": round(towers / 60, 1), "matching encoder": round((time.time() - began) / 60, 1)},
         "machine": machine(),
         "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
         "date": time.strftime("%Y-%m-%d"),

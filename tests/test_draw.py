@@ -1,0 +1,50 @@
+"""What the figures draw; nbval does not compare images."""
+
+import numpy as np
+
+from isa_lite import draw, evaluate
+from isa_lite.distill import History
+
+BENCH = evaluate.make_benchmark(queries=4, gallery=20, seed=1, size=32)
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def test_a_retrieved_target_is_marked_in_words_and_colour_and_nothing_else_is():
+    row = np.array([BENCH.target[1], BENCH.reference[0], BENCH.target[0]])
+    figure = draw.retrieval(BENCH, [1], row[None], "title")
+    assert titles(figure) == ["reference", "1: target", "2", "3"]
+    frames = [axes.spines["top"].get_edgecolor() for axes in figure.axes]
+    assert frames[1] != frames[2] == frames[3]
+    assert " ".join(figure.axes[0].get_xlabel().split()) == f"“{BENCH.texts[1]}”"
+    assert np.array_equal(figure.axes[3].images[0].get_array(), BENCH.images[BENCH.target[0]])
+
+
+def test_bars_show_recall_and_its_interval():
+    ranks = {"isa": np.array([1, 1, 1, 2]), "target ceiling": np.array([1, 1, 1, 1])}
+    axes = draw.recall_bars(ranks).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [75, 100]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(ranks)
+    assert tuple(axes.lines[0].get_xdata()) == evaluate.bootstrap_interval(ranks["isa"], 1)
+
+
+def test_curves_show_running_means_and_recall():
+    history = History(gcd=[4.0, 2.0, 0.0], recall=[(2, 10.0), (3, 30.0)])
+    gcd, lar, recall = draw.curves({"run": history}, window=2).axes
+    assert list(gcd.lines[0].get_ydata()) == [3, 1] and list(gcd.lines[0].get_xdata()) == [2, 3]
+    assert not lar.lines and "not used" in lar.texts[0].get_text()
+    assert list(recall.lines[0].get_ydata()) == [10, 30]
+
+
+def test_attention_lays_each_map_over_the_image():
+    maps = np.random.default_rng(0).random((3, 6, 6))
+    figure = draw.attention(BENCH.images[0], maps)
+    assert titles(figure)[:4] == ["image", "token 1", "token 2", "token 3"]
+    laid = figure.axes[2].images[1]
+    assert np.allclose(laid.get_array(), maps[1] / maps[1].max()) and tuple(laid.get_extent()) == (-0.5, 31.5, 31.5, -0.5)
+
+
+def test_text_is_wrapped_at_spaces():
+    assert draw.wrap("make the red circle blue", 9) == "make the\nred\ncircle\nblue"

@@ -1,0 +1,87 @@
+"""The committed notebooks: as they stand, and run again."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def papermill(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(ROOT / "notebooks" / name),
+        str(folder / "executed.ipynb"),
+        "--no-progress-bar",
+    ]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": ""}
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_committed_notebook_was_run_once_from_top_to_bottom_without_noise(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in code] == list(range(1, len(code) + 1))
+    assert sum("parameters" in c["metadata"].get("tags", []) for c in code) == 1
+    for output in (o for c in code for o in c["outputs"]):
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", output["text"]
+        if "image/png" in output.get("data", {}):
+            assert output["metadata"]["image/png"]["alt"], "a figure without alternative text"
+    assert not re.search(r"/home/|/Users/|/tmp/|site-packages", path.read_text())
+
+
+def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
+    done = papermill("02_distillation.ipynb", tmp_path, "-p", "smoke", "true", "-p", "out_dir", "out", "-p", "num_tokens", "3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (found["queries"], found["gallery"], found["params"]["num_tokens"]) == (30, 150, 3)
+    names = {"isa", "image only", "text only", "image + text", "single vector", "composition ceiling", "target ceiling"}
+    assert set(found["methods"]) == names
+    for recalls in found["methods"].values():
+        assert list(recalls) == ["R@1", "R@5", "R@10"]
+        assert 0 <= recalls["R@1"] <= recalls["R@5"] <= recalls["R@10"] <= 100
+    assert found["methods"]["target ceiling"]["R@1"] > found["methods"]["text only"]["R@1"]
+    assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("02_distillation.ipynb", ("-p", "stesp", "10"), "unknown parameter 'stesp'; did you mean 'steps'?"),
+        ("02_distillation.ipynb", ("-p", "lar_weight", "-1"), "parameter 'lar_weight' must be a number of at least 0"),
+        ("02_distillation.ipynb", ("-p", "backbone", "mobilenetv4_conv_smal"), "unknown backbone 'mobilenetv4_conv_smal'"),
+        ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
+        ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
+    ],
+)
+def test_a_bad_parameter_stops_a_notebook_with_its_name(tmp_path, name, arguments, message):
+    done = papermill(name, tmp_path, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_start_here_gives_what_it_shows(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--nbval",
+        "--nbval-current-env",
+        "notebooks/00_start_here.ipynb",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from isa_lite import pretrain, scenes
+from isa_lite.pretrain import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
+from isa_lite.vl_model import load_vl_model
+
+TINY = {"image_size": 32, "embed_dim": 16, "vision_width": 4, "text_width": 32, "text_layers": 1, "context_length": 77}
+
+
+def tiny(**settings) -> PretrainConfig:
+    return PretrainConfig(
+        **TINY | {"steps": 3, "matching_steps": 2, "families": 2, "singles": 3, "num_workers": 0, "warmup": 1} | settings
+    )
+
+
+def test_contrastive_loss_against_loops():
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (3, 5))
+    owner = torch.tensor([0, 0, 1, 2, 2])
+    logits = (7 * texts @ images.T).tolist()
+    to_image = [-logits[m][o] + np.log(sum(np.exp(logits[m]))) for m, o in enumerate(owner)]
+    to_text = []
+    for m, o in enumerate(owner.tolist()):  # the image's other caption is no negative of this one
+        others = [np.exp(logits[n][o]) for n in range(5) if owner[n] != o or n == m]
+        to_text.append(-logits[m][o] + np.log(sum(others)))
+    expected = (np.mean(to_image) + np.mean(to_text)) / 2
+    assert float(contrastive_loss(images, texts, owner, torch.tensor(7.0))) == pytest.approx(expected, abs=1e-5)
+
+
+def test_batches_are_a_function_of_seed_and_number_and_never_show_a_held_out_pair(monkeypatch):
+    drawn: list[scenes.Scene] = []
+    render_many = scenes.render_many
+    monkeypatch.setattr(scenes, "render_many", lambda s, *rest: drawn.extend(s) or render_many(s, *rest))
+    config = tiny(families=10)
+    images, texts, owner = SceneBatches(config, 1, 4, 9)[2]
+    again = SceneBatches(config, 1, 6, 9)[0]  # number 6, from another start
+    assert np.array_equal(images, again[0]) and (texts, owner) == again[1:]
+    assert texts != SceneBatches(config, 1, 4, 9)[3][1]
+    assert texts != SceneBatches(tiny(families=10, seed=1), 1, 4, 9)[2][1]
+    assert len(images) == 10 * 5 + 3 and not any(s.held_out for s in drawn)
+    assert sorted(set(owner)) == list(range(len(images)))
+    assert owner.count(0) == 1  # the scene before any edit has no caption of change
+    assert len(owner) == len(images) + 10 * 3
+
+
+def test_a_caption_of_change_ends_in_the_words_of_an_edit():
+    images, texts, owner = SceneBatches(tiny(), 1)[0]
+    changes = [t for i, t in enumerate(texts) if owner.count(owner[i]) == 2 and (i > 0 and owner[i - 1] == owner[i])]
+    verbs = ("make", "change", "now", "move", "put", "add", "with", "there is also", "remove", "without", "take away", "instead")
+    assert len(changes) == 6 and all(any(v in t for v in verbs) for t in changes)
+
+
+def test_a_run_that_resumes_ends_with_the_same_weights(tmp_path):
+    whole = train_towers(tiny(steps=4), log=lambda s: None)[0].state_dict()
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(path, modules, optimizer, info):
+        save_run(path, modules, optimizer, info)
+        raise Stop
+
+    save_run, checkpoint = pretrain.save_run, tmp_path / "towers.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+        patch.setattr(pretrain, "save_run", stop_after_two)
+        with pytest.raises(Stop):
+            train_towers(tiny(steps=4), checkpoint, log=lambda s: None)
+    resumed = train_towers(tiny(steps=4), checkpoint, log=lambda s: None)[0].state_dict()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_what_is_exported_loads_with_open_clips_own_loader(tmp_path):
+    config = tiny()
+    vl, _ = train_towers(config, log=lambda s: None)
+    vl.matcher = train_matcher(vl, config, log=lambda s: None)
+    export(vl, config, tmp_path)
+    clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    text = "a large red circle at the top left, make the circle blue"
+    theirs = torch.nn.functional.normalize(clip.eval().encode_text(tokenizer([text])), dim=-1)
+    loaded = load_vl_model(str(tmp_path))
+    assert torch.allclose(loaded.encode_text([text]), theirs, atol=1e-5)
+    assert torch.allclose(loaded.encode_text([text]), vl.encode_text([text]), atol=5e-3)  # stored as float16
+    image = scenes.render(scenes.sample_scenes(1, 0)[0], size=32)
+    theirs = torch.nn.functional.normalize(clip.encode_image(preprocess(image)[None]), dim=-1)
+    assert torch.allclose(loaded.encode_images([image]), theirs, atol=1e-5)
+    assert json.loads((tmp_path / "matching_encoder.json").read_text())["patches"] == loaded.matcher.patch_position.shape[0]
+    unseen = open_clip.tokenize(["zebra"])[0, 1]
+    assert clip.token_embedding.weight[unseen].norm() == 0  # a word that training never met

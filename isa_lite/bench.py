@@ -6,12 +6,13 @@ Every figure that matters is a ratio, with both sides measured in one run on one
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
@@ -79,9 +80,14 @@ def cost(
     return table
 
 
-def parameters(module: nn.Module) -> float:
-    """Millions of parameters."""
-    return sum(p.numel() for p in module.parameters()) / 1e6
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GiB; not a number where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def main(argv: list[str] | None = None) -> None:

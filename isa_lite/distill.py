@@ -36,7 +36,7 @@ class DistillConfig:
     off; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
     """
 
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 128
     lr: float = 3e-3
     warmup: int = 50

@@ -152,6 +152,6 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
             _picture(axes, image, titles[i] if titles else f"token {i + 1}")
             extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
             axes.imshow(
-                maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.72, interpolation="bilinear", vmin=0, vmax=1
+                maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1
             )
         return figure

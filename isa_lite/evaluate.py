@@ -121,12 +121,14 @@ def bootstrap_interval(rank: np.ndarray, k: int, draws: int = 2000, seed: int = 
     return float(low), float(high)
 
 
+def _cell(rank: np.ndarray, k: int) -> str:
+    low, high = bootstrap_interval(rank, k)
+    return f"{recall(rank, k):.1f} [{low:.1f}, {high:.1f}]"
+
+
 def recall_table(methods: Mapping[str, np.ndarray], ks: tuple[int, ...] = KS) -> pd.DataFrame:
-    """Recall@K with its interval for every method, as text like `52.1 [49.0, 55.2]`."""
-    rows = {}
-    for name, rank in methods.items():
-        cells = [(recall(rank, k), *bootstrap_interval(rank, k)) for k in ks]
-        rows[name] = [f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in cells]
+    """Recall@K with its 95% interval for every method, as text like `52.1 [49.0, 55.2]`."""
+    rows = {name: [_cell(rank, k) for k in ks] for name, rank in methods.items()}
     return pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in ks])
 
 
@@ -138,31 +140,30 @@ def groups(bench: Benchmark) -> dict[str, np.ndarray]:
 
 
 def group_table(bench: Benchmark, methods: Mapping[str, np.ndarray], k: int = 1) -> pd.DataFrame:
-    """Recall@K in percent: a row a group of queries (with its size), a column a method."""
-    rows = {
-        f"{name} ({mask.sum()})": {m: recall(r[mask], k) for m, r in methods.items()}
-        for name, mask in groups(bench).items()
-        if mask.any()
-    }
-    return pd.DataFrame.from_dict(rows, "index").round(1)
+    """Recall@K in percent with its 95% interval: a row a group of queries (with its size), a column a method."""
+    chosen = {f"{name} ({mask.sum()})": mask for name, mask in groups(bench).items() if mask.any()}
+    return pd.DataFrame({m: {name: _cell(rank[mask], k) for name, mask in chosen.items()} for m, rank in methods.items()})
 
 
 def metrics(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, params: Mapping) -> dict:
     """What a run writes to metrics.json: recall of every method in percent, its interval, and by group."""
+
+    def recalls(mask: np.ndarray) -> dict:
+        return {m: {f"R@{k}": round(recall(r[mask], k), 2) for k in KS} for m, r in methods.items()}
+
+    def intervals(mask: np.ndarray) -> dict:
+        return {m: {f"R@{k}": [round(v, 2) for v in bootstrap_interval(r[mask], k)] for k in KS} for m, r in methods.items()}
+
+    found = {name: mask for name, mask in groups(bench).items() if mask.any()}
     return {
         "queries": len(bench),
         "gallery": len(bench.scenes),
         "data": "rendered scenes",
         "seed": seed,
         "params": dict(params),
-        "methods": {m: {f"R@{k}": round(recall(r, k), 2) for k in KS} for m, r in methods.items()},
-        "intervals": {m: {f"R@{k}": [round(v, 2) for v in bootstrap_interval(r, k)] for k in KS} for m, r in methods.items()},
-        "groups": {
-            name: {"queries": int(mask.sum())}
-            | {m: {f"R@{k}": round(recall(r[mask], k), 2) for k in KS} for m, r in methods.items()}
-            for name, mask in groups(bench).items()
-            if mask.any()
-        },
+        "methods": recalls(found["all"]),
+        "intervals": intervals(found["all"]),
+        "groups": {n: {"queries": int(m.sum()), "methods": recalls(m), "intervals": intervals(m)} for n, m in found.items()},
     }
 
 

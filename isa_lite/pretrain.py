@@ -231,8 +231,12 @@ def train_towers(
     vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
     modules = {"vl": vl, "table": _WordTable(vl, config.seed).to(config.device)}
     optimizer, start, before, began = _optimizer(modules, config), 0, 0.0, time.time()
+    settings = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("device", "num_workers")}
     if checkpoint and checkpoint.is_file():
         info = load_run(checkpoint, modules, optimizer)
+        changed = [k for k, v in settings.items() if info["config"].get(k) != v]
+        if changed:
+            raise ValueError(f"{checkpoint} belongs to a run with another {', '.join(changed)}; delete it or name another --run")
         start, before = info["step"], info["seconds"]
     bar, scale = (
         tqdm(range(start, config.steps), initial=start, total=config.steps, desc="towers", mininterval=10),
@@ -255,7 +259,8 @@ def train_towers(
             hit = (text @ image.T).argmax(1) == owner
             log(f"towers, step {step + 1}: loss {loss.item():.3f}, captions with their own image {100 * hit.float().mean():.0f}%")
         if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps):
-            save_run(checkpoint, modules, optimizer, {"step": step + 1, "seconds": before + time.time() - began})
+            info = {"step": step + 1, "seconds": before + time.time() - began, "config": settings}
+            save_run(checkpoint, modules, optimizer, info)
     modules["table"].store(vl)
     return vl.eval().requires_grad_(False), before + time.time() - began
 

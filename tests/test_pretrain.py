@@ -78,7 +78,7 @@ def test_a_run_that_resumes_ends_with_the_same_weights(tmp_path):
 def test_what_is_exported_loads_with_open_clips_own_loader(tmp_path):
     config = tiny()
     vl, _ = train_towers(config, log=lambda s: None)
-    vl.matcher = train_matcher(vl, config, log=lambda s: None)
+    vl.matcher, _ = train_matcher(vl, config, log=lambda s: None)
     export(vl, config, tmp_path)
     clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")

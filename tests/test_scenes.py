@@ -52,7 +52,8 @@ CHANGES = {
     "move": rf"(?:move |put )?the {OBJECT} (?:is now )?(?:to|at) the (?P<new>{one_of(CELL_OF)})",
     "add": rf"(?:add|with|there is also) a {OBJECT}(?: added)?",
     "remove": rf"(?:remove|without|take away) the {OBJECT}",
-    "background": rf"(?:change the background to|make the background|on a) (?P<new>{one_of(BACKGROUNDS)})(?: background instead)?",
+    "background": rf"(?:change the background to|make the background|on a) (?P<new>{one_of(BACKGROUNDS)})"
+    "(?: background instead)?",
     "style": rf"(?:change it to|now in|in) {STYLE}(?: instead)?",
 }
 

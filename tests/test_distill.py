@@ -1,0 +1,517 @@
+"""Distillation: it repeats, resumes, learns, sees images alone, and reads whatever images there are."""
+
+import ast
+import inspect
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+import isa_lite
+from isa_lite import checkpoint as checkpoint_module
+from isa_lite.distill import DistillConfig, ImageFolder, batch_indices, distill, images_key, learning_rate, targets
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.vl_model import VLModel, load_vl_model
+
+
+def fresh(vl: VLModel, seed: int = 0, **settings) -> QueryEncoder:
+    torch.manual_seed(seed)
+    small = {"backbone": "mobilenetv4_conv_small_050", "num_tokens": 3, "width": 32, "depth": 1}
+    return QueryEncoder.for_model(vl, **small | settings)
+
+
+def tiny(**settings) -> DistillConfig:
+    small = {"steps": 3, "batch_size": 4, "validation": 4, "validate_every": 2, "warmup": 2, "dtype": "float32"}
+    return DistillConfig(**small | settings)
+
+
+def trained(images, vl: VLModel, encoder: QueryEncoder | None = None, cache=None, checkpoint=None, every=100, **settings):
+    """The weights at the end, and the history."""
+    encoder = encoder or fresh(vl)
+    history = distill(images, vl, encoder, tiny(**settings), cache, checkpoint, every, progress=False)
+    return {k: v.clone() for k, v in encoder.state_dict().items()}, history
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def without_time(history) -> dict:
+    return {k: v for k, v in asdict(history).items() if k != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return render_many(sample_scenes(20, 0), range(20), 64)
+
+
+def told_apart(vl: VLModel, images: np.ndarray) -> VLModel:
+    """A random image tower says nearly the same of every image; without what is common to all there is much to learn."""
+    with torch.inference_mode():
+        common = vl.clip.encode_image(vl.pixels(images)).mean(0)
+        vl.clip.visual.attnpool.c_proj.bias -= common
+    return vl
+
+
+@pytest.fixture
+def vl(vl_folder, images) -> VLModel:
+    return told_apart(load_vl_model(str(vl_folder)), images)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Call it, and from then on the large image tower must not run."""
+
+    def switch():
+        for name in ("encode_pixels", "encode_pixels_and_patches"):
+            monkeypatch.setattr(VLModel, name, lambda *args: pytest.fail("the large tower ran"))
+
+    return switch
+
+
+# -------------------------------------------------------------------------------------------- repetition
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(vl, images):
+    weights, history = trained(images, vl)
+    again, history_again = trained(images, vl)
+    assert same(weights, again) and without_time(history) == without_time(history_again)
+    assert not same(weights, trained(images, vl, seed=1)[0])
+    assert not same(weights, fresh(vl).state_dict())
+    assert [step for step, _ in history.recall] == [2, 3] and len(history.gcd) == len(history.lar) == len(history.matched) == 3
+    assert all(0 <= value <= 100 for _, value in history.recall) and history.seconds > 0
+
+
+def test_workers_and_the_form_of_the_images_change_nothing(vl, images, tmp_path):
+    weights = trained(images, vl)[0]
+    assert same(weights, trained(images, vl, num_workers=1)[0])
+    pictures = [Image.fromarray(i) for i in images]
+    assert same(weights, trained(pictures, vl)[0])
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i:02}.png")
+    assert same(weights, trained(ImageFolder(tmp_path), vl, num_workers=1)[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_works_and_is_another_run(vl, images, dtype):
+    weights, history = trained(images, vl, dtype=dtype)
+    assert all(v.isfinite().all() for v in weights.values()) and np.isfinite(history.gcd).all()
+    assert all(v.dtype in (torch.float32, torch.int64) for v in weights.values())
+    assert not same(weights, trained(images, vl)[0])
+
+
+def test_the_vl_model_stays_as_it_is(vl, images):
+    before, key = {k: v.clone() for k, v in vl.state_dict().items()}, vl.fingerprint
+    encoder = fresh(vl)
+    trained(images, vl, encoder)
+    assert same(before, vl.state_dict()) and vl.fingerprint == key
+    assert not any(p.requires_grad or p.grad is not None for p in vl.parameters()) and not vl.training
+    assert not encoder.training and all(p.grad is not None for p in encoder.parameters())  # ready for use; all of it learned
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def child(vl_folder: str, folder: str, stop_at: str) -> None:
+    """In a process of its own: distill with checkpoints, slowly; die just before checkpoint number `stop_at` is in place."""
+    torch.set_num_threads(int(os.environ["THREADS"]))
+    vl, written, replace = load_vl_model(vl_folder), [], os.replace
+
+    def replace_or_die(part, path):
+        written.append(path)
+        if len(written) == int(stop_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(part, path)
+
+    checkpoint_module.os.replace = replace_or_die
+    encoder = fresh(vl, seed=9 if Path(folder, "run.safetensors").exists() else 0)  # on resuming, what is saved replaces it
+    pixels = encoder.pixels
+    encoder.pixels = lambda images: time.sleep(0.2) or pixels(images)
+    trained(
+        np.load(Path(folder) / "images.npy"), vl, encoder, Path(folder) / "cache", Path(folder) / "run.safetensors", 2, steps=12
+    )
+
+
+def test_a_run_that_is_killed_twice_ends_with_the_same_weights(vl_folder, images, tmp_path):
+    vl = load_vl_model(str(vl_folder))
+    whole, history = trained(images, vl, steps=12)
+    np.save(tmp_path / "images.npy", images)
+    run = tmp_path / "run.safetensors"
+    paths = [str(Path(isa_lite.__file__).parents[1]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "THREADS": str(torch.get_num_threads())}
+
+    def start(stop_at: int) -> subprocess.Popen:
+        call = f"import test_distill; test_distill.child({str(vl_folder)!r}, {str(tmp_path)!r}, {stop_at})"
+        return subprocess.Popen([sys.executable, "-c", call], env=environment, cwd=tmp_path)
+
+    process = start(100)  # killed from outside, at any moment after the first checkpoint
+    deadline = time.monotonic() + 120
+    while not run.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.8))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and run.exists()
+    first = checkpoint_module.read_tensors(run)[1]["step"]
+    assert first in range(2, 12, 2)
+    if first < 10:
+        process = start(2)  # killed at the worst moment: the next checkpoint but one is written and not yet in place
+        assert process.wait(timeout=120) == -signal.SIGKILL
+        assert checkpoint_module.read_tensors(run)[1]["step"] == first + 2
+    resumed, history_resumed = trained(images, vl, fresh(vl, seed=5), tmp_path / "cache", run, 2, steps=12)
+    assert same(whole, resumed)
+    assert (history_resumed.gcd, history_resumed.lar, history_resumed.matched) == (history.gcd, history.lar, history.matched)
+
+
+def test_a_finished_run_is_only_read(vl, images, tmp_path, no_model):
+    weights, history = trained(images, vl, None, tmp_path, tmp_path / "run")
+    no_model()
+    again, history_again = trained(images, vl, fresh(vl, seed=3), tmp_path, tmp_path / "run")
+    assert same(weights, again) and without_time(history_again) == without_time(history)
+    assert history_again.seconds >= history.seconds * 0.9
+
+
+@pytest.mark.parametrize("what", ["config", "images", "vl_model", "encoder"])
+def test_a_checkpoint_of_another_run_is_refused_and_not_taken_over(vl, vl_folder, images, tmp_path, what):
+    trained(images, vl, checkpoint=tmp_path / "run")
+    written = (tmp_path / "run").read_bytes()
+    settings = {"seed": 1} if what == "config" else {}
+    others = images[::-1].copy() if what == "images" else images
+    other = told_apart(load_vl_model(str(vl_folder)), images)
+    if what == "vl_model":
+        other.clip.text_projection[0, 0] += 1
+    # the encoder of another length does not even fit the weights
+    encoder = fresh(other, seed=2, num_tokens=4 if what == "encoder" else 3)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(ValueError, match=f"run belongs to another run .different .*{what}"):
+        trained(others, other, encoder, checkpoint=tmp_path / "run", **settings)
+    assert (tmp_path / "run").read_bytes() == written
+    assert same(before, encoder.state_dict())
+
+
+# ------------------------------------------------------------------------------------- what it learns from
+
+
+def test_images_are_all_that_comes_in():
+    """No argument for captions or triplets, and no module within reach that makes or reads any."""
+    assert list(inspect.signature(distill).parameters) == [
+        *("images", "vl", "encoder", "config", "cache", "checkpoint", "checkpoint_every", "progress")
+    ]
+    folder, seen, todo = Path(isa_lite.__file__).parent, set(), ["distill"]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), "the search below takes imports for absolute ones"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                parts = [f"{getattr(node, 'module', '')}.{a.name}".strip(".").split(".") for a in node.names]
+                todo += [m[1] for m in parts if m[0] == "isa_lite" and len(m) > 1 and (folder / f"{m[1]}.py").is_file()]
+    assert {"distill", "losses", "query_encoder", "token_learner", "vl_model", "checkpoint"} <= seen
+    assert not seen & {"scenes", "evaluate", "pretrain"}
+
+
+def test_training_lowers_the_loss_below_chance(vl, images):
+    gcd = trained(images, vl, steps=12, batch_size=8, validation=12)[1].gcd  # the same eight images at every step
+    assert gcd[-1] < gcd[0] and gcd[-1] < np.log(8) - 0.2
+
+
+def test_lar_counts_with_and_without_a_matching_encoder(vl, images):
+    runs = {}
+    for matcher in (vl.matcher, None):
+        vl.matcher = matcher
+        for weight in (0, 0.1, 1.0):
+            runs[matcher is None, weight], history = trained(images, vl, lar_weight=weight)
+            assert len(history.lar) == (3 if weight else 0) and np.isfinite(history.lar).all()
+            if weight:
+                assert np.isnan(history.matched).all() if matcher is None else all(0 <= m <= 1 for m in history.matched)
+    assert same(runs.pop((True, 0)), runs[False, 0])  # without LAR nobody asks for the matching encoder
+    states = list(runs.values())
+    assert not any(same(a, b) for i, a in enumerate(states) for b in states[:i])
+
+
+def test_images_held_back_are_not_trained_on(vl, images, monkeypatch):
+    encoder = fresh(vl)
+    seen, pixels = [], encoder.pixels
+
+    def watch(batch):
+        if encoder.training:
+            seen.extend(b.tobytes() for b in batch)
+        return pixels(batch)
+
+    encoder.pixels = watch
+    trained(images, vl, encoder, steps=8)
+    assert len(set(seen)) == 16 and len(seen) == 8 * 4  # all but the four, and each of them twice
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (16, 8), (7, 7), (5, 100), (9, 2)])
+def test_batches_are_a_new_permutation_every_epoch_and_a_function_of_seed_and_step(count, batch_size):
+    per_epoch = max(1, count // batch_size)
+    epochs = []
+    for epoch in range(4):
+        batches = [batch_indices(count, batch_size, epoch * per_epoch + i, seed=7) for i in range(per_epoch)]
+        epochs.append(np.concatenate(batches).tolist())
+        assert all(len(b) == min(batch_size, count) for b in batches)
+        assert len(set(epochs[-1])) == len(epochs[-1]) and set(epochs[-1]) <= set(range(count))
+    assert len({tuple(e) for e in epochs}) == 4
+    last = 4 * per_epoch - 1
+    assert np.array_equal(batch_indices(count, batch_size, last, 7), batches[-1])  # whatever was asked before
+    assert not np.array_equal(batch_indices(count, batch_size, last, 8), batches[-1])
+
+
+def test_learning_rate_warms_up_and_ends_at_a_hundredth():
+    config = tiny(steps=1000, warmup=100, lr=2e-3)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-3 / 100) and rates[9] == pytest.approx(2e-3 / 10, rel=1e-3)
+    assert rates[:99] == sorted(rates[:99]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert max(rates) == pytest.approx(2e-3, rel=0.03) and max(rates) <= 2e-3
+    assert rates[500] == pytest.approx(2e-3 * 0.505) and rates[-1] == pytest.approx(2e-5, rel=0.01)
+    assert learning_rate(0, tiny(warmup=0, lr=1.0)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *((f, v) for f in ("steps", "validate_every", "batch_size", "validation") for v in (0, -3, 1.5, "3", None)),
+        *(("batch_size", 1), ("validation", 1), ("warmup", -1), ("num_workers", -1), ("seed", -1), ("seed", 0.5), ("seed", None)),
+        *(("lr", 0), ("lr", -1e-3), ("lr", "fast"), ("lr", None), ("lr", True), ("temperature", 0), ("temperature", -0.1)),
+        *(("lar_weight", -0.1), ("lar_weight", None), ("weight_decay", -1), ("weight_decay", "0")),
+        *(("dtype", "int8"), ("dtype", "float64"), ("dtype", None)),
+        *(("lr", math.nan), ("lr", math.inf), ("temperature", math.nan), ("lar_weight", math.nan), ("steps", True)),
+        *(("template", "a photo of {sentence}"), ("template", "")),
+    ],
+)
+def test_settings_that_cannot_work_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"\b{field}\b"):
+        DistillConfig(**{field: value})
+
+
+def test_too_few_images(vl, images):
+    with pytest.raises(ValueError, match="20 images are too few to hold back 19 for validation"):
+        trained(images, vl, validation=19)
+    trained(images[:6], vl, validation=4, steps=1)  # two to train on are enough, in a batch that is smaller than asked for
+
+
+# -------------------------------------------------------------------------------------------------- targets
+
+
+def test_targets_are_what_the_large_tower_says(vl, images, tmp_path):
+    many = np.concatenate([images] * 7)  # 140: more than one batch
+    with torch.no_grad():
+        expected, patches = vl.encode_pixels_and_patches(vl.pixels(many))
+    assert (expected[:20] @ expected[:20].T).min() < 0.5  # the order matters
+    for cache in (None, tmp_path):
+        for workers in (0, 1):
+            known = targets(many, vl, True, cache, workers)
+            assert np.allclose(known.embeddings, vl.encode_images(many), atol=1e-5)
+            assert np.allclose(known.embeddings, expected, atol=1e-5)
+            assert np.allclose(known.patches, patches, atol=1e-2) and known.patches.dtype == np.float16
+    assert targets(images, vl, False).patches is None
+    assert np.allclose(targets(images, vl, False).embeddings, vl.encode_images(images), atol=1e-5)
+
+
+def test_targets_are_computed_once(vl, images, tmp_path, no_model):
+    first = targets(images, vl, True, tmp_path)
+    no_model()
+    for patches in (True, False):
+        again = targets(images.copy(), vl, patches, tmp_path)
+        assert np.array_equal(again.embeddings, first.embeddings)
+        assert np.array_equal(again.patches, first.patches) if patches else again.patches is None
+
+
+def test_targets_with_patches_are_not_taken_from_a_cache_without(vl, images, tmp_path):
+    targets(images, vl, False, tmp_path)
+    known = targets(images, vl, True, tmp_path)
+    assert np.array_equal(known.patches, targets(images, vl, True).patches)
+
+
+def test_any_change_is_a_new_entry(vl, images, tmp_path):
+    def entries() -> int:
+        targets(images, vl, False, tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert entries() == 1 and entries() == 1
+    images = images.copy()
+    images[3, 5, 7, 1] ^= 1
+    assert entries() == 2
+    vl.clip.visual.conv1.weight[0, 0, 0, 0] += 1e-3
+    assert entries() == 3
+    vl.preprocess.transforms[-1].mean = [0.5, 0.5, 0.4]
+    assert entries() == 4
+    known = targets(images, vl, False, tmp_path)
+    assert np.array_equal(known.embeddings, targets(images, vl, False).embeddings)
+
+
+def test_a_digest_of_images_is_of_what_they_look_like(tmp_path):
+    one = Image.new("P", (4, 4))
+    one.putpalette([255, 0, 0])
+    other = one.copy()
+    other.putpalette([0, 0, 255])
+    keys = {images_key([one]), images_key([other]), images_key([one, other]), images_key([other, one])}
+    assert len(keys) == 4
+    array = np.zeros((2, 4, 6, 3), np.uint8)
+    assert images_key(array) != images_key(array.reshape(2, 6, 4, 3)) != images_key(array[:1])
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_half_computed_targets_are_not_taken_for_whole(vl, images, tmp_path, patches):
+    many = np.concatenate([images] * 7)
+    expected = targets(many, vl, patches)
+    name, calls = ("encode_pixels_and_patches" if patches else "encode_pixels"), []
+
+    def fail_the_second_time(self, pixels):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, pixels)
+
+    encode = getattr(VLModel, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLModel, name, fail_the_second_time)
+        with pytest.raises(KeyboardInterrupt):
+            targets(many, vl, patches, tmp_path)
+    for _ in range(2):
+        known = targets(many, vl, patches, tmp_path)
+        assert np.array_equal(known.embeddings, expected.embeddings)
+        assert not patches or np.array_equal(known.patches, expected.patches)
+    if patches:  # stopped between the two arrays
+        next(tmp_path.rglob("patches.npy")).unlink()
+        assert np.array_equal(targets(many, vl, patches, tmp_path).patches, expected.patches)
+
+
+# ------------------------------------------------------------------------------------------- image folders
+
+
+def zoo(folder: Path) -> dict[str, tuple[np.ndarray, int]]:
+    """Images of every kind, and what should be seen of each: H x W x 3 and by how much it may differ."""
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (9, 13, 3), np.uint8)
+    grey, alpha = (rng.integers(0, 256, (9, 13), np.uint8) for _ in range(2))
+    rgb[0, 0], alpha[0, :3] = (12, 34, 56), (0, 255, 128)
+    picture, expected = Image.fromarray(rgb), {}
+
+    def add(name: str, image: Image.Image, seen, off: int = 0, **options) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+        expected[name] = np.asarray(seen), off
+
+    def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        share = alpha[..., None] / 255
+        return np.round(color * share + 255 * (1 - share))
+
+    three = np.repeat(grey[..., None], 3, 2)  # grey as RGB
+    add("rgb.png", picture, rgb)
+    add("sub/UPPER.PNG", picture, rgb)
+    add("rgb.bmp", picture, rgb)
+    add("rgb.tiff", picture, rgb)
+    add("rgb.jpg", picture.resize((64, 64)), picture.resize((64, 64)), 90)
+    add("rgba.png", Image.fromarray(np.dstack([rgb, alpha])), on_white(rgb, alpha), 1)
+    add(
+        "rgb with a transparent colour.png",
+        picture,
+        np.where((rgb == rgb[0, 0]).all(2, keepdims=True), 255, rgb),
+        transparency=(12, 34, 56),
+    )
+    palette = picture.quantize(16)
+    add("p.png", palette, palette.convert("RGB"))
+    hole = np.asarray(palette) == 3
+    add("p with a transparent colour.png", palette, np.where(hole[..., None], 255, palette.convert("RGB")), transparency=3)
+    add("p.gif", palette, palette.convert("RGB"))
+    add("l.png", Image.fromarray(grey), three)
+    add("la.png", Image.fromarray(np.dstack([grey, alpha]), "LA"), on_white(three, alpha), 1)
+    add("1.png", Image.fromarray(grey > 127), np.where(three > 127, 255, 0))
+    cmyk = picture.convert("CMYK")
+    add("cmyk.tiff", cmyk, cmyk.convert("RGB"))
+    add("16 bits.png", Image.fromarray(grey.astype(np.uint16) * 257), three)
+    add("32 bits.tiff", Image.fromarray(grey.astype(np.int32) * 257), three)
+    add("float.tiff", Image.fromarray(grey.astype(np.float32)), three)
+    add("animated.gif", palette, palette.convert("RGB"), save_all=True, append_images=[palette.rotate(180)] * 3)
+    add("tiny.png", Image.new("RGB", (1, 1), "red"), [[[255, 0, 0]]])
+    add("long.png", Image.new("RGB", (200, 1), "red"), np.full((1, 200, 3), (255, 0, 0)))
+    for orientation, upright in {3: rgb[::-1, ::-1], 6: np.rot90(rgb, -1), 8: np.rot90(rgb), 2: rgb[:, ::-1]}.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        add(f"turned {orientation}.png", picture, upright, exif=exif)
+    if features.check("webp"):
+        add("rgb.webp", picture, rgb, lossless=True)
+        add("rgba.webp", Image.fromarray(np.dstack([rgb, alpha])), on_white(rgb, alpha), 1, lossless=True, exact=True)
+    return expected
+
+
+def test_images_of_every_kind(tmp_path):
+    expected = zoo(tmp_path)
+    for name in ("notes.txt", "captions.json", ".DS_Store", "LICENSE", "archive.tar.gz", "weights.safetensors"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = ImageFolder(tmp_path)
+    assert {str(p.relative_to(tmp_path)) for p in folder.files} == set(expected) and folder.broken == {}
+    assert len(folder) == len(expected)
+    for i, path in enumerate(folder.files):
+        seen, off = expected[str(path.relative_to(tmp_path))]
+        assert folder[i].mode == "RGB"
+        assert np.abs(np.asarray(folder[i], int) - seen.astype(int)).max() <= off, path.name
+
+
+def test_distillation_takes_images_of_every_kind(vl, tmp_path):
+    zoo(tmp_path / "images")
+    weights, history = trained(ImageFolder(tmp_path / "images"), vl, cache=tmp_path / "cache")
+    assert all(v.isfinite().all() for v in weights.values()) and np.isfinite(history.gcd).all()
+
+
+def test_files_that_cannot_be_read_are_left_out_and_counted(tmp_path, images):
+    for i in range(3):
+        Image.fromarray(images[i]).save(tmp_path / f"{i}.png")
+    Image.fromarray(images[3]).save(tmp_path / "cut.jpg")
+    for name, data in {
+        "cut.png": (tmp_path / "0.png").read_bytes()[:-200],
+        "cut.jpg": (tmp_path / "cut.jpg").read_bytes()[:400],
+        "text.jpg": b"no image at all",
+        "empty.png": b"",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.warns(UserWarning, match="skipped 4 of 7 files"):
+        folder = ImageFolder(tmp_path)
+    assert [p.name for p in folder.files] == ["0.png", "1.png", "2.png"]
+    assert sorted(p.name for p in folder.broken) == ["cut.jpg", "cut.png", "empty.png", "text.jpg"] and all(
+        folder.broken.values()
+    )
+    assert np.array_equal(np.asarray(folder[1]), images[1])
+
+
+def test_folders_without_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        ImageFolder(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="holds no image that can be read$"):
+        ImageFolder(tmp_path)
+    (tmp_path / "a.png").write_text("no image")
+    (tmp_path / "b.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"no image that can be read; all 2 files are broken, the first: .*a\.png"):
+        ImageFolder(tmp_path)
+
+
+def test_the_key_of_a_folder_is_of_its_images(tmp_path, images):
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    key = ImageFolder(tmp_path).key
+    assert images_key(ImageFolder(tmp_path)) == key
+    (tmp_path / "notes.txt").write_text("no image")
+    assert ImageFolder(tmp_path).key == key
+    Image.fromarray(images[1]).save(tmp_path / "b.png")
+    two = ImageFolder(tmp_path).key
+    Image.fromarray(images[2]).save(tmp_path / "b.png")
+    assert len({key, two, ImageFolder(tmp_path).key}) == 3

@@ -1,0 +1,286 @@
+"""The vision-language model: open_clip's own results, loading, and what is refused."""
+
+import json
+import re
+import socket
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4}
+TIMM = {"image_size": 64, "timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"}
+TEXT = {"context_length": 20, "width": 32, "heads": 2, "layers": 2}
+TEXTS = [
+    "a red circle",
+    "",
+    "make the large circle at the top left blue, and take away the star!",
+    "zebra " * 40,
+    "$ * {x} \n ü 🙂",
+]
+#: class and text settings: what ViT-B-32, OpenAI's models, SigLIP and less common towers look like, in small
+TOWERS = {
+    "plain": (open_clip.CLIP, {}),
+    "quick gelu": (open_clip.CLIP, {"quick_gelu": True}),
+    "custom": (open_clip.CustomTextCLIP, {}),
+    "custom, end by its id": (open_clip.CustomTextCLIP, {"pool_type": "eos", "eos_id": 49407}),
+    "plain, end by its id": (open_clip.CLIP, {"pool_type": "eos", "eos_id": 49407}),
+    "last, both ways, bias": (open_clip.CustomTextCLIP, {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}),
+    "plain, both ways": (open_clip.CLIP, {"no_causal_mask": True}),
+    "both ways, padding masked": (open_clip.CustomTextCLIP, {"no_causal_mask": True, "use_pad_mask": True}),
+    "no projection": (open_clip.CustomTextCLIP, {"proj_type": "none"}),
+}
+
+
+def build(kind=open_clip.CLIP, vision=VISION, quick_gelu=False, use_pad_mask=False, **text) -> VLModel:
+    """A random model of open_clip, with weights large enough for texts to differ, as `VLModel`."""
+    torch.manual_seed(0)
+    clip = kind(32, vision, TEXT | text, quick_gelu=quick_gelu)
+    tower = getattr(clip, "text", clip)
+    nn.init.normal_(tower.token_embedding.weight)
+    nn.init.normal_(tower.positional_embedding)
+    if use_pad_mask:
+        tower.use_pad_mask = True
+    clip.visual.image_mean, clip.visual.image_std = MEAN, STD
+    preprocess = open_clip.image_transform(vision["image_size"], is_train=False, mean=MEAN, std=STD)
+    return VLModel(clip, preprocess, open_clip.SimpleTokenizer(context_length=TEXT["context_length"]), name="built")
+
+
+def theirs(vl: VLModel, texts: list[str]) -> torch.Tensor:
+    with torch.no_grad():
+        return vl.clip.encode_text(vl.tokenizer(texts), normalize=True)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3))
+    return (noise * np.array([[1, 0.1, 0.1], [0.1, 1, 0.1], [0.1, 0.1, 1]])[:, None, None]).astype(np.uint8)  # of three colours
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"somebody wants the network: {args}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_texts_are_encoded_as_open_clip_does_it(tower):
+    kind, settings = TOWERS[tower]
+    vl = build(kind, **settings)
+    ours = vl.encode_text(TEXTS)
+    assert torch.allclose(ours, theirs(vl, TEXTS), atol=1e-5)
+    assert torch.allclose(ours.norm(dim=1), torch.ones(len(TEXTS)))
+    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.999  # the model tells texts apart, else this shows nothing
+    assert torch.allclose(vl.encode_text(TEXTS, batch_size=2), ours, atol=1e-6)
+
+
+def test_texts_are_encoded_as_open_clip_does_it_by_the_fixture(vl):
+    assert torch.allclose(vl.encode_text(TEXTS), theirs(vl, TEXTS), atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_what_is_cut_changes_nothing(tower):
+    kind, settings = TOWERS[tower]
+    vl = build(kind, **settings)
+    ids = vl.tokenize(TEXTS[:3])
+    short = vl.cut(ids)
+    with torch.no_grad():
+        whole, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
+    assert torch.allclose(whole, cut, atol=1e-6)
+    end = max(len(vl.tokenizer.encode(t)) for t in TEXTS[:3]) + 2  # with start and end
+    assert short.shape[1] == (end if tower in ("plain", "quick gelu", "custom", "no projection") else 20)
+    assert vl.cut(vl.tokenize(TEXTS)).shape[1] == 20  # a text that fills the tower
+
+
+def test_project_tokens_is_what_pool_applies(vl):
+    ids = vl.tokenize(TEXTS[:3])
+    with torch.no_grad():
+        tokens = vl.text_tokens(vl.word_vectors(ids), ids)
+        ends = vl.project_tokens(tokens)[torch.arange(3), ids.argmax(1)]
+        assert torch.allclose(ends, vl.pool(tokens, ids), atol=1e-6)
+
+
+def test_word_norm_leaves_out_words_that_were_never_seen(vl):
+    with torch.no_grad():
+        table = vl.clip.token_embedding.weight.zero_()
+        table[5:8, 0] = torch.tensor([1.0, -3.0, 7.0])
+    assert vl.word_norm == 3
+
+
+@pytest.mark.parametrize("what", ["a text tower that appends a class token", "a text tower of another make", "another tokenizer"])
+def test_refused_models(what):
+    vl = build(open_clip.CustomTextCLIP)
+    tokenizer = vl.tokenizer
+    if what.startswith("another"):
+        tokenizer, message = (lambda texts: None), "SimpleTokenizer.*has a function"
+    elif "class token" in what:  # CoCa
+        vl, message = None, "TextTransformer.*cannot be entered with word vectors"
+    else:
+        vl.clip.text, message = nn.Linear(2, 2), "Linear.*cannot be entered with word vectors"
+    with pytest.raises(ValueError, match=message):
+        if vl is None:
+            build(open_clip.CustomTextCLIP, embed_cls=True)
+        else:
+            VLModel(vl.clip, vl.preprocess, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def test_arrays_take_a_short_way_with_the_same_result(vl, images):
+    slow = torch.stack([vl.preprocess(Image.fromarray(i)) for i in images])
+    assert torch.allclose(vl.pixels(images), slow, atol=1e-6)
+    assert torch.allclose(vl.pixels([Image.fromarray(i) for i in images]), slow, atol=1e-6)
+    other = build()  # mean and std that differ by channel, arrays of its own size and of another
+    for size in (32, 64):
+        slow = torch.stack([other.preprocess(Image.fromarray(i[:size, :size])) for i in images])
+        assert torch.allclose(other.pixels(images[:, :size, :size]), slow, atol=1e-6), size
+
+
+@pytest.mark.parametrize("vision", [VISION, RESNET, TIMM], ids=["vit", "resnet", "timm"])
+def test_images_are_encoded_as_open_clip_does_it_with_and_without_patches(vision, images):
+    vl = build(open_clip.CustomTextCLIP if vision is TIMM else open_clip.CLIP, vision)
+    pictures = [Image.fromarray(i) for i in images]
+    with torch.no_grad():
+        if vision is RESNET:  # a random one says nearly the same of every image
+            vl.clip.visual.attnpool.c_proj.bias -= vl.clip.encode_image(vl.pixels(images)).mean(0)
+        theirs = vl.clip.encode_image(torch.stack([vl.preprocess(p) for p in pictures]), normalize=True)
+        embedding, patches = vl.encode_pixels_and_patches(vl.pixels(images))
+    assert (theirs @ theirs.T).fill_diagonal_(0).max() < 0.9999  # the model tells the images apart
+    off = 1e-4 if vision is RESNET else 1e-5  # what is left of it is small, and its rounding with it
+    for ours in (vl.encode_images(images), vl.encode_images(pictures, batch_size=2), embedding):
+        assert torch.allclose(ours, theirs, atol=off)
+    assert patches.shape[:2] == (3, (32 // 8) ** 2 if vision is VISION else (64 // 32) ** 2)
+    if vision is TIMM:
+        with pytest.raises(ValueError, match="TimmModel does not project patches; set lar_weight to 0"):
+            vl.project_patches(patches)
+    else:
+        projected = vl.project_patches(patches)
+        assert projected.shape == (*patches.shape[:2], 32)
+        assert torch.allclose(projected.norm(dim=2), torch.ones(patches.shape[:2]))
+
+
+def test_patches_of_a_vit_are_its_last_layer_in_order_and_projected_as_its_class_token(images):
+    vl = build()
+    pixels = vl.pixels(images[:, :32, :32])
+    seen = []
+    vl.clip.visual.transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        embedding = F.normalize(vl.clip.encode_image(pixels), dim=-1)
+        patches = vl.encode_pixels_and_patches(pixels)[1]
+        assert torch.allclose(patches, seen[0][:, 1:], atol=1e-5)
+        assert torch.allclose(vl.project_patches(seen[0][:, :1])[:, 0], embedding, atol=1e-5)
+
+
+def test_patches_of_a_resnet_are_projected_as_if_they_had_all_the_attention():
+    vl = build(vision=RESNET)
+    pool = vl.clip.visual.attnpool
+    nn.init.zeros_(pool.positional_embedding)
+    patch = torch.randn(5, pool.v_proj.in_features)  # the same at every place: where the attention goes is all one
+    with torch.no_grad():
+        everywhere = pool(patch[:, :, None, None].expand(-1, -1, 2, 2))
+        assert torch.allclose(vl.project_patches(patch[:, None])[:, 0], F.normalize(everywhere, dim=-1), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+
+def test_a_folder_loads_frozen_complete_and_without_a_network(vl_folder, images, no_network):
+    for name in (str(vl_folder), f"local-dir:{vl_folder}"):
+        vl = load_vl_model(name)
+        assert not vl.training and not any(m.training for m in vl.modules())
+        assert not any(p.requires_grad for p in vl.parameters())
+        assert vl.image_size == 64 and vl.context_length == 77 and vl.word_width == 32
+        with torch.no_grad():
+            patches = vl.encode_pixels_and_patches(vl.pixels(images))[1]
+            logits = vl.matcher(torch.randn(3, 7, 32), torch.ones(3, 7, dtype=bool), patches)
+        assert logits.shape == (3, 2)
+
+
+def test_a_folder_without_a_matching_encoder_loads(vl_folder, tmp_path):
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (tmp_path / name).write_bytes((vl_folder / name).read_bytes())
+    assert load_vl_model(str(tmp_path)).matcher is None
+
+
+@pytest.mark.skipif(not (DATA / SCENES_CLIP / "open_clip_model.safetensors").is_file(), reason="the shipped model is not there")
+def test_the_shipped_model_loads_without_a_network(no_network):
+    vl = load_vl_model()
+    assert torch.allclose(vl.encode_text(TEXTS), theirs(vl, TEXTS), atol=1e-5)
+    assert vl.matcher is not None and not any(p.requires_grad for p in vl.parameters())
+
+
+def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch, images, no_network):
+    model = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-ViT", model)
+    saved = build()
+    torch.save(saved.clip.state_dict(), tmp_path / "weights.pt")
+    vl = load_vl_model("tiny-ViT", pretrained=str(tmp_path / "weights.pt"))
+    assert torch.allclose(vl.encode_text(TEXTS), saved.encode_text(TEXTS), atol=1e-6)
+    assert vl.matcher is None and vl.context_length == 20 and "tiny-ViT" in vl.name
+    assert torch.allclose(vl.pixels(images), torch.stack([vl.preprocess(Image.fromarray(i)) for i in images]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, pretrained, message",
+    [
+        ("ViT-B-23", "openai", "unknown VL model 'ViT-B-23'; did you mean .*ViT-B-32"),
+        ("scene-clip", None, "did you mean .*scenes-clip"),
+        ("%%%%%%", None, "unknown VL model '%%%%%%'$"),
+        ("ViT-B-32", None, "needs weights.*laion2b_s34b_b79k"),
+        ("ViT-B-32", "laion2b_s34b_b97k", "tag of weights for ViT-B-32.*did you mean.*laion2b_s34b_b79k"),
+        ("ViT-B-32", "no/such/file.pt", "tag of weights for ViT-B-32"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_with_what_is_near(name, pretrained, message, no_network):
+    with pytest.raises(ValueError, match=message):
+        load_vl_model(name, pretrained)
+
+
+def test_a_folder_that_holds_no_model(tmp_path, no_network):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is a folder without open_clip_config.json"):
+        load_vl_model(str(tmp_path))
+
+
+def test_a_folder_that_holds_settings_but_no_weights(tmp_path, vl_folder, no_network):
+    (tmp_path / "open_clip_config.json").write_bytes((vl_folder / "open_clip_config.json").read_bytes())
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_vl_model(str(tmp_path))
+
+
+def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
+    vl = load_vl_model(str(vl_folder))
+    first = vl.fingerprint
+    assert first == load_vl_model(str(vl_folder)).fingerprint
+    seen = {first}
+    for weight in (vl.clip.visual.conv1.weight, vl.clip.text_projection, vl.clip.logit_scale, vl.matcher.head[1].bias):
+        with torch.no_grad():
+            weight.view(-1)[0] += 1
+        seen.add(vl.fingerprint)
+        with torch.no_grad():
+            weight.view(-1)[0] -= 1
+    vl.clip.visual.bn1.running_mean[0] += 1  # a buffer counts as well
+    seen.add(vl.fingerprint)
+    for path in vl_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((tmp_path / "open_clip_config.json").read_text())
+    settings["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.4]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    seen.add(load_vl_model(str(tmp_path)).fingerprint)
+    assert len(seen) == 7

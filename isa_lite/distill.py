@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import load_run, save_run
+from isa_lite.checkpoint import load_run, read_tensors, save_run
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, prompt_ids, splice
 from isa_lite.vl_model import VLModel, plain_attention
@@ -61,12 +62,19 @@ class DistillConfig:
             "num_workers": 0,
             "seed": 0,
         }.items():
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
         for name, positive in {"lr": True, "temperature": True, "lar_weight": False, "weight_decay": False}.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (positive and value == 0):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 <= value < float("inf")
+                or (positive and value == 0)
+            ):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
+        if sorted(re.findall(r"\{(\w*)\}", self.template)) != ["modifier", "sentence"]:
+            raise ValueError(f"template must hold {{sentence}} and {{modifier}} once each, not {self.template!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
 
@@ -88,7 +96,8 @@ class ImageFolder(Sequence):
         if not self.folder.is_dir():
             raise FileNotFoundError(f"there is no folder {self.folder}; images= names a folder of images")
         Image.init()
-        found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in Image.registered_extensions())
+        readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+        found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
         self.files: list[Path] = []
         self.broken: dict[Path, str] = {}
         digest = hashlib.sha256()
@@ -126,7 +135,9 @@ def _decode(data: bytes) -> Image.Image:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
             values = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).astype(np.uint8))
+            top = values.max()
+            values = values / 257 if top > 255 else values * 255 if image.mode == "F" and top <= 1 else values
+            image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
@@ -141,7 +152,7 @@ def images_key(images: Images) -> str:
         return images.key
     digest = hashlib.sha256()
     for image in [images] if isinstance(images, np.ndarray) else images:
-        array = np.ascontiguousarray(image)
+        array = np.ascontiguousarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         digest.update(repr(array.shape).encode() + array.tobytes())
     return digest.hexdigest()
 
@@ -308,13 +319,15 @@ def distill(
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.is_file():
-        info = load_run(checkpoint, {"encoder": encoder}, optimizer)
+        info = read_tensors(checkpoint)[1]
         if info["identity"] != _plain(identity):
             changed = [k for k in identity if info["identity"].get(k) != _plain(identity)[k]]
             raise ValueError(
                 f"{checkpoint} belongs to another run (different {', '.join(changed)}); delete it or choose another file"
             )
+        load_run(checkpoint, {"encoder": encoder}, optimizer)
         start, history = info["step"], History(**info["history"])
+        history.recall = [tuple(point) for point in history.recall]
     began -= history.seconds
 
     def save(step: int) -> None:

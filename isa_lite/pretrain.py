@@ -274,7 +274,7 @@ def train_towers(
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
         images, texts, owner = batch
         owner = torch.as_tensor(owner, device=config.device)
-        pixels = vl.pixels(np.asarray(images)).contiguous(memory_format=torch.channels_last)
+        pixels = vl.pixels(np.asarray(images)).to(config.device, memory_format=torch.channels_last)
         with torch.no_grad():
             scale.clamp_(0, float(np.log(100)))
         with plain_attention(config.device), _mixed(config):

@@ -67,6 +67,10 @@ def _backbone(name: str, pretrained: bool, stride: int) -> nn.Module:
     return timm.create_model(name, pretrained=pretrained, features_only=True, feature_cls="getter", out_indices=(index,))
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
 class QueryEncoder(nn.Module):
     """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it."""
 
@@ -88,6 +92,7 @@ class QueryEncoder(nn.Module):
             [
                 T.Resize(config.image_size, T.InterpolationMode.BICUBIC),
                 T.CenterCrop(config.image_size),
+                T.Lambda(_rgb),
                 T.ToTensor(),
                 T.Normalize(config.mean, config.std),
             ]
@@ -101,15 +106,15 @@ class QueryEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Sentence:
         """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
-        return self.mapping(self.backbone(pixels)[0])
+        return self.mapping(self.backbone(pixels.to(next(self.parameters()).device))[0])
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
-        """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W as the backbone wants them."""
-        size, device = self.config.image_size, next(self.parameters()).device
+        """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
+        size = self.config.image_size
         if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
             mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-            return ((torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std).to(device)
-        return torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images]).to(device)
+            return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
 
     @torch.inference_mode()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Sentence:
@@ -154,10 +159,18 @@ class QueryEncoder(nn.Module):
 def _ids(vl: VLModel, text: str) -> list[int]:
     """Token ids of a piece of text, without start and end."""
     tokenizer = vl.tokenizer
-    ids = tokenizer.encode(tokenizer.clean_fn(text))
+    while (clean := tokenizer.clean_fn(text)) != text:  # cleaning turns "&lt;" into "<", and "&amp;lt;" on the second go
+        text = clean
+    ids = tokenizer.encode(text)
     if any(i in (tokenizer.sot_token_id, tokenizer.eot_token_id) for i in ids):  # somebody typed "<end_of_text>"
-        ids = tokenizer.encode(tokenizer.clean_fn(text.replace("<", "< ")))
+        ids = tokenizer.encode(text.replace("<", "< "))
     return ids
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError for a template without its two fields."""
+    if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
+        raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
 
 
 def prompt_ids(
@@ -169,8 +182,7 @@ def prompt_ids(
     With an empty modifier the template ends behind the sentence. Raises ValueError for a template without its
     two fields, and for a modifier that does not fit, unless `truncate` allows cutting its end.
     """
-    if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
-        raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
+    check_template(template)
     tokenizer = vl.tokenizer
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     rows, marks = [], []

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.transformer import text_global_pool
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -96,7 +96,6 @@ class VLModel(nn.Module):
         self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
         self.pool_type = getattr(text, "text_pool_type", None) or text.pool_type
         self.eos_id = getattr(text, "text_eos_id", None) if text is clip else text.eos_id
-        self.sliced_positions = isinstance(text, TextTransformer)
         self.word_width: int = text.token_embedding.weight.shape[1]
         self.context_length: int = text.positional_embedding.shape[0]
         size = clip.visual.image_size
@@ -175,7 +174,7 @@ class VLModel(nn.Module):
     # ------------------------------------------------------------------------------------------ images
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
-        """Images -> B x 3 x H x W, normalised as the model wants them, on its device.
+        """Images -> B x 3 x H x W on the CPU, normalised as the model wants them.
 
         uint8 arrays of B x H x W x 3 at the model's own size take a short way round PIL, with the same result.
         """
@@ -185,15 +184,15 @@ class VLModel(nn.Module):
             x = (x - mean[:, None, None]) / std[:, None, None]
         else:
             x = torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
-        return x.to(self.device)
+        return x
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> L2-normalised image embeddings B x E."""
-        return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
+        return F.normalize(self.clip.encode_image(pixels.to(self.device)).float(), dim=-1)
 
     def encode_pixels_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens B x N x width."""
-        visual = self.clip.visual
+        visual, pixels = self.clip.visual, pixels.to(self.device)
         try:  # vision transformers give B x N x C, convolutional towers only B x C x H x W
             out = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")
         except (AssertionError, NotImplementedError):
@@ -253,7 +252,10 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
         if not (folder / "open_clip_config.json").is_file():
             raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
         source = f"local-dir:{folder}"
-        clip, preprocess = open_clip.create_model_from_pretrained(source, device=device)
+        try:
+            clip, preprocess = open_clip.create_model_from_pretrained(source, device=device)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds no weights that fit its open_clip_config.json: {error}") from error
         tokenizer = open_clip.get_tokenizer(source)
         matcher, config = None, folder / "matching_encoder.json"
         if config.is_file():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from isa_lite.checkpoint import load_run, read_tensors, save_run
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, prompt_ids, splice
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, prompt_ids, splice
 from isa_lite.vl_model import VLModel, plain_attention
 
 
@@ -66,15 +65,9 @@ class DistillConfig:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
         for name, positive in {"lr": True, "temperature": True, "lar_weight": False, "weight_decay": False}.items():
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not 0 <= value < float("inf")
-                or (positive and value == 0)
-            ):
+            if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
-        if sorted(re.findall(r"\{(\w*)\}", self.template)) != ["modifier", "sentence"]:
-            raise ValueError(f"template must hold {{sentence}} and {{modifier}} once each, not {self.template!r}")
+        check_template(self.template)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
 

@@ -1,0 +1,48 @@
+"""Exact search against sorting by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from isa_lite.gallery import Gallery
+
+
+@pytest.fixture
+def gallery() -> Gallery:
+    torch.manual_seed(0)
+    return Gallery(normalize(torch.randn(40, 6), dim=1), [f"image {i}" for i in range(40)])
+
+
+def test_search_is_sorting(gallery):
+    queries = normalize(torch.randn(9, 6), dim=1)
+    scores, found = gallery.search(queries, 7)
+    every = queries.double().numpy() @ gallery.embeddings.double().numpy().T
+    assert np.array_equal(found.numpy(), np.argsort(-every, axis=1)[:, :7])
+    assert np.allclose(scores.numpy(), -np.sort(-every, axis=1)[:, :7], atol=1e-6)
+    assert torch.equal(gallery.search(queries, 7, chunk=2)[1], found)
+
+
+def test_a_reference_is_never_found_and_minus_one_excludes_nothing(gallery):
+    queries = gallery.embeddings[:3]
+    _, found = gallery.search(queries, 40 - 1, torch.tensor([0, -1, 2]), chunk=2)
+    assert 0 not in found[0] and found[1, 0] == 1 and 2 not in found[2]
+    assert gallery.search(queries, 1)[1].flatten().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("k", [0, 41])
+def test_k_must_fit(gallery, k):
+    with pytest.raises(ValueError, match=f"between 1 and the gallery's size 40, not {k}"):
+        gallery.search(gallery.embeddings[:1], k)
+
+
+def test_a_gallery_on_disk_is_the_same(gallery, tmp_path):
+    gallery.save(tmp_path / "gallery.safetensors")
+    again = Gallery.load(tmp_path / "gallery.safetensors")
+    assert torch.equal(again.embeddings, gallery.embeddings) and list(again.ids) == list(gallery.ids)
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery.safetensors"]  # no temporary file is left
+
+
+def test_ids_and_embeddings_belong_together():
+    with pytest.raises(ValueError, match="3 embeddings but 2 ids"):
+        Gallery(torch.eye(3), ["a", "b"])

@@ -1,0 +1,63 @@
+"""What holds for every mapping network, and what only attention gives."""
+
+import pytest
+import torch
+
+from isa_lite.token_learner import MAPPINGS, AdaptiveTokenLearner
+
+
+def build(name: str, **settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=0.3, **settings).eval()
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_every_mapping_gives_a_sentence(name):
+    mapping = build(name)
+    tokens, maps = mapping(3 * torch.randn(6, 10, 4, 4))
+    count = 1 if name == "single vector" else 5
+    assert tokens.shape == (6, count, 16) and maps.shape == (6, count, 4, 4)
+    assert (maps >= 0).all() and torch.allclose(maps.sum((2, 3)), torch.ones(6, count), atol=1e-5)
+    assert torch.allclose(tokens.norm(dim=-1), torch.tensor(0.3), atol=1e-5)  # the stretch starts at one
+    torch.nn.init.normal_(mapping.to_word.stretch.weight, std=10)
+    norms = mapping(3 * torch.randn(6, 10, 4, 4)).tokens.norm(dim=-1)
+    assert norms.min() >= 0.15 - 1e-5 and norms.max() <= 0.6 + 1e-5 and norms.max() > norms.min() + 0.05
+
+
+def test_the_maps_are_the_weights_of_what_is_pooled():
+    learner = build("adaptive", depth=0)
+    features = torch.randn(2, 10, 4, 4)
+    tokens, maps = learner(features)
+    seen = learner.project(features) + learner.position  # B x width x 4 x 4
+    for b in range(2):
+        for token in range(5):
+            pooled = sum(maps[b, token, i, j] * seen[b, :, i, j] for i in range(4) for j in range(4))
+            word = learner.to_word(learner.norm(pooled + learner.identity[token]))
+            assert torch.allclose(word, tokens[b, token], atol=1e-5)
+
+
+@pytest.mark.parametrize("name, blind", [("adaptive", False), ("single vector", True), ("average pooling", True)])
+def test_only_attention_knows_where_things_are(name, blind):
+    mapping, features = build(name), torch.randn(2, 10, 4, 4)
+    same = torch.allclose(mapping(features).tokens, mapping(features.flip(2)).tokens, atol=1e-5)
+    assert same == blind
+
+
+def test_another_grid_interpolates_the_position_code():
+    learner = build("adaptive")
+    assert learner(torch.randn(1, 10, 7, 3)).maps.shape == (1, 5, 7, 3)
+    torch.nn.init.constant_(learner.position, 0.7)
+    flat = torch.randn(1, 10, 1, 1)  # one colour everywhere: how fine the grid is cannot matter
+    assert torch.allclose(learner(flat.expand(1, 10, 4, 4)).tokens, learner(flat.expand(1, 10, 9, 6)).tokens, atol=1e-5)
+
+
+def test_tokens_start_out_different():
+    def likeness(learner: AdaptiveTokenLearner) -> float:
+        tokens = torch.nn.functional.normalize(learner(torch.randn(4, 10, 4, 4)).tokens, dim=-1)
+        pairs = tokens @ tokens.transpose(1, 2)  # B x L x L
+        return float((pairs.sum((1, 2)) - 5).mean().detach() / 20)
+
+    learner = build("adaptive")
+    assert likeness(learner) < 0.6
+    torch.nn.init.zeros_(learner.identity)
+    assert likeness(learner) > 0.9  # what the identities are for

@@ -1,10 +1,12 @@
 """Ranks, recall and intervals against loops and hand-worked examples; what the benchmark promises."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.nn.functional import normalize
 
 from isa_lite import evaluate
@@ -31,34 +33,42 @@ def test_ranks_by_hand():
 
 def test_ranks_by_brute_force_with_ties_and_equal_labels():
     rng = np.random.default_rng(0)
-    gallery = torch.from_numpy(rng.integers(-1, 2, (80, 4)).astype(np.float32))
-    queries = torch.from_numpy(rng.integers(-1, 2, (50, 4)).astype(np.float32))
+    # Sixteen times +-1/4 has norm one, and all cosines are multiples of 1/8: ties are exact.
+    gallery, queries = (torch.from_numpy(rng.choice([-0.25, 0.25], (n, 16)).astype(np.float32)) for n in (80, 50))
     labels, reference, wanted = rng.integers(0, 12, 80), rng.integers(0, 80, 50), rng.integers(0, 12, 50)
+    reference[:10] = -1
     found = ranks(queries, gallery, reference, torch.from_numpy(wanted[:, None] == labels[None]))
     tied = 0
     for q in range(50):
         scores = {g: sum(float(a) * float(b) for a, b in zip(queries[q], gallery[g], strict=True)) for g in range(80)}
-        del scores[int(reference[q])]
+        scores.pop(int(reference[q]), None)
         best = max(s for g, s in scores.items() if labels[g] == wanted[q])
         others = [s for g, s in scores.items() if labels[g] != wanted[q]]
         tied += best in others
         assert found[q] == 1 + sum(s >= best for s in others)
-    assert tied > 10
+    assert tied > 10 and len(set(found)) > 10
 
 
 def test_a_query_without_a_hit_is_an_error():
     hits = torch.tensor([[True, False], [True, False]])
-    with pytest.raises(ValueError, match="query 1 has no hit"):
+    with pytest.raises(ValueError, match="query 1 has no hit"):  # but its own reference
         ranks(torch.eye(2), torch.eye(2), np.array([-1, 0]), hits)
+    with pytest.raises(ValueError, match="query 0 has no hit"):
+        ranks(torch.eye(2), torch.eye(2), np.array([-1, -1]), ~hits & torch.tensor([False, True])[:, None])
 
 
 def test_recall_and_its_interval_against_drawing_queries_again():
     rank = np.array([1] * 30 + [2] * 10 + [7] * 25 + [50] * 35)
     assert (recall(rank, 1), recall(rank, 5), recall(rank, 10)) == (30.0, 40.0, 65.0)
     rng = np.random.default_rng(1)
-    drawn = [100 * np.mean(rng.choice(rank, 100) <= 5) for _ in range(4000)]
-    assert bootstrap_interval(rank, 5) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1.01)
-    assert bootstrap_interval(rank, 5) == bootstrap_interval(rank, 5) and bootstrap_interval(rank, 100) == (100.0, 100.0)
+    for k in (1, 5, 10):
+        drawn = 100 * (rng.choice(rank, (10000, 100)) <= k).mean(1)
+        # Shares of 100 queries are whole percents, so a percentile may fall on the next one.
+        assert bootstrap_interval(rank, k, draws=10000) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1.01)
+        quarter = np.subtract(*bootstrap_interval(np.tile(rank, 16), k)) / np.subtract(*bootstrap_interval(rank, k))
+        assert quarter == pytest.approx(1 / 4, abs=0.03)  # sixteen times the queries
+    assert bootstrap_interval(rank, 5) == bootstrap_interval(rank, 5) != bootstrap_interval(rank, 5, seed=1)
+    assert bootstrap_interval(rank, 100) == (100.0, 100.0) and bootstrap_interval(rank + 1, 1) == (0.0, 0.0)
 
 
 def test_the_benchmark_is_what_it_says():
@@ -71,9 +81,33 @@ def test_the_benchmark_is_what_it_says():
         assert b.held_out[q] == any(
             (o.shape, o.color) in evaluate.scenes.HELD_OUT for s in (reference, target) for o in s.objects
         )
-    for i, j in zip(*np.triu_indices(300), strict=True):
-        assert (b.labels[i] == b.labels[j]) == (b.scenes[i] == b.scenes[j])
     assert 0 < b.held_out.sum() < 60
+    assert (b.labels[b.reference] != b.labels[b.target]).all()
+    for i in range(0, 300, 7):
+        assert np.array_equal(b.images[i], evaluate.scenes.render(b.scenes[i], int(b.jitter[i]), 16))
+
+
+def test_the_target_of_a_query_shows_the_changes_that_its_kinds_name():
+    for r, t, text, kinds in zip(BENCH.reference, BENCH.target, BENCH.texts, BENCH.kinds, strict=True):
+        a, b = BENCH.scenes[r], BENCH.scenes[t]
+        assert ("background" in kinds) == (a.background != b.background) and (b.background in text or "background" not in kinds)
+        assert ("style" in kinds) == (a.style != b.style) and (b.style in text or "style" not in kinds)
+        assert len(b.objects) - len(a.objects) == ("add" in kinds) - ("remove" in kinds)
+        if not {"add", "remove"} & set(kinds):
+            for kind, name in (("color", "color"), ("size", "size"), ("move", "cell")):
+                differ = sorted(getattr(o, name) for o in a.objects) != sorted(getattr(o, name) for o in b.objects)
+                assert (kind in kinds) == differ, text
+
+
+def test_equal_scenes_have_equal_labels(monkeypatch):
+    few = evaluate.scenes.sample_scenes(5, 0)
+    monkeypatch.setattr(evaluate.scenes, "sample_scene", lambda rng, held_out: few[rng.integers(5)])
+    b = make_benchmark(queries=20, gallery=100, size=8)
+    i, j = np.triu_indices(100, 1)
+    equal = np.array([b.scenes[m] == b.scenes[n] for m, n in zip(i, j, strict=True)])
+    assert equal.sum() > 50 and ((b.labels[i] == b.labels[j]) == equal).all()
+    # Equal scenes are drawn with a jitter of their own.
+    assert all(b.jitter[m] != b.jitter[n] for m, n in zip(i[equal], j[equal], strict=True))
 
 
 def test_the_benchmark_follows_its_seed():
@@ -85,6 +119,7 @@ def test_the_benchmark_follows_its_seed():
 def test_a_gallery_must_hold_what_the_queries_bring():
     with pytest.raises(ValueError, match="a gallery of 39 is too small for 10 queries"):
         make_benchmark(queries=10, gallery=39)
+    assert len(make_benchmark(queries=10, gallery=40, size=8).scenes) == 40  # nothing is left to fill
 
 
 def test_an_equal_scene_is_a_hit_in_the_benchmark():
@@ -102,7 +137,25 @@ def test_groups_divide_the_queries():
     found = groups(BENCH)
     kinds = [found[k] for k in (*evaluate.KINDS, "two changes")]
     assert (np.sum(kinds, 0) == 1).all() and (found["seen pairs"] ^ found["held-out pairs"]).all() and found["all"].all()
-    assert all(BENCH.kinds[i] == ("color",) for i in np.flatnonzero(found["color"]))
+    for kind in evaluate.KINDS:
+        assert all(BENCH.kinds[i] == (kind,) for i in np.flatnonzero(found[kind]))
+    assert all(len(BENCH.kinds[i]) == 2 for i in np.flatnonzero(found["two changes"]))
+    assert np.array_equal(found["held-out pairs"], BENCH.held_out)
+
+
+def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
+    rng = np.random.default_rng(0)
+    methods = {name: rng.integers(1, 20, 60) for name in ("isa", "image only")}
+    table = evaluate.recall_table(methods)
+    assert list(table.index) == list(methods) and list(table.columns) == ["R@1", "R@5", "R@10"]
+    low, high = bootstrap_interval(methods["isa"], 5)
+    assert table.loc["isa", "R@5"] == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
+    found = groups(BENCH)
+    by_group = evaluate.group_table(BENCH, methods, k=5)
+    assert list(by_group.index) == [f"{n} ({m.sum()})" for n, m in found.items() if m.any()]
+    assert by_group.loc["all (60)", "isa"] == table.loc["isa", "R@5"]
+    two = methods["image only"][found["two changes"]]
+    assert by_group.loc[f"two changes ({len(two)})", "image only"].startswith(f"{recall(two, 5):.1f} [")
 
 
 @pytest.fixture
@@ -126,15 +179,26 @@ def test_metrics_hold_recalls_in_percent_overall_and_by_group(run):
     for name, rank in methods.items():
         assert record["methods"][name] == {f"R@{k}": round(100 * sum(rank <= k) / 60, 2) for k in KS}
         low, high = record["intervals"][name]["R@5"]
-        assert low <= record["methods"][name]["R@5"] <= high
-        mask = groups(BENCH)["held-out pairs"]
-        assert record["groups"]["held-out pairs"]["queries"] == mask.sum()
-        assert record["groups"]["held-out pairs"]["methods"][name]["R@1"] == round(recall(rank[mask], 1), 2)
+        assert low < record["methods"][name]["R@5"] < high
+        for group, mask in groups(BENCH).items():
+            assert (group in record["groups"]) == mask.any()  # a group without queries has no recall
+            if mask.any():
+                found = record["groups"][group]
+                shares = found["methods"][name]
+                assert found["queries"] == mask.sum() and 0 <= shares["R@1"] <= shares["R@5"] <= shares["R@10"] <= 100
+                assert shares == {f"R@{k}": round(recall(rank[mask], k), 2) for k in KS}
+                assert all(low <= shares[k] <= high for k, (low, high) in found["intervals"][name].items())
+    assert set(record["methods"]) == set(record["intervals"]) == {"isa", "image only"}
+    assert record["groups"]["all"]["methods"] == record["methods"] and record["groups"]["all"]["intervals"] == record["intervals"]
+    assert json.loads(json.dumps(record)) == record
 
 
 def test_seed_interval_is_students():
     # Mean 4, standard deviation 2, n = 3: 4 +- 4.3027 * 2 / sqrt(3)
     assert evaluate.seed_interval([2, 4, 6]) == pytest.approx((4 - 4.9683, 4 + 4.9683), abs=1e-3)
+    values = [51.0, 52.5, 49.9, 53.1, 50.2]
+    theirs = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert evaluate.seed_interval(values) == pytest.approx(theirs)
     assert np.isnan(evaluate.seed_interval([2.0])).all()
 
 
@@ -147,13 +211,25 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     evaluate.main(["--gather", str(tmp_path / "all.json"), *paths])
     gathered = json.loads((tmp_path / "all.json").read_text())
     assert len(gathered["runs"]) == 4 and gathered["machine"] == "a laptop"
+    for path, kept in zip(paths, gathered["runs"], strict=True):
+        whole = json.loads(Path(path).read_text())
+        assert kept == {k: v for k, v in whole.items() if k not in ("machine", "data", "intervals")}
     table = evaluate.runs_table(gathered["runs"])
+    assert capsys.readouterr().out == table.to_string() + "\n"
     assert list(table.index) == ["isa, lar_weight 0 (2 runs)", "image only (4 runs)", "isa, lar_weight 0.1 (2 runs)"]
     values = [r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1]
-    assert table.loc["isa, lar_weight 0.1 (2 runs)", "R@1"].startswith(f"{np.mean(values):.1f} [")
+    low, high = evaluate.seed_interval(values)
+    assert table.loc["isa, lar_weight 0.1 (2 runs)", "R@1"] == f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
+    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == ["image only (4 runs)"]
+    Path(paths[0]).write_text(json.dumps(whole | {"machine": "a desktop"}))
+    assert evaluate.gather(map(Path, paths))["machine"] == "a desktop / a laptop"
 
 
-def test_the_command_names_a_missing_file(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["nowhere.json"])
-    assert "there is no file nowhere.json" in capsys.readouterr().err
+def test_the_command_names_a_missing_file(run, tmp_path, capsys):
+    path = run(0, 0.1)[0]
+    for options in ([], ["--gather", str(tmp_path / "all.json")]):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([*options, str(path), "nowhere.json"])
+        shown = capsys.readouterr()
+        assert "there is no file nowhere.json" in shown.err and shown.out == ""
+    assert not (tmp_path / "all.json").exists()

@@ -51,6 +51,16 @@ def test_matching_loss_one_pair_at_a_time(matcher):
     loss, share = matching_loss(matcher, text, mask, patches, other)
     assert float(loss) == pytest.approx(float(sum(terms) / 10), abs=1e-5)
     assert float(share) == pytest.approx(float(sum(right) / 5))
+    assert 0 < share < 1  # else the case is too easy to tell
+    # Seen from the other side, what was right is wrong.
+    _, turned = matching_loss(matcher, text.repeat(2, 1, 1), mask.repeat(2, 1), *swapped(patches, other))
+    assert float(turned) == pytest.approx(0.5)
+
+
+def swapped(patches: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every sentence twice: with its own image against the other, and with the other against its own."""
+    count = len(patches)
+    return torch.cat([patches, patches[other]]), torch.cat([torch.arange(count) + count, torch.arange(count)])
 
 
 def test_the_matching_encoder_does_not_see_padding(matcher):
@@ -75,8 +85,18 @@ def test_late_interaction_by_loops():
 
 def test_both_kinds_of_lar_reach_the_words(matcher):
     text = torch.randn(3, 6, 12, requires_grad=True)
-    matching_loss(matcher, text, torch.ones(3, 6, dtype=torch.bool), torch.randn(3, 4, 10), torch.tensor([1, 2, 0]))[0].backward()
-    assert (text.grad.norm(dim=-1) > 0).all()
+    mask = torch.arange(6) < torch.tensor([6, 2, 4])[:, None]
+    matching_loss(matcher, text, mask, torch.randn(3, 4, 10), torch.tensor([1, 2, 0]))[0].backward()
+    assert torch.equal(text.grad.norm(dim=-1) > 0, mask)  # padding gets none
+    assert all(p.grad is None for p in matcher.parameters())  # frozen
     words = unit(3, 2, 8).requires_grad_()
     late_interaction_loss(words, unit(3, 4, 8, seed=1), 0.1).backward()
     assert (words.grad.norm(dim=-1) > 0).all()
+
+
+def test_gcd_pulls_a_sentence_to_its_image():
+    query, target = unit(6, 8, seed=1).requires_grad_(), unit(6, 8, seed=2)
+    loss = gcd_loss(query, target, 0.1)
+    loss.backward()
+    nearer = normalize(query.detach() - 0.05 * query.grad, dim=-1)
+    assert gcd_loss(nearer, target, 0.1) < loss and ((nearer - query) * target).sum(1).mean() > 0

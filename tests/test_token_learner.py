@@ -6,9 +6,9 @@ import torch
 from isa_lite.token_learner import MAPPINGS, AdaptiveTokenLearner
 
 
-def build(name: str, **settings) -> torch.nn.Module:
+def build(name: str, num_tokens: int = 5, **settings) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=0.3, **settings).eval()
+    return MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=num_tokens, word_width=16, norm=0.3, **settings).eval()
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -36,11 +36,35 @@ def test_the_maps_are_the_weights_of_what_is_pooled():
             assert torch.allclose(word, tokens[b, token], atol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 9])
+def test_the_number_of_tokens_is_what_was_asked_for_except_of_a_single_vector(num_tokens):
+    for name in MAPPINGS:
+        tokens, maps = build(name, num_tokens)(torch.randn(2, 10, 4, 4))
+        assert tokens.shape[1] == maps.shape[1] == (1 if name == "single vector" else num_tokens)
+        assert torch.isfinite(tokens).all()
+
+
 @pytest.mark.parametrize("name, blind", [("adaptive", False), ("single vector", True), ("average pooling", True)])
 def test_only_attention_knows_where_things_are(name, blind):
     mapping, features = build(name), torch.randn(2, 10, 4, 4)
-    same = torch.allclose(mapping(features).tokens, mapping(features.flip(2)).tokens, atol=1e-5)
-    assert same == blind
+    shuffled = features.flatten(2)[:, :, torch.randperm(16)].view_as(features)
+    for other in (shuffled, features.flip(2), features.flip(3)):
+        difference = float((mapping(features).tokens - mapping(other).tokens).norm(dim=-1).max().detach())
+        assert difference < 1e-5 if blind else difference > 1e-3  # of vectors 0.3 long
+    assert (mapping(features).maps == 1 / 16).all() == blind
+
+
+def test_the_position_code_is_stretched_over_another_grid():
+    # The logit map shows the code's first channel alone: 0, 1, 2, 3 from left to right.
+    learner = build("adaptive", 1)
+    for parameter in (learner.project.weight, learner.project.bias, learner.attend.weight, learner.attend.bias):
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        learner.attend.weight[:, 0] = 1
+        learner.position[:, 0] = torch.arange(4.0)
+    for width, expected in ((4, [0, 1, 2, 3]), (8, [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])):
+        row = learner(torch.randn(1, 10, 2, width)).maps.log()[0, 0, 0]
+        assert (row - row[0]).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_another_grid_interpolates_the_position_code():

@@ -193,6 +193,16 @@ def _silhouette(draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: 
         draw.polygon(_flat(_CONTOURS[shape] * half * _HOLE + where), fill=hole)
 
 
+def _line_width(pixels: int) -> int:
+    return max(2, round(pixels * 0.018))
+
+
+def _lines(draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: float, width: int, fill) -> None:
+    for scale in (1.0, _HOLE) if shape == "ring" else (1.0,):
+        contour = _flat(_CONTOURS[shape] * (half * scale - width * 0.5) + where)
+        draw.line([*contour, *contour[:2]], fill=fill, width=width, joint="curve")
+
+
 def render(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> Image.Image:
     """The scene as an RGB picture of `size` x `size` pixels; `seed` draws the jitter."""
     pixels = 2 * size  # drawn at twice the size, then averaged
@@ -205,10 +215,8 @@ def render(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> Image.Image:
             mask = Image.new("L", (pixels, pixels))
             _silhouette(ImageDraw.Draw(mask), o.shape, where, half, 255, 0)
         if scene.style == "outline":
-            width = max(2, round(pixels * 0.018))
-            for scale in (1.0, _HOLE) if o.shape == "ring" else (1.0,):
-                contour = _flat(_CONTOURS[o.shape] * (half * scale - width * 0.5) + where)
-                draw.line([*contour, *contour[:2]], fill=color, width=width, joint="curve")
+            width = _line_width(pixels)
+            _lines(draw, o.shape, where, half, width, color)
         elif scene.style == "flat" and mask is None:
             _silhouette(draw, o.shape, where, half, color, None)
         elif scene.style == "flat":
@@ -243,6 +251,8 @@ def object_masks(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndar
     for o, where, half, _ in _geometry(scene, seed, 2 * size):
         mask = Image.new("L", (2 * size, 2 * size))
         _silhouette(ImageDraw.Draw(mask), o.shape, where, half, 255, 0)
+        if scene.style == "outline":  # the line lies a little over the silhouette's edge, and in a ring's hole
+            _lines(ImageDraw.Draw(mask), o.shape, where, half, _line_width(2 * size), 255)
         masks.append(np.asarray(mask).reshape(size, 2, size, 2).max((1, 3)) > 0)
     return np.stack(masks)
 
@@ -404,6 +414,8 @@ def modify(
         kinds = tuple(order[: 1 if rng.random() < 0.7 else 2])
         if set(kinds) == {"add", "remove"}:
             kinds = kinds[:1]
+    if not 1 <= len(kinds) <= 2 or len(set(kinds)) < len(kinds):
+        raise ValueError(f"one or two different kinds make a modification, not {kinds}")
     for kind in kinds:
         if kind not in possible:
             raise ValueError(f"cannot apply {kind!r} to a scene of {count} object(s); here the kinds are {', '.join(possible)}")

@@ -1,9 +1,9 @@
 """Pre-training of the small VL model that we ship: `python -m isa_lite.pretrain --out data/scenes-clip`.
 
 A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on top of its
-frozen towers. Two things make a small model good enough to compose (both ours, measured in the model card):
+frozen towers. Two things make a small model good enough to compose (both ours):
 
-- *Families.* A third of nothing is learned from random negatives once colours and shapes are known. So a batch
+- *Families.* Random negatives teach little once colours and shapes are known. So a batch
   holds families of five scenes, a scene, three edits of it, and one in which words trade places: each is the
   others' hard negative.
 - *The language of change.* An edited scene also gets the caption "<the scene before>, <the edit>". It describes

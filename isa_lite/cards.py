@@ -68,10 +68,7 @@ def write_vl_card(folder: Path, vl: VLModel) -> None:
     record = json.loads((folder / "training.json").read_text())
     config = record["config"]
     recalls, by_group = measure(vl, None)
-    millions = {
-        n: sum(p.numel() for p in m.parameters()) / 1e6
-        for n, m in (("image", vl.clip.visual), ("all", vl.clip), ("match", vl.matcher))
-    }
+    millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in (("image", vl.clip.visual), ("match", vl.matcher))}
     batch = 5 * config["families"] + config["singles"]
     minutes = " and ".join(f"{value:g} minutes for the {name}" for name, value in record["minutes"].items())
     text = f"""# scenes-clip: the small vision-language model of rendered scenes

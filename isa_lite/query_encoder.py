@@ -21,7 +21,7 @@ from torchvision import transforms as T
 
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
 from isa_lite.token_learner import MAPPINGS, Sentence
-from isa_lite.vl_model import VLModel
+from isa_lite.vl_model import VLModel, to_pixels
 
 #: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
 TEMPLATE = "a photo of {sentence}, {modifier}"
@@ -110,11 +110,7 @@ class QueryEncoder(nn.Module):
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
-        size = self.config.image_size
-        if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
-            mean, std = (torch.tensor(v)[:, None, None] for v in (self.config.mean, self.config.std))
-            return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
-        return torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
+        return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
     @torch.inference_mode()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Sentence:

@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -40,6 +40,20 @@ SCENES_CLIP = "scenes-clip"
 def plain_attention(device: torch.device | str) -> AbstractContextManager:
     """For training on a CPU: there, at our short lengths, PyTorch's fused attention is slow backwards in bfloat16."""
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
+
+
+def to_pixels(
+    images: np.ndarray | Sequence[Image.Image],
+    preprocess: Callable[[Image.Image], Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from B x size x size x 3 uint8."""
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return torch.stack([preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
 
 
 class MatchingEncoder(nn.Module):
@@ -178,13 +192,8 @@ class VLModel(nn.Module):
 
         uint8 arrays of B x H x W x 3 at the model's own size take a short way round PIL, with the same result.
         """
-        if isinstance(images, np.ndarray) and images.shape[1:] == (self.image_size, self.image_size, 3):
-            mean, std = (torch.tensor(getattr(self.clip.visual, f"image_{k}")) for k in ("mean", "std"))
-            x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255  # B x 3 x H x W
-            x = (x - mean[:, None, None]) / std[:, None, None]
-        else:
-            x = torch.stack([self.preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
-        return x
+        visual = self.clip.visual
+        return to_pixels(images, self.preprocess, self.image_size, visual.image_mean, visual.image_std)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> L2-normalised image embeddings B x E."""

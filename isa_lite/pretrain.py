@@ -3,9 +3,9 @@
 A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on top of its
 frozen towers. Two things make a small model good enough to compose (both ours):
 
-- *Families.* Random negatives teach little once colours and shapes are known. So a batch
-  holds families of five scenes, a scene, three edits of it, and one in which words trade places: each is the
-  others' hard negative.
+- *Families.* Random negatives teach little once colours and shapes are known, and nothing about places: two random
+  scenes hardly ever differ in a place alone. So a batch holds families of five scenes: a scene, three edits of it, of
+  which at least one only moves an object, and one in which words trade places. Each is the others' hard negative.
 - *The language of change.* An edited scene also gets the caption "<the scene before>, <the edit>". It describes
   the one image it belongs to, as web captions of the kind "my house, now with a red door" do. Without it, a text
   tower has no reason to understand an instruction.
@@ -40,8 +40,8 @@ from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, commi
 class PretrainConfig:
     """Settings of one pre-training run. Everything random follows from `seed`."""
 
-    steps: int = 2800
-    matching_steps: int = 700
+    steps: int = 2400
+    matching_steps: int = 600
     families: int = 20  # a batch: families of five related scenes ...
     singles: int = 12  # ... and unrelated scenes
     partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
@@ -77,6 +77,8 @@ class PretrainConfig:
 
 
 CHECKPOINT_EVERY = 250  # steps
+POSITION_STD = 0.5
+REMOVED = 0.2  # of the edits of scenes with several objects
 PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -85,6 +87,11 @@ PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic
 
 def _pick(rng: np.random.Generator, items: Sequence):
     return items[rng.integers(len(items))]
+
+
+def _kinds(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, ...] | None:
+    """Kinds of the next edit: None leaves them to chance; removing, which text towers find hard, comes more often."""
+    return ("remove",) if len(scene.objects) > 1 and rng.random() < REMOVED else None
 
 
 class SceneBatches(Dataset):
@@ -108,7 +115,7 @@ class SceneBatches(Dataset):
             base = scenes.sample_scene(rng)
             family = {base: None}
             while len(family) < 4:
-                edited, change = scenes.modify(base, rng)
+                edited, change = scenes.modify(base, rng, _kinds(base, rng) if len(family) > 1 else ("move",))
                 family.setdefault(edited, change)
             family.setdefault(scenes.confuse(_pick(rng, list(family)), rng), None)
             for scene, change in family.items():
@@ -218,6 +225,9 @@ def fresh_model(config: PretrainConfig) -> VLModel:
     """The VL model before training, from the seed."""
     torch.manual_seed(config.seed)
     clip = open_clip.CLIP(**config.model_cfg()).to(config.device, memory_format=torch.channels_last)
+    # The position code of the attention pool starts as large as the features it is added to. With open_clip's start, less
+    # than a tenth of that, training left it as it was: the tower then knew what an image shows, and hardly where.
+    torch.nn.init.normal_(clip.visual.attnpool.positional_embedding, std=POSITION_STD)
     clip.visual.image_mean = clip.visual.image_std = tuple(PREPROCESS_CFG["mean"])
     return VLModel(clip, None, SimpleTokenizer(context_length=config.context_length), name="in training")
 

@@ -69,7 +69,7 @@ class MatchingEncoder(nn.Module):
         self.config = dict(text_width=text_width, patch_width=patch_width, patches=patches, width=width, depth=depth, heads=heads)
         self.text_in = nn.Linear(text_width, width)
         self.patch_in = nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, width))
-        self.patch_position = nn.Parameter(0.02 * torch.randn(patches, width))
+        self.patch_position = nn.Parameter(0.5 * torch.randn(patches, width))  # about as large as what it is added to
         self.blocks = nn.ModuleList(
             nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)

@@ -1,0 +1,53 @@
+"""Runs notebooks with their defaults and stores them as they are committed: `python notebooks/execute.py 00 02`.
+
+A committed notebook holds the outputs of one run from top to bottom, without progress bars and without papermill's notes
+of its own. Nothing is stored of a run that failed or that wrote to stderr.
+"""
+
+import argparse
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+
+
+def strip(notebook: NotebookNode) -> NotebookNode:
+    """Take out what differs from run to run and says nothing. Raises ValueError for an error or a warning in an output."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info") if key in notebook.metadata}
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        if cell.cell_type != "code":
+            continue
+        for output in cell.outputs:
+            if output.output_type == "error" or output.get("name") == "stderr":
+                raise ValueError(f"the cell beginning {cell.source[:60]!r} has an error or a warning: {output}")
+        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    return notebook
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", help="how their names begin, for example 02")
+    parser.add_argument("--cwd", type=Path, default=Path("runs/notebooks"), help="their working directory; results stay there")
+    args = parser.parse_args()
+    args.cwd.mkdir(parents=True, exist_ok=True)
+    for name in args.notebooks:
+        found = sorted(HERE.glob(f"{name}*.ipynb"))
+        if len(found) != 1:
+            parser.error(f"{name!r} names {len(found)} notebooks in {HERE.name}/, not one")
+        executed = args.cwd / found[0].name
+        papermill.execute_notebook(found[0], executed, cwd=args.cwd)
+        part = found[0].with_suffix(".part")
+        nbformat.write(strip(nbformat.read(executed, 4)), part)
+        part.rename(found[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -68,8 +68,8 @@ class DistillConfig:
             if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
         check_template(self.template)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.dtype not in ("float32", "bfloat16"):  # float16 would underflow without loss scaling
+            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
 
 
 # ------------------------------------------------------------------------------------------------ images

@@ -183,20 +183,38 @@ def gather(paths: Sequence[Path]) -> dict:
 
 
 def runs_table(runs: Sequence[Mapping], parameter: str = "lar_weight", methods: Sequence[str] | None = None) -> pd.DataFrame:
-    """Mean Recall@K over seeds with its 95% interval, a row a method; methods that are trained, one a value of `parameter`."""
-    rows: dict[str, list[Mapping[str, float]]] = {}
-    for run in sorted(runs, key=lambda r: (str(r["params"][parameter]), r["seed"])):
+    """Mean Recall@K over seeds with its 95% interval, a row a method; ISA has one a value of `parameter`."""
+    rows: dict[str, dict[int, Mapping[str, float]]] = {}  # of each row, the recalls by seed: a seed counts once
+    for run in sorted(runs, key=lambda r: r["params"][parameter]):
         for name, found in run["methods"].items():
             if methods is None or name in methods:
-                rows.setdefault(f"{name}, {parameter} {run['params'][parameter]:g}" if name == "isa" else name, []).append(found)
+                row = f"{name}, {parameter} {run['params'][parameter]:g}" if name == "isa" else name
+                rows.setdefault(row, {})[run["seed"]] = found
     cells = {}
     for name, found in rows.items():
-        cells[f"{name} ({len(found)} runs)"] = []
-        for k in KS:
-            values = [f[f"R@{k}"] for f in found]
-            low, high = seed_interval(values)
-            cells[f"{name} ({len(found)} runs)"].append(f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]")
+        values = {k: [f[f"R@{k}"] for f in found.values()] for k in KS}
+        cells[f"{name} ({len(found)} seeds)"] = [_mean(values[k]) for k in KS]
     return pd.DataFrame.from_dict(cells, "index", columns=[f"R@{k}" for k in KS])
+
+
+def _mean(values: Sequence[float]) -> str:
+    low, high = seed_interval(values)
+    return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
+
+
+def effect(runs: Sequence[Mapping], k: int = 1, parameter: str = "lar_weight", method: str = "isa") -> np.ndarray:
+    """What the higher of two values of `parameter` adds to Recall@K, in points, a number a seed (paired: same seed, same data).
+
+    Raises ValueError unless there are exactly two values, each run with the same seeds.
+    """
+    found: dict[float, dict[int, float]] = {}
+    for run in runs:
+        found.setdefault(run["params"][parameter], {})[run["seed"]] = run["methods"][method][f"R@{k}"]
+    if len(found) != 2 or len({frozenset(by_seed) for by_seed in found.values()}) != 1:
+        seeds = {value: sorted(by_seed) for value, by_seed in found.items()}
+        raise ValueError(f"two values of {parameter} with the same seeds are needed, not {seeds}")
+    low, high = (found[value] for value in sorted(found))
+    return np.array([high[seed] - low[seed] for seed in sorted(low)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

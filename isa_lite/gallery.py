@@ -31,8 +31,9 @@ class Gallery:
 
         exclude: B indices (-1: none) of the image that a query must not find, usually its own reference.
         """
-        if not 1 <= k <= len(self):
-            raise ValueError(f"k must be between 1 and the gallery's size {len(self)}, not {k}")
+        most = len(self) - (exclude is not None and bool((exclude >= 0).any()))
+        if not 1 <= k <= most:
+            raise ValueError(f"k must be between 1 and {most}, the images that every query may find, not {k}")
         parts = []
         for s in range(0, len(queries), chunk):
             scores = queries[s : s + chunk] @ self.embeddings.T  # chunk x N

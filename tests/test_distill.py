@@ -104,9 +104,8 @@ def test_workers_and_the_form_of_the_images_change_nothing(vl, images, tmp_path)
     assert same(weights, trained(ImageFolder(tmp_path), vl, num_workers=1)[0])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_lower_precision_works_and_is_another_run(vl, images, dtype):
-    weights, history = trained(images, vl, dtype=dtype)
+def test_lower_precision_works_and_is_another_run(vl, images):
+    weights, history = trained(images, vl, dtype="bfloat16")
     assert all(v.isfinite().all() for v in weights.values()) and np.isfinite(history.gcd).all()
     assert all(v.dtype in (torch.float32, torch.int64) for v in weights.values())
     assert not same(weights, trained(images, vl)[0])
@@ -288,7 +287,7 @@ def test_learning_rate_warms_up_and_ends_at_a_hundredth():
         *(("batch_size", 1), ("validation", 1), ("warmup", -1), ("num_workers", -1), ("seed", -1), ("seed", 0.5), ("seed", None)),
         *(("lr", 0), ("lr", -1e-3), ("lr", "fast"), ("lr", None), ("lr", True), ("temperature", 0), ("temperature", -0.1)),
         *(("lar_weight", -0.1), ("lar_weight", None), ("weight_decay", -1), ("weight_decay", "0")),
-        *(("dtype", "int8"), ("dtype", "float64"), ("dtype", None)),
+        *(("dtype", "int8"), ("dtype", "float16"), ("dtype", "float64"), ("dtype", None)),
         *(("lr", math.nan), ("lr", math.inf), ("temperature", math.nan), ("lar_weight", math.nan), ("steps", True)),
         *(("template", "a photo of {sentence}"), ("template", "")),
     ],

@@ -216,11 +216,16 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
         assert kept == {k: v for k, v in whole.items() if k not in ("machine", "data", "intervals")}
     table = evaluate.runs_table(gathered["runs"])
     assert capsys.readouterr().out == table.to_string() + "\n"
-    assert list(table.index) == ["isa, lar_weight 0 (2 runs)", "image only (4 runs)", "isa, lar_weight 0.1 (2 runs)"]
+    assert list(table.index) == ["isa, lar_weight 0 (2 seeds)", "image only (2 seeds)", "isa, lar_weight 0.1 (2 seeds)"]
     values = [r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1]
     low, high = evaluate.seed_interval(values)
-    assert table.loc["isa, lar_weight 0.1 (2 runs)", "R@1"] == f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
-    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == ["image only (4 runs)"]
+    assert table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"] == f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
+    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == ["image only (2 seeds)"]
+    change = evaluate.effect(gathered["runs"], k=5)
+    recalls = {(r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]}
+    assert change.tolist() == [recalls[0.1, seed] - recalls[0, seed] for seed in (0, 1)] and change.any()
+    with pytest.raises(ValueError, match=r"same seeds are needed, not \{0: \[0, 1\], 0.1: \[0\]\}"):
+        evaluate.effect(gathered["runs"][:3])
     Path(paths[0]).write_text(json.dumps(whole | {"machine": "a desktop"}))
     assert evaluate.gather(map(Path, paths))["machine"] == "a desktop / a laptop"
 

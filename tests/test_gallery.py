@@ -43,10 +43,10 @@ def test_a_reference_is_never_found_and_minus_one_excludes_nothing(gallery):
     assert gallery.search(queries, 1)[1].flatten().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("k", [0, -1, 41])
-def test_k_must_fit(gallery, k):
-    with pytest.raises(ValueError, match=f"between 1 and the gallery's size 40, not {k}"):
-        gallery.search(gallery.embeddings[:1], k)
+@pytest.mark.parametrize("k, exclude, most", [(0, None, 40), (-1, None, 40), (41, None, 40), (40, [3], 39), (41, [-1], 40)])
+def test_k_must_fit(gallery, k, exclude, most):
+    with pytest.raises(ValueError, match=f"between 1 and {most}, the images that every query may find, not {k}"):
+        gallery.search(gallery.embeddings[:1], k, exclude and torch.tensor(exclude))
 
 
 def test_a_gallery_on_disk_is_the_same(gallery, tmp_path):

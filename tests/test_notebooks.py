@@ -1,5 +1,6 @@
 """The committed notebooks: as they stand, and run again."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -85,3 +87,27 @@ def test_start_here_gives_what_it_shows(tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_notebook_is_stripped_of_what_says_nothing_and_refused_with_a_warning():
+    spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
+    execute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(execute)
+    bar = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
+    kept = new_output("stream", name="stdout", text="2\n")
+    cell = new_code_cell("print(2)", outputs=[bar, kept], metadata={"papermill": {}, "execution": {}, "tags": []})
+    tagged = new_code_cell("a = 1", metadata={"tags": ["parameters"]})
+    metadata = {
+        "papermill": {},
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python", "version": "3.11.1"},
+    }
+    notebook = execute.strip(new_notebook(cells=[cell, tagged], metadata=metadata))
+    assert [c.metadata for c in notebook.cells] == [{}, {"tags": ["parameters"]}] and notebook.cells[0].outputs == [kept]
+    assert notebook.metadata == {
+        "kernelspec": {"name": "python3", "display_name": "Python 3"},
+        "language_info": {"name": "python"},
+    }
+    cell.outputs.append(new_output("stream", name="stderr", text="UserWarning: this"))
+    with pytest.raises(ValueError, match=r"the cell beginning 'print\(2\)' has an error or a warning.*UserWarning: this"):
+        execute.strip(notebook)

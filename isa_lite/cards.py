@@ -95,6 +95,7 @@ has the caption "<the scene before>, <the edit>": the language of change. It nev
 else: no photograph, no word beyond its captions' (their vectors are zero).
 
 **How it was made.** `{record["command"]}` at commit `{record["commit"]}`, seed {config["seed"]}, {record["date"]}, {record["machine"]}; {minutes}.
+{record.get("note", "")}
 No GPU was used, so these are the times on a CPU. Versions: {", ".join(f"{k} {v}" for k, v in record["versions"].items())}.
 
 ## What it can do

@@ -33,7 +33,7 @@ class DistillConfig:
     """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
 
     batch_size: images a step; temperature: of GCD (and of late interaction); lar_weight: of LAR, 0 switches it
-    off; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
+    off; word_noise: see `blur`; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
     """
 
     steps: int = 600
@@ -43,6 +43,7 @@ class DistillConfig:
     weight_decay: float = 0.05
     temperature: float = 0.05
     lar_weight: float = 0.1
+    word_noise: float = 0.0
     validation: int = 500
     validate_every: int = 100
     template: str = TEMPLATE
@@ -63,8 +64,8 @@ class DistillConfig:
         }.items():
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
-        for name, positive in {"lr": True, "temperature": True, "lar_weight": False, "weight_decay": False}.items():
-            value = getattr(self, name)
+        for name in ("lr", "temperature", "lar_weight", "word_noise", "weight_decay"):
+            value, positive = getattr(self, name), name in ("lr", "temperature")
             if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
         check_template(self.template)
@@ -249,6 +250,18 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
     return order[place : place + batch_size]
 
 
+def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
+    """Pseudo-words B x L x D with Gaussian noise, about `amount` times as long as each of them; drawn from the seed and the step.
+
+    Ours, after the noise on word vectors of LinCIR (Gu et al., CVPR 2024): a sentence that is read the same from nearby
+    should also be read when a modifier follows it.
+    """
+    if amount == 0:
+        return tokens
+    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(tokens)
+    return tokens + amount * tokens.detach().norm(dim=-1, keepdim=True) / tokens.shape[-1] ** 0.5 * noise
+
+
 def learning_rate(step: int, config: DistillConfig) -> float:
     """Linear warm-up, then a cosine to a hundredth."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -348,6 +361,7 @@ def distill(
             features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
         with plain_attention(device), torch.autocast(device.type, half, enabled=mixed):
             tokens, _ = encoder.mapping(features)  # B x L x D
+            tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
             loss = gcd = gcd_loss(query, own, config.temperature)
             if config.lar_weight > 0:

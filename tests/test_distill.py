@@ -20,7 +20,7 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite import checkpoint as checkpoint_module
-from isa_lite.distill import DistillConfig, ImageFolder, batch_indices, distill, images_key, learning_rate, targets
+from isa_lite.distill import DistillConfig, ImageFolder, batch_indices, blur, distill, images_key, learning_rate, targets
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import VLModel, load_vl_model
@@ -227,6 +227,16 @@ def test_training_lowers_the_loss_below_chance(vl, images):
     assert gcd[-1] < gcd[0] and gcd[-1] < np.log(8) - 0.2
 
 
+def test_noise_is_as_long_as_said_and_belongs_to_its_step(vl, images):
+    tokens = torch.randn(50, 4, 64) * 3
+    noisy = blur(tokens, 0.5, step=7, seed=1)
+    assert ((noisy - tokens).norm(dim=-1) / tokens.norm(dim=-1)).mean() == pytest.approx(0.5, rel=0.03)
+    assert (noisy - tokens).mean().abs() < 0.02
+    assert torch.equal(noisy, blur(tokens, 0.5, step=7, seed=1)) and torch.equal(tokens, blur(tokens, 0, step=7, seed=1))
+    assert not torch.equal(noisy, blur(tokens, 0.5, step=8, seed=1)) and not torch.equal(noisy, blur(tokens, 0.5, step=7, seed=2))
+    assert not same(trained(images, vl, word_noise=0)[0], trained(images, vl, word_noise=0.5)[0])
+
+
 def test_lar_counts_with_and_without_a_matching_encoder(vl, images):
     runs = {}
     for matcher in (vl.matcher, None):
@@ -286,6 +296,7 @@ def test_learning_rate_warms_up_and_ends_at_a_hundredth():
         *((f, v) for f in ("steps", "validate_every", "batch_size", "validation") for v in (0, -3, 1.5, "3", None)),
         *(("batch_size", 1), ("validation", 1), ("warmup", -1), ("num_workers", -1), ("seed", -1), ("seed", 0.5), ("seed", None)),
         *(("lr", 0), ("lr", -1e-3), ("lr", "fast"), ("lr", None), ("lr", True), ("temperature", 0), ("temperature", -0.1)),
+        *(("word_noise", -0.1), ("word_noise", math.inf)),
         *(("lar_weight", -0.1), ("lar_weight", None), ("weight_decay", -1), ("weight_decay", "0")),
         *(("dtype", "int8"), ("dtype", "float16"), ("dtype", "float64"), ("dtype", None)),
         *(("lr", math.nan), ("lr", math.inf), ("temperature", math.nan), ("lar_weight", math.nan), ("steps", True)),

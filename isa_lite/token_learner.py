@@ -78,7 +78,7 @@ class AdaptiveTokenLearner(nn.Module):
     ):
         super().__init__()
         self.project = nn.Conv2d(channels, width, 1)
-        self.position = nn.Parameter(0.5 * torch.randn(1, width, *grid))  # about as large as what it is added to
+        self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
         self.attend = nn.Conv2d(width, num_tokens, 1)  # one logit map a token
         # Who a token is. Without it all tokens start alike, see alike and stay alike: the sentence says one word L times.
         self.identity = nn.Parameter(torch.randn(num_tokens, width))

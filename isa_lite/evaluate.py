@@ -87,12 +87,17 @@ def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size
 
 
 def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
-    """The rank (1 = first) of each query's best hit in the gallery, by cosine, with the reference left out.
+    """`score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised."""
+    return score_ranks(queries @ gallery.T, reference, hits)
 
-    queries: B x E, gallery: G x E, both L2-normalised; reference: B gallery indices (-1: none); hits: B x G bool.
+
+def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
+    """The rank (1 = first) of each query's best hit in the gallery, with the reference left out.
+
+    scores: B x G, higher is better; reference: B gallery indices (-1: none); hits: B x G bool.
     A tie with something that is no hit counts against the query. Raises ValueError for a query without a hit.
     """
-    scores = queries @ gallery.T  # B x G
+    scores = scores.clone()
     mask_reference(scores, torch.as_tensor(reference))
     hits = hits & scores.isfinite()
     if not hits.any(1).all():
@@ -102,9 +107,14 @@ def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor)
 
 
 def benchmark_ranks(bench: Benchmark, queries: Tensor, gallery: Tensor) -> np.ndarray:
-    """`ranks` for a benchmark: a hit is every gallery image with the target's label."""
+    """`benchmark_score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised."""
+    return benchmark_score_ranks(bench, queries @ gallery.T)
+
+
+def benchmark_score_ranks(bench: Benchmark, scores: Tensor) -> np.ndarray:
+    """`score_ranks` for a benchmark and scores B x G: a hit is every gallery image with the target's label."""
     hits = torch.from_numpy(bench.labels[bench.target][:, None] == bench.labels[None])  # B x G
-    return ranks(queries, gallery, bench.reference, hits)
+    return score_ranks(scores, bench.reference, hits)
 
 
 def recall(rank: np.ndarray, k: int) -> float:
@@ -182,13 +192,15 @@ def gather(paths: Sequence[Path]) -> dict:
     return {"machine": " / ".join(sorted({r["machine"] for r in runs})), "runs": [{k: r[k] for k in kept} for r in runs]}
 
 
-def runs_table(runs: Sequence[Mapping], parameter: str = "lar_weight", methods: Sequence[str] | None = None) -> pd.DataFrame:
-    """Mean Recall@K over seeds with its 95% interval, a row a method; ISA has one a value of `parameter`."""
+def runs_table(
+    runs: Sequence[Mapping], parameter: str | None = "lar_weight", methods: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Mean Recall@K over seeds with its 95% interval, a row a method; ISA has one a value of `parameter`, if there is one."""
     rows: dict[str, dict[int, Mapping[str, float]]] = {}  # of each row, the recalls by seed: a seed counts once
-    for run in sorted(runs, key=lambda r: r["params"][parameter]):
+    for run in sorted(runs, key=lambda r: r["params"][parameter] if parameter else 0):
         for name, found in run["methods"].items():
             if methods is None or name in methods:
-                row = f"{name}, {parameter} {run['params'][parameter]:g}" if name == "isa" else name
+                row = f"{name}, {parameter} {run['params'][parameter]:g}" if parameter and name == "isa" else name
                 rows.setdefault(row, {})[run["seed"]] = found
     cells = {}
     for name, found in rows.items():

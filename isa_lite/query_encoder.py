@@ -112,7 +112,7 @@ class QueryEncoder(nn.Module):
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
         return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Sentence:
         """Images -> their sentences and attention maps, in evaluation mode, on the CPU."""
         was_training = self.training
@@ -211,7 +211,7 @@ def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
     return vectors.masked_scatter(places.unsqueeze(-1), tokens.to(vectors.dtype))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compose(
     vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 256
 ) -> Tensor:

@@ -176,7 +176,7 @@ class VLModel(nn.Module):
         """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x E."""
         return self.pool(self.text_tokens(vectors, ids), ids)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Texts -> L2-normalised embeddings, B x E, on the CPU."""
         parts = []
@@ -226,7 +226,7 @@ class VLModel(nn.Module):
             raise ValueError(f"{self.name}: a {type(visual).__name__} does not project patches; set lar_weight to 0")
         return F.normalize(patches.float(), dim=-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU."""
         starts = range(0, len(images), batch_size)

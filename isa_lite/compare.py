@@ -1,0 +1,120 @@
+"""ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/seeds/0 runs/seeds/1 runs/seeds/2`.
+
+For each folder with a query encoder (notebook 02 writes one into its out_dir): the benchmark of its seed, late fusion with
+weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings. One file a
+seed, so that an interrupted comparison goes on where it was; at the end all of them in one, for notebook 03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from isa_lite import scenes
+from isa_lite.baselines import UNTRAINED, composed
+from isa_lite.checkpoint import write_text
+from isa_lite.evaluate import KS, benchmark_ranks, benchmark_score_ranks, make_benchmark, recall, runs_table
+from isa_lite.fusion import FUSIONS, calibrated, choose_weight
+from isa_lite.inversion import lincir_like, optimize_words, pic2word_like, searle_like
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.vl_model import VLModel, commit, load_vl_model, machine
+
+CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of the reported one plus this
+
+
+@dataclass
+class CompareConfig:
+    """Settings of one comparison. Images, steps and batch size are those of notebook 02."""
+
+    num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
+    inverted: int = 1500  # of these images, those for which SEARLE-like first optimises a word
+    steps: int = 600
+    batch_size: int = 128
+    queries: int = 1000
+    gallery: int = 5000
+    chosen_queries: int = 500
+    chosen_gallery: int = 2000
+
+
+def compare(vl: VLModel, encoder: QueryEncoder, seed: int, config: CompareConfig, progress: bool = True) -> dict:
+    """Recall@K of every method on the benchmark of `seed`, in percent, with the seconds that each training took."""
+    bench = make_benchmark(config.queries, config.gallery, seed, vl.image_size)
+    gallery = vl.encode_images(bench.images)
+    ranks = {"isa": benchmark_ranks(bench, composed(bench, vl, encoder), gallery)}
+    ranks |= {name: benchmark_ranks(bench, method(bench, vl, gallery), gallery) for name, method in UNTRAINED.items()}
+
+    image, text = gallery[torch.from_numpy(bench.reference)], vl.encode_text(bench.texts)
+    chosen_on = make_benchmark(config.chosen_queries, config.chosen_gallery, seed + CHOSEN_ON, vl.image_size)
+    chosen_gallery = vl.encode_images(chosen_on.images)
+    weights = {name: choose_weight(fuse, chosen_on, vl, chosen_gallery) for name, fuse in FUSIONS.items()}
+    for name, fuse in FUSIONS.items():
+        ranks[name] = benchmark_score_ranks(bench, fuse(image, text, gallery, weights[name]))
+    corpus = vl.encode_text(chosen_on.texts)
+    ranks["BASIC-like"] = benchmark_score_ranks(bench, calibrated(image, text, gallery, corpus))
+
+    # The same scenes and renderings as notebook 02 trains on, here as embeddings of the large tower.
+    world = scenes.sample_scenes(config.num_images, seed=seed + 1000)
+    rng = np.random.default_rng(seed)
+    unlabeled = vl.encode_images(scenes.render_many(world, rng.integers(2**31, size=len(world)), vl.image_size))
+    captions = [scenes.caption(scene, rng) for scene in world]
+    fit = {"steps": config.steps, "batch_size": config.batch_size, "seed": seed, "progress": progress}
+
+    def searle():
+        some = unlabeled[: config.inverted]
+        return searle_like(vl, some, optimize_words(vl, some, seed=seed, progress=progress), **fit)
+
+    trainings = {
+        "Pic2Word-like": lambda: pic2word_like(vl, unlabeled, **fit),
+        "SEARLE-like": searle,
+        "LinCIR-like": lambda: lincir_like(vl, captions, **fit),
+    }
+    seconds = {}
+    for name, train in trainings.items():
+        began = time.time()
+        mapping = train()
+        seconds[name] = round(time.time() - began, 1)
+        ranks[name] = benchmark_ranks(bench, mapping.compose(vl, image, bench.texts), gallery)
+    return {
+        "seed": seed,
+        "data": "rendered scenes",
+        "params": asdict(config),
+        "weights": weights,
+        "training_seconds": seconds,
+        "methods": {name: {f"R@{k}": round(recall(rank, k), 2) for k in KS} for name, rank in ranks.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare for each query encoder given, and gather."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", type=Path, nargs="+", required=True, help="out_dir of a run of notebook 02, one a seed")
+    parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
+    parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
+    args = parser.parse_args(argv)
+    config, runs = CompareConfig(), {}
+    vl = load_vl_model()
+    encoders = {folder: QueryEncoder.load(folder, vl) for folder in args.isa}  # all of them, before any work is done
+    for folder, encoder in encoders.items():
+        info = json.loads((folder / "query_encoder.json").read_text())["info"]
+        seed = info["parameters"]["seed"]
+        if seed in runs:
+            parser.error(f"{folder} is a second run with seed {seed}; give one a seed")
+        path = args.run / f"{vl.fingerprint}-{seed}.json"
+        done = json.loads(path.read_text()) if path.is_file() else {}
+        if done.get("params") != asdict(config):
+            done = compare(vl, encoder, seed, config)
+            write_text(path, json.dumps(done, indent=1) + "\n")
+        runs[seed] = done
+    record = {"machine": machine(), "commit": commit(), "runs": list(runs.values())}
+    write_text(args.out, json.dumps(record, indent=1) + "\n")
+    print(runs_table(record["runs"], None).to_string())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Single-word inversions on the shipped VL model: each learns what it promises, from what it may see."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from isa_lite import inversion, query_encoder, scenes
+from isa_lite.inversion import keyword_prompt, lincir_like, optimize_words, pic2word_like, searle_like
+from isa_lite.vl_model import load_vl_model
+
+WORLD = scenes.sample_scenes(64, seed=5)
+CAPTIONS = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def vl():
+    return load_vl_model()
+
+
+@pytest.fixture(scope="module")
+def images(vl):
+    return vl.encode_images(scenes.render_many(WORLD, range(64)))  # 64 x E
+
+
+def found_by(vl, words, images):
+    with torch.no_grad():
+        scores = inversion._prompt(vl, words, query_encoder.TEMPLATE) @ images.T
+    return (scores.argmax(1) == torch.arange(len(images))).float().mean().item()
+
+
+def test_pic2word_like_learns_to_name_images_and_leaves_the_model_alone(vl, images):
+    before = vl.fingerprint
+    short, long = (pic2word_like(vl, images, steps=n, batch_size=64, lr=3e-3, progress=False) for n in (1, 30))
+    assert found_by(vl, short(images), images) < 0.2 < 0.7 < found_by(vl, long(images), images)
+    assert vl.fingerprint == before
+
+
+def test_a_seed_gives_a_mapping(vl, images):
+    a, b, c = (pic2word_like(vl, images, steps=3, batch_size=8, seed=s, progress=False).state_dict() for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_optimized_words_name_their_images_whatever_shares_their_batch(vl, images):
+    words = optimize_words(vl, images[:16], steps=30, progress=False)
+    assert torch.allclose(words.norm(dim=1), torch.full((16,), vl.word_norm)) and found_by(vl, words, images[:16]) > 0.8
+    assert torch.allclose(words, optimize_words(vl, images[:16], steps=30, batch_size=7, progress=False), atol=1e-3)
+
+
+def test_gravity_keeps_words_near_real_ones(vl, images):
+    known = vl.word_vectors(torch.arange(49408)).detach()
+    known = normalize(known[known.norm(dim=1) > 0], dim=1)
+    free, held = (
+        (normalize(optimize_words(vl, images[:6], steps=40, gravity=g, progress=False), dim=1) @ known.T).amax(1).mean()
+        for g in (0.0, 3.0)
+    )
+    assert held > free + 0.2
+
+
+def test_searle_like_guesses_the_given_words(vl, images):
+    words = torch.randn(64, vl.word_width)
+    mapping = searle_like(vl, images, words, steps=60, batch_size=64, progress=False)
+    guess = normalize(mapping(images), dim=1) @ normalize(words, dim=1).T
+    assert (guess.argmax(1) == torch.arange(64)).float().mean() > 0.9
+    with pytest.raises(ValueError, match="64 images but 63 words"):
+        searle_like(vl, images, words[:63], steps=1, progress=False)
+
+
+def test_key_words_become_placeholders(vl):
+    ids, marks = keyword_prompt(vl, "a photo of two red stars, on grass")
+    kept = [vl.tokenizer.decode([i]).strip() if not mark else "*" for i, mark in zip(ids, marks, strict=True)]
+    assert kept == ["a", "photo", "of", "*", ",", "on", "*"]
+
+
+def test_lincir_like_replaces_the_key_words_of_captions_and_sees_no_image(vl, monkeypatch):
+    for touched in ("encode_images", "encode_pixels", "encode_pixels_and_patches"):
+        monkeypatch.setattr(vl, touched, None)
+    mapping = lincir_like(vl, CAPTIONS, steps=40, batch_size=32, lr=3e-3, noise=0.2, progress=False)
+    # The keywords of a caption as one pseudo-word made from the caption's embedding: nearest to that caption?
+    latent = vl.encode_text(CAPTIONS)
+    with torch.no_grad():
+        words, found = mapping(latent), []
+        for word, caption in zip(words, CAPTIONS, strict=True):
+            ids, marks = keyword_prompt(vl, caption)
+            ids = torch.tensor([[vl.tokenizer.sot_token_id, *ids, vl.tokenizer.eot_token_id]])
+            vectors = vl.word_vectors(ids).clone()
+            vectors[0, 1:-1][torch.tensor(marks)] = word
+            found.append(vl.encode_vectors(vectors, ids)[0])
+    right = ((torch.stack(found) @ latent.T).argmax(1) == torch.arange(64)).float().mean()
+    assert right > 0.7
+
+
+def test_a_caption_without_key_words_is_refused(vl):
+    with pytest.raises(ValueError, match="'this is a photo of it' holds no key word"):
+        lincir_like(vl, [*CAPTIONS[:3], "this is a photo of it"], steps=1, progress=False)
+
+
+def test_too_little_to_contrast_is_refused(vl, images):
+    with pytest.raises(ValueError, match=r"at least two embeddings, N x E.*\(1, 256\)"):
+        pic2word_like(vl, images[:1], steps=1, progress=False)
+    with pytest.raises(ValueError, match="batch_size at least 2, not 1 and 1"):
+        pic2word_like(vl, images, steps=1, batch_size=1, progress=False)
+
+
+def test_a_query_is_the_word_and_the_modifier_in_the_prompt(vl, images):
+    images = images[:3]
+    mapping = pic2word_like(vl, images, steps=1, batch_size=3, progress=False)
+    texts = ["make it blue", "", "add a star"]
+    with torch.no_grad():
+        expected = query_encoder.compose(vl, mapping(images)[:, None], texts)
+    assert torch.allclose(mapping.compose(vl, images, texts), expected, atol=1e-6)

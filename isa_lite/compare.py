@@ -8,6 +8,7 @@ seed, so that an interrupted comparison goes on where it was; at the end all of 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -97,21 +98,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
     parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
     args = parser.parse_args(argv)
-    config, runs = CompareConfig(), {}
-    vl = load_vl_model()
-    encoders = {folder: QueryEncoder.load(folder, vl) for folder in args.isa}  # all of them, before any work is done
-    for folder, encoder in encoders.items():
-        info = json.loads((folder / "query_encoder.json").read_text())["info"]
-        seed = info["parameters"]["seed"]
-        if seed in runs:
+    config, vl, encoders = CompareConfig(), load_vl_model(), {}
+    for folder in args.isa:  # all of them, before any work is done
+        encoder = QueryEncoder.load(folder, vl)
+        seed = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]["seed"]
+        if seed in encoders:
             parser.error(f"{folder} is a second run with seed {seed}; give one a seed")
-        path = args.run / f"{vl.fingerprint}-{seed}.json"
+        key = hashlib.sha256((folder / "query_encoder.safetensors").read_bytes()).hexdigest()[:16]
+        encoders[seed] = encoder, args.run / f"{key}.json"
+    runs = []
+    for seed, (encoder, path) in encoders.items():
         done = json.loads(path.read_text()) if path.is_file() else {}
         if done.get("params") != asdict(config):
             done = compare(vl, encoder, seed, config)
             write_text(path, json.dumps(done, indent=1) + "\n")
-        runs[seed] = done
-    record = {"machine": machine(), "commit": commit(), "runs": list(runs.values())}
+        runs.append(done)
+    record = {"machine": machine(), "commit": commit(), "runs": runs}
     write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(runs_table(record["runs"], None).to_string())
 

@@ -15,7 +15,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from isa_lite.distill import History
-from isa_lite.evaluate import Benchmark, bootstrap_interval, recall
+from isa_lite.evaluate import Benchmark, bootstrap_interval, recall, seed_interval
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 _STYLE = {
@@ -90,13 +90,12 @@ def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: s
         return figure
 
 
-def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
-    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured."""
+def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: str, emphasis: str) -> Figure:
+    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line)."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(8.5, 0.5 * len(methods) + 1.2)
+        figure = _figure(8.5, 0.5 * len(rows) + 1.2)
         axes = figure.subplots()
-        for y, (name, rank) in enumerate(methods.items()):
-            mean, (low, high) = recall(rank, k), bootstrap_interval(rank, k)
+        for y, (name, (mean, low, high)) in enumerate(rows.items()):
             ceiling = "ceiling" in name
             axes.barh(
                 y,
@@ -106,10 +105,39 @@ def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", 
                 hatch="//" if ceiling else "",
             )
             axes.plot([low, high], [y, y], color="black", linewidth=2)
-            axes.text(high + 1, y, f"{mean:.0f}", va="center")
-        axes.set_yticks(range(len(methods)), list(methods))
+            axes.text(np.nanmax([high, mean]) + 1, y, f"{mean:.0f}", va="center")
+        axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
-        axes.set(xlabel=f"Recall@{k} in % (line: 95% interval over queries)", xlim=(0, 108), title=title)
+        axes.set(xlabel=xlabel, xlim=(0, 108), title=title)
+        return figure
+
+
+def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
+    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured."""
+    rows = {name: (recall(rank, k), *bootstrap_interval(rank, k)) for name, rank in methods.items()}
+    return _bars(rows, f"Recall@{k} in % (line: 95% interval over queries)", title, emphasis)
+
+
+def seed_bars(runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
+    """The same from several runs (records with "methods"): means over seeds with their 95% intervals; worst first, then the ceilings."""
+    values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
+    order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
+    rows = {name: (float(np.mean(values[name])), *seed_interval(values[name])) for name in order}
+    return _bars(rows, f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)", title, emphasis)
+
+
+def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[float], k: int = 1) -> Figure:
+    """Recall@K of late fusions along the modifier's weight, a line a fusion; its best weight carries a larger mark."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(8.5, 4.2)
+        axes = figure.subplots()
+        styles = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (PURPLE, "-.", "D")]
+        for (name, found), (color, line, mark) in zip(recalls.items(), styles, strict=False):
+            axes.plot(weights, found, color=color, linestyle=line, label=name, linewidth=2)
+            best = int(np.argmax(found))
+            axes.plot(weights[best], found[best], color=color, marker=mark, markersize=10)
+        axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=12)
         return figure
 
 

@@ -30,6 +30,23 @@ def test_bars_show_recall_and_its_interval():
     assert tuple(axes.lines[0].get_xdata()) == evaluate.bootstrap_interval(ranks["isa"], 1)
 
 
+def test_bars_over_seeds_show_means_and_t_intervals_and_ceilings_last():
+    runs = [
+        {"methods": {"target ceiling": {"R@1": 5.0}, "isa": {"R@1": v}, "text only": {"R@1": 7.0}}} for v in (40.0, 50.0, 60.0)
+    ]
+    axes = draw.seed_bars(runs).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["text only", "isa", "target ceiling"]
+    assert [bar.get_width() for bar in axes.patches] == [7, 50, 5]
+    assert tuple(axes.lines[1].get_xdata()) == evaluate.seed_interval([40, 50, 60])
+
+
+def test_weight_curves_mark_the_best_weight():
+    axes = draw.weight_curves({"sum": [1.0, 5.0, 2.0], "product": [3.0, 2.0, 1.0]}, [0.1, 0.5, 0.9]).axes[0]
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert drawn == [([0.1, 0.5, 0.9], [1, 5, 2]), ([0.5], [5]), ([0.1, 0.5, 0.9], [3, 2, 1]), ([0.1], [3])]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sum", "product"]
+
+
 def test_curves_show_running_means_and_recall():
     history = History(gcd=[4.0, 2.0, 0.0], recall=[(2, 10.0), (3, 30.0)])
     gcd, lar, recall = draw.curves({"run": history}, window=2).axes

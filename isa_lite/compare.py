@@ -34,7 +34,7 @@ class CompareConfig:
     """Settings of one comparison. Images, steps and batch size are those of notebook 02."""
 
     num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
-    inverted: int = 1500  # of these images, those for which SEARLE-like first optimises a word
+    inverted: int = 1000  # of these images, those for which SEARLE-like first optimises a word
     steps: int = 600
     batch_size: int = 128
     queries: int = 1000

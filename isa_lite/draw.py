@@ -119,7 +119,7 @@ def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", 
 
 
 def seed_bars(runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
-    """The same from several runs (records with "methods"): means over seeds with their 95% intervals; worst first, then the ceilings."""
+    """The same from several runs (records with "methods"): means with 95% intervals over seeds; worst first, then the ceilings."""
     values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
     order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
     rows = {name: (float(np.mean(values[name])), *seed_interval(values[name])) for name in order}

@@ -122,7 +122,7 @@ def pic2word_like(
 def optimize_words(
     vl: VLModel,
     images: Tensor,
-    steps: int = 100,
+    steps: int = 60,
     lr: float = 0.05,
     gravity: float = 0.1,
     template: str = TEMPLATE,

@@ -105,7 +105,7 @@ def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: st
                 hatch="//" if ceiling else "",
             )
             axes.plot([low, high], [y, y], color="black", linewidth=2)
-            axes.text(np.nanmax([high, mean]) + 1, y, f"{mean:.0f}", va="center")
+            axes.text(min(np.nanmax([high, mean]), 101) + 1, y, f"{mean:.0f}", va="center")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, xlim=(0, 108), title=title)
@@ -119,10 +119,11 @@ def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", 
 
 
 def seed_bars(runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
-    """The same from several runs (records with "methods"): means with 95% intervals over seeds; worst first, then the ceilings."""
+    """The same from several runs (records with "methods"): means, 95% intervals over seeds; worst first, then ceilings."""
     values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
     order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
-    rows = {name: (float(np.mean(values[name])), *seed_interval(values[name])) for name in order}
+    # Student's interval of few seeds may reach below 0 or above 100, where no recall is.
+    rows = {name: (float(np.mean(values[name])), *np.clip(seed_interval(values[name]), 0, 100)) for name in order}
     return _bars(rows, f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)", title, emphasis)
 
 

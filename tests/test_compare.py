@@ -62,5 +62,5 @@ def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, mo
 def test_two_runs_of_one_seed_are_refused(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "compare", None)  # refused before any work
     with pytest.raises(SystemExit):
-        compare.main(["--isa", folders[0], folders[0], "--run", str(tmp_path / "run")])
+        compare.main(["--isa", folders[0], folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
     assert "second run with seed 0" in capsys.readouterr().err

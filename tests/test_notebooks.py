@@ -57,6 +57,11 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
+def test_retrieval_runs_at_smoke_size_from_another_folder(tmp_path):
+    done = papermill("03_retrieval.ipynb", tmp_path, "-p", "smoke", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
@@ -64,6 +69,7 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
         ("02_distillation.ipynb", ("-p", "lar_weight", "-1"), "parameter 'lar_weight' must be a number of at least 0"),
         ("02_distillation.ipynb", ("-p", "backbone", "mobilenetv4_conv_smal"), "unknown backbone 'mobilenetv4_conv_smal'"),
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
+        ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
     ],
 )

@@ -1,0 +1,76 @@
+"""What a sentence holds: where its tokens look, which words they are near, and what is lost without one of them. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from isa_lite.evaluate import Benchmark, benchmark_ranks
+from isa_lite.query_encoder import TEMPLATE, compose
+from isa_lite.vl_model import VLModel
+
+
+def object_attention(maps: Tensor, masks: np.ndarray | Tensor) -> Tensor:
+    """How much of each token's attention falls on each object of one image: L x N, shares between 0 and 1.
+
+    maps: L x h x w attention maps, each with sum 1; masks: N x H x W, true where object n is. A cell of a map spreads its
+    attention evenly over the pixels it covers; H and W must be multiples of h and w, else ValueError.
+    """
+    masks = torch.as_tensor(np.asarray(masks), dtype=torch.float32)
+    (height, width), (rows, columns) = masks.shape[-2:], maps.shape[-2:]
+    if height % rows or width % columns:
+        raise ValueError(f"masks of {height} x {width} pixels do not divide into maps of {rows} x {columns} cells")
+    covered = F.avg_pool2d(masks.unsqueeze(1), (height // rows, width // columns)).squeeze(1)  # N x h x w: share of each cell
+    return torch.einsum("lhw,nhw->ln", maps.float(), covered)
+
+
+def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Grounding score of each token over many images: its attention on objects, relative to chance.
+
+    maps: B x L x h x w; masks: for each image its objects' masks, N x H x W (N may differ). Chance is the share of the image
+    that objects cover: what attention spread evenly gives. Both are summed over images before they are divided, so an image
+    with tiny objects cannot blow the score up. Returns two vectors of length L: the score with all objects of an image
+    taken together, and with only the one that the token looks at most, against that object's own area.
+    """
+    if len(maps) != len(masks):
+        raise ValueError(f"attention maps of {len(maps)} images but masks of {len(masks)}")
+    on_any, on_one = torch.zeros(maps.shape[1]), torch.zeros(maps.shape[1])
+    area_any, area_one = 0.0, torch.zeros(maps.shape[1])
+    for m, objects in zip(maps, masks, strict=True):
+        together = np.asarray(objects).any(0, keepdims=True)
+        on_any += object_attention(m, together)[:, 0]
+        area_any += float(together.mean())
+        best, which = object_attention(m, objects).max(1)  # L
+        on_one += best
+        area_one += torch.as_tensor(np.asarray(objects).mean((1, 2)), dtype=torch.float32)[which]
+    return on_any / area_any, on_one / area_one
+
+
+def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
+    """For each vector of ... x D the k nearest words that the model has met, with their cosines, best first (flattened)."""
+    table = vl.word_vectors(torch.arange(vl._text.token_embedding.weight.shape[0], device=vl.device)).detach().float().cpu()
+    met = (table.norm(dim=1) > 0).nonzero().flatten()  # words without training keep the zero vector in our own models
+    likeness = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float().cpu(), dim=1) @ F.normalize(table[met], dim=1).T
+    found = likeness.topk(k)
+    return [
+        [(vl.tokenizer.decode([int(met[i])]).strip(), float(c)) for i, c in zip(row, cosines, strict=True)]
+        for row, cosines in zip(found.indices, found.values, strict=True)
+    ]
+
+
+def ranks_without(
+    bench: Benchmark, vl: VLModel, tokens: Tensor, gallery: Tensor, template: str = TEMPLATE
+) -> dict[int, np.ndarray]:
+    """`benchmark_ranks` with the whole sentences (key -1), and with token i deleted from every one of them (key i).
+
+    tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single token.
+    """
+    length = tokens.shape[1]
+    if length < 2:
+        raise ValueError("a sentence of one token has none to spare")
+    kept = {-1: list(range(length))} | {i: [j for j in range(length) if j != i] for i in range(length)}
+    return {i: benchmark_ranks(bench, compose(vl, tokens[:, which], bench.texts, template), gallery) for i, which in kept.items()}

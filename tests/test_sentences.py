@@ -1,0 +1,70 @@
+"""Grounding by hand and against pixels, nearest words of real words, deletion of tokens."""
+
+import numpy as np
+import pytest
+import torch
+
+from isa_lite import scenes
+from isa_lite.evaluate import benchmark_ranks, make_benchmark
+from isa_lite.query_encoder import compose
+from isa_lite.sentences import grounding, nearest_words, object_attention, ranks_without
+from isa_lite.vl_model import load_vl_model
+
+
+def test_attention_on_objects_by_hand():
+    maps = torch.tensor([[[0.5, 0.25], [0.25, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])  # two tokens on 2 x 2 cells
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2, :2] = True  # all of the first cell
+    masks[1, 2:, 3:] = True  # half of the last
+    assert object_attention(maps, masks).tolist() == [[0.5, 0.0], [0.0, 0.5]]
+    together, one = grounding(maps[None], [masks])
+    # the objects cover 4 and 2 of 16 pixels
+    assert together.tolist() == pytest.approx([0.5 / (6 / 16), 0.5 / (6 / 16)])
+    assert one.tolist() == pytest.approx([0.5 / (4 / 16), 0.5 / (2 / 16)])
+
+
+def test_attention_on_objects_against_a_loop_over_pixels():
+    torch.manual_seed(0)
+    maps = torch.rand(3, 6, 6).flatten(1).softmax(1).unflatten(1, (6, 6))
+    masks = scenes.object_masks(scenes.sample_scene(np.random.default_rng(4)), seed=9)
+    spread = maps.repeat_interleave(16, 1).repeat_interleave(16, 2) / 256
+    for token in range(3):
+        for n, mask in enumerate(masks):
+            by_pixel = sum(float(spread[token, y, x]) for y, x in zip(*np.nonzero(mask), strict=True))
+            assert object_attention(maps, masks)[token, n].item() == pytest.approx(by_pixel, rel=1e-4)
+
+
+def test_even_attention_scores_one():
+    world = scenes.sample_scenes(20, seed=2)
+    masks = [scenes.object_masks(scene, seed=i) for i, scene in enumerate(world)]
+    together, one = grounding(torch.full((20, 4, 6, 6), 1 / 36), masks)
+    assert together.tolist() == pytest.approx([1.0] * 4, rel=1e-4)
+    assert one.tolist() == pytest.approx([1.0] * 4, rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="masks of 10 x 12 pixels do not divide into maps of 4 x 4 cells"):
+        object_attention(torch.rand(1, 4, 4), np.ones((1, 10, 12), bool))
+    with pytest.raises(ValueError, match="maps of 2 images but masks of 1"):
+        grounding(torch.rand(2, 1, 4, 4), [np.ones((1, 8, 8), bool)])
+
+
+def test_the_nearest_word_of_a_word_is_itself():
+    vl = load_vl_model()
+    ids = vl.tokenizer(["red circle striped"])[0, 1:4]
+    near = nearest_words(vl, 3 * vl.word_vectors(ids).detach()[None], k=2)
+    assert [words[0][0] for words in near] == ["red", "circle", "striped"]
+    assert all(words[0][1] == pytest.approx(1, abs=1e-5) and words[1][1] < 0.99 for words in near)
+
+
+def test_deleting_a_token_takes_that_token_out():
+    vl, bench = load_vl_model(), make_benchmark(queries=8, gallery=40, seed=1)
+    gallery = vl.encode_images(bench.images)
+    torch.manual_seed(0)
+    tokens = torch.randn(8, 3, vl.word_width) * vl.word_norm / vl.word_width**0.5
+    found = ranks_without(bench, vl, tokens, gallery)
+    assert sorted(found) == [-1, 0, 1, 2]
+    for i, kept in ((-1, tokens), (1, torch.stack([tokens[:, 0], tokens[:, 2]], 1))):
+        assert np.array_equal(found[i], benchmark_ranks(bench, compose(vl, kept, bench.texts), gallery))
+    with pytest.raises(ValueError, match="a sentence of one token"):
+        ranks_without(bench, vl, tokens[:, :1], gallery)

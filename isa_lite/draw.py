@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from IPython.display import Image as Picture
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
@@ -139,6 +140,44 @@ def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[floa
             axes.plot(weights[best], found[best], color=color, marker=mark, markersize=10)
         axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=12)
+        return figure
+
+
+def token_bars(scores: Mapping[str, Sequence[float]], ylabel: str, title: str = "", level: float | None = None) -> Figure:
+    """A value for each token, a bar beside the others for each name in `scores`; `level`: a dashed line across."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(10, 4)
+        axes = figure.subplots()
+        width = 0.8 / len(scores)
+        fills = [(ORANGE, ""), (BLUE, "//"), (GREEN, "..")]
+        for i, ((name, values), (color, hatch)) in enumerate(zip(scores.items(), fills, strict=False)):
+            where = np.arange(len(values)) + (i - (len(scores) - 1) / 2) * width
+            axes.bar(where, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
+        if level is not None:
+            axes.axhline(level, color="black", linestyle="--", linewidth=1.5)
+        axes.set_xticks(range(len(values)), [str(i + 1) for i in range(len(values))])
+        axes.set(xlabel="token", ylabel=ylabel, title=title)
+        axes.legend(frameon=False, fontsize=12)
+        return figure
+
+
+def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
+    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are."""
+    with matplotlib.rc_context(_STYLE):
+        values = table.to_numpy(float)
+        figure = _figure(1.1 * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4)
+        axes = figure.subplots()
+        drawn = axes.imshow(values, cmap="cividis", aspect="auto")
+        middle = (values.min() + values.max()) / 2
+        for y, x in np.ndindex(*values.shape):
+            ink = "white" if values[y, x] < middle else "black"
+            axes.text(x, y, f"{values[y, x]:.0f}", ha="center", va="center", color=ink, fontsize=12)
+        axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=25, ha="right")
+        axes.set_yticks(range(values.shape[0]), list(table.index))
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_title(title)
+        figure.colorbar(drawn, label=label)
         return figure
 
 

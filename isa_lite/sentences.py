@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from isa_lite.evaluate import Benchmark, benchmark_ranks
 from isa_lite.query_encoder import TEMPLATE, compose
+from isa_lite.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene
 from isa_lite.vl_model import VLModel
 
 
@@ -62,6 +64,30 @@ def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[st
     ]
 
 
+#: What a word of a scene caption names. Words of size and place, and pieces of words, are "other".
+WORD_KINDS = {
+    w: kind
+    for kind, words in (("background", BACKGROUNDS), ("style", STYLES), ("color", COLORS), ("shape", SHAPES))
+    for w in words
+}
+
+
+def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
+    """What each token's nearest word names, over many sentences B x L x D: a row a token, a column a kind, shares in percent.
+
+    A word that the tokenizer splits ("checkered", "cyan") counts by any of its pieces.
+    """
+    pieces = {}
+    for word, kind in WORD_KINDS.items():
+        for i in vl.tokenizer.encode(word):
+            pieces[vl.tokenizer.decode([i]).strip()] = kind
+    kinds = ["background", "style", "color", "shape", "other"]
+    found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
+    count, length = tokens.shape[:2]
+    grid = np.array(found).reshape(count, length)
+    return pd.DataFrame({kind: 100 * (grid == kind).mean(0) for kind in kinds}, index=[f"token {i + 1}" for i in range(length)])
+
+
 def ranks_without(
     bench: Benchmark, vl: VLModel, tokens: Tensor, gallery: Tensor, template: str = TEMPLATE
 ) -> dict[int, np.ndarray]:
@@ -74,3 +100,20 @@ def ranks_without(
         raise ValueError("a sentence of one token has none to spare")
     kept = {-1: list(range(length))} | {i: [j for j in range(length) if j != i] for i in range(length)}
     return {i: benchmark_ranks(bench, compose(vl, tokens[:, which], bench.texts, template), gallery) for i, which in kept.items()}
+
+
+def _facts(scene: Scene) -> set[tuple]:
+    objects = {("object", o.cell, name, getattr(o, name)) for o in scene.objects for name in ("shape", "color", "size")}
+    return objects | {("background", scene.background), ("style", scene.style)}
+
+
+def kept_and_followed(reference: Scene, target: Scene, answer: Scene) -> tuple[float, float]:
+    """What an answer did with a query: the share of the reference that it keeps, and of the modifier that it follows.
+
+    A scene is a set of facts: background, style, and shape, colour and size at each place. Kept: of the facts that reference
+    and target share, those that the answer has. Followed: of the facts that the change brings or takes away, those that the
+    answer has or lacks as the target does. Both are 1 for the target itself.
+    """
+    old, new, found = _facts(reference), _facts(target), _facts(answer)
+    followed = (new - old) & found | (old - new) - found
+    return len(old & new & found) / max(1, len(old & new)), len(followed) / max(1, len(old ^ new))

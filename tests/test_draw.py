@@ -1,6 +1,7 @@
 """What the figures draw; nbval does not compare images."""
 
 import numpy as np
+import pandas as pd
 
 from isa_lite import draw, evaluate
 from isa_lite.distill import History
@@ -61,6 +62,22 @@ def test_attention_lays_each_map_over_the_image():
     assert titles(figure)[:4] == ["image", "token 1", "token 2", "token 3"]
     laid = figure.axes[2].images[1]
     assert np.allclose(laid.get_array(), maps[1] / maps[1].max()) and tuple(laid.get_extent()) == (-0.5, 31.5, 31.5, -0.5)
+
+
+def test_token_bars_stand_side_by_side():
+    axes = draw.token_bars({"a": [1.0, 2.0], "b": [3.0, 4.0]}, "score", level=1.5).axes[0]
+    bars = [(round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in axes.patches]
+    assert bars == [(-0.2, 1), (0.8, 2), (0.2, 3), (1.2, 4)]
+    assert list(axes.lines[0].get_ydata()) == [1.5, 1.5]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
+
+
+def test_a_heatmap_says_its_numbers_in_legible_ink():
+    figure = draw.heatmap(pd.DataFrame({"x": [0.0, 100.0], "y": [40.4, 60.0]}, index=["a", "b"]), "percent")
+    texts = {tuple(t.get_position()): (t.get_text(), t.get_color()) for t in figure.axes[0].texts}
+    assert texts == {(0, 0): ("0", "white"), (1, 0): ("40", "white"), (0, 1): ("100", "black"), (1, 1): ("60", "black")}
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    assert figure.axes[1].get_ylabel() == "percent"
 
 
 def test_text_is_wrapped_at_spaces():

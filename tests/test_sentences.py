@@ -7,7 +7,7 @@ import torch
 from isa_lite import scenes
 from isa_lite.evaluate import benchmark_ranks, make_benchmark
 from isa_lite.query_encoder import compose
-from isa_lite.sentences import grounding, nearest_words, object_attention, ranks_without
+from isa_lite.sentences import grounding, kept_and_followed, nearest_words, object_attention, ranks_without, word_kinds
 from isa_lite.vl_model import load_vl_model
 
 
@@ -68,3 +68,28 @@ def test_deleting_a_token_takes_that_token_out():
         assert np.array_equal(found[i], benchmark_ranks(bench, compose(vl, kept, bench.texts), gallery))
     with pytest.raises(ValueError, match="a sentence of one token"):
         ranks_without(bench, vl, tokens[:, :1], gallery)
+
+
+def test_what_the_nearest_words_name():
+    vl = load_vl_model()
+    say = [["red", "white", "large"], ["checkered", "striped", "heart"]]  # two sentences of three tokens
+    tokens = torch.stack([torch.stack([vl.word_vectors(torch.tensor(vl.tokenizer.encode(w)[:1]))[0] for w in s]) for s in say])
+    kinds = word_kinds(vl, tokens.detach())
+    assert kinds.loc["token 1"].to_dict() == {"background": 50, "style": 0, "color": 50, "shape": 0, "other": 0}
+    assert kinds.loc["token 2"].to_dict() == {"background": 50, "style": 50, "color": 0, "shape": 0, "other": 0}
+    assert kinds.loc["token 3"].to_dict() == {"background": 0, "style": 0, "color": 0, "shape": 50, "other": 50}
+
+
+def test_what_an_answer_kept_and_followed_by_hand():
+    star = scenes.Object(0, "star", "red", "small")
+    blue, large = (scenes.Object(0, "star", color, size) for color, size in (("blue", "small"), ("red", "large")))
+    reference, target = scenes.Scene((star,), "white", "flat"), scenes.Scene((blue,), "white", "flat")
+    assert kept_and_followed(reference, target, target) == (1, 1)
+    assert kept_and_followed(reference, target, reference) == (1, 0)
+    # the size, which the two share, is another; the colour is the old one
+    assert kept_and_followed(reference, target, scenes.Scene((large,), "white", "flat")) == (3 / 4, 0)
+    # neither the old colour nor the new one: half of the change, red is gone and blue is not there
+    green = scenes.Object(0, "star", "green", "small")
+    assert kept_and_followed(reference, target, scenes.Scene((green,), "white", "flat")) == (1, 1 / 2)
+    empty = scenes.Scene((), "white", "flat")
+    assert kept_and_followed(reference, empty, empty) == (1, 1) and kept_and_followed(reference, empty, reference) == (1, 0)

@@ -57,8 +57,9 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
-def test_retrieval_runs_at_smoke_size_from_another_folder(tmp_path):
-    done = papermill("03_retrieval.ipynb", tmp_path, "-p", "smoke", "true")
+@pytest.mark.parametrize("name", ["03_retrieval.ipynb", "04_attention.ipynb"])
+def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
+    done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -70,6 +71,7 @@ def test_retrieval_runs_at_smoke_size_from_another_folder(tmp_path):
         ("02_distillation.ipynb", ("-p", "backbone", "mobilenetv4_conv_smal"), "unknown backbone 'mobilenetv4_conv_smal'"),
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
         ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
+        ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 2"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
     ],
 )
@@ -79,7 +81,8 @@ def test_a_bad_parameter_stops_a_notebook_with_its_name(tmp_path, name, argument
     assert message in done.stderr
 
 
-def test_start_here_gives_what_it_shows(tmp_path):
+@pytest.mark.parametrize("name", ["00_start_here", "03_retrieval", "04_attention"])
+def test_a_short_notebook_gives_what_it_shows(name):
     command = [
         sys.executable,
         "-m",
@@ -89,7 +92,7 @@ def test_start_here_gives_what_it_shows(tmp_path):
         "no:cacheprovider",
         "--nbval",
         "--nbval-current-env",
-        "notebooks/00_start_here.ipynb",
+        f"notebooks/{name}.ipynb",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -17,14 +17,17 @@ TINY = CompareConfig(
 )
 
 
-def test_every_method_is_measured_on_the_benchmark_of_the_seed():
+def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     vl = load_vl_model()
+    chosen_on = []
+    monkeypatch.setattr(compare, "choose_weight", lambda fuse, bench, vl, gallery: chosen_on.append(bench) or 0.5)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     found = compare.compare(vl, encoder, 7, TINY, progress=False)
     trained = {"Pic2Word-like", "SEARLE-like", "LinCIR-like"}
     assert set(found["methods"]) == {"isa", "BASIC-like", *UNTRAINED, *FUSIONS, *trained}
     assert set(found["training_seconds"]) == trained and set(found["weights"]) == set(FUSIONS)
     bench = make_benchmark(20, 100, 7)
+    assert chosen_on and all(not set(other.texts) & set(bench.texts) or other.scenes[0] != bench.scenes[0] for other in chosen_on)
     gallery = vl.encode_images(bench.images)
     for name, queries in (("isa", composed(bench, vl, encoder)), ("text only", vl.encode_text(bench.texts))):
         expected = recall(benchmark_ranks(bench, queries, gallery), 10)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from isa_lite import scenes
 from isa_lite.evaluate import benchmark_ranks, make_benchmark
@@ -55,6 +56,14 @@ def test_the_nearest_word_of_a_word_is_itself():
     near = nearest_words(vl, 3 * vl.word_vectors(ids).detach()[None], k=2)
     assert [words[0][0] for words in near] == ["red", "circle", "striped"]
     assert all(words[0][1] == pytest.approx(1, abs=1e-5) and words[1][1] < 0.99 for words in near)
+
+
+def test_words_that_the_model_never_met_are_nearest_to_nothing():
+    vl = load_vl_model()
+    table = vl.word_vectors(torch.arange(49408)).detach()
+    met = {vl.tokenizer.decode([int(i)]).strip() for i in (table.norm(dim=1) > 0).nonzero().flatten()}
+    away = -normalize(table[table.norm(dim=1) > 0], dim=1).mean(0)  # below zero with most words; a zero vector would win
+    assert all(word in met for word, _ in nearest_words(vl, away[None], k=len(met) // 2)[0])
 
 
 def test_deleting_a_token_takes_that_token_out():

@@ -210,7 +210,7 @@ def runs_table(
 
 
 def _mean(values: Sequence[float]) -> str:
-    low, high = seed_interval(values)
+    low, high = np.clip(seed_interval(values), 0, 100)  # Student's interval may reach where no recall is
     return f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
 
 

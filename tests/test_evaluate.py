@@ -219,7 +219,8 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     assert list(table.index) == ["isa, lar_weight 0 (2 seeds)", "image only (2 seeds)", "isa, lar_weight 0.1 (2 seeds)"]
     values = [r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1]
     low, high = evaluate.seed_interval(values)
-    assert table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"] == f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]"
+    assert low < 0  # of two seeds; a recall is never below 0
+    assert table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"] == f"{np.mean(values):.1f} [0.0, {high:.1f}]"
     assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == ["image only (2 seeds)"]
     change = evaluate.effect(gathered["runs"], k=5)
     recalls = {(r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]}

@@ -20,7 +20,8 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite import checkpoint as checkpoint_module
-from isa_lite.distill import DistillConfig, ImageFolder, batch_indices, blur, distill, images_key, learning_rate, targets
+from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, targets
+from isa_lite.images import ImageFolder, images_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import VLModel, load_vl_model

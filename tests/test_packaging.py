@@ -13,7 +13,7 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters checkpoint scenes vl_model token_learner query_encoder losses distill gallery evaluate baselines fusion
+    parameters checkpoint images scenes vl_model token_learner query_encoder losses distill gallery evaluate baselines fusion
     inversion sentences compare pretrain cards bench draw
 """.split()
 

@@ -1,4 +1,4 @@
-"""Cost of the query side against the large tower: `python -m isa_lite.bench cost`.
+"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... embed` (a gallery).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import open_clip
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from isa_lite.embed import embed_files
+from isa_lite.images import read_image
 from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
 
 
@@ -34,15 +41,15 @@ def multiply_adds(call: Callable[[], object]) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, float]:
+def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 30, warm_up: int = 3) -> dict[str, float]:
     """Median milliseconds of each call. All are measured in turn in every round, so a noisy moment hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for r in range(rounds + 3):
+        for r in range(rounds + warm_up):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
-                if r >= 3:  # the first rounds warm up
+                if r >= warm_up:
                     times[name].append(1000 * (time.perf_counter() - began))
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
 
@@ -80,6 +87,30 @@ def cost(
     return table
 
 
+def embedding(
+    vl: VLModel, images: int = 1024, batch: int = 64, side: int = 0, rounds: int = 3, num_workers: int = 1
+) -> pd.DataFrame:
+    """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors of the same images.
+
+    side: of the files, in pixels (0: the model's own). The two take turns, `rounds` times; medians.
+    """
+    world = sample_scenes(images, seed=0)
+    pictures = render_many(world, range(images), side or vl.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i:06}.jpg" for i in range(images)]
+        for file, picture in zip(files, pictures, strict=True):
+            Image.fromarray(picture).save(file, quality=90)
+        ready = [vl.pixels([read_image(f) for f in files[s : s + batch]]) for s in range(0, images, batch)]
+        calls = {
+            "bare image tower": lambda: [vl.encode_pixels(pixels) for pixels in ready],
+            "embed_files": lambda: embed_files(files, vl, None, batch, num_workers=num_workers, progress=False),
+        }
+        times = side_by_side(calls, rounds, warm_up=1)
+    table = pd.DataFrame({"images / s": {name: 1000 * images / ms for name, ms in times.items()}})
+    table["of the bare tower"] = table["images / s"] / table.loc["bare image tower", "images / s"]
+    return table
+
+
 def peak_memory() -> float:
     """The most memory that this process has held so far, in GiB; not a number where the system does not tell (Windows)."""
     try:
@@ -92,11 +123,20 @@ def peak_memory() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost"])
+    parser.add_argument("what", choices=["cost", "embed"])
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
     parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
     args = parser.parse_args(argv)
+    if args.what == "embed":
+        bare = open_clip.create_model_and_transforms("ViT-B-32")  # random weights: they cost as much as trained ones
+        for name, vl, images, side in (
+            ("the shipped model", load_vl_model(), 4096, 0),
+            ("ViT-B-32, random weights", VLModel(bare[0], bare[2], open_clip.get_tokenizer("ViT-B-32")), 256, 320),
+        ):
+            print(f"\n{name}: {images} JPEG files of {side or vl.image_size} px; {machine()}")
+            print(embedding(vl, images, side=side).round(2).to_string())
+        return
     vl = load_vl_model(args.vl_model, args.pretrained)
     encoder = QueryEncoder.load(args.encoder, vl)
     print(machine())

@@ -49,7 +49,9 @@ def to_pixels(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from B x size x size x 3 uint8."""
+    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from pictures of size x size."""
+    if not isinstance(images, np.ndarray) and all(i.mode == "RGB" and i.size == (size, size) for i in images):
+        images = np.stack([np.asarray(i) for i in images])
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std

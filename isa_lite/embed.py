@@ -1,0 +1,115 @@
+"""Embedding a gallery of image files: once, in shards that resume, with reading kept ahead of the model.
+
+A gallery may hold a hundred thousand photographs. Reading and resizing happens in threads while the model works on
+the batch before (Pillow lets go of Python's lock while it decodes), and every finished shard is a file, so a run
+that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from isa_lite.checkpoint import read_tensors, write_tensors
+from isa_lite.images import read_image
+from isa_lite.vl_model import VLModel
+
+In, Out = TypeVar("In"), TypeVar("Out")
+
+
+def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
+    """`map(function, items)`, with up to two results a thread made in advance; 0 threads: none. Order and errors stay."""
+    if threads == 0:
+        yield from map(function, items)
+        return
+    items, waiting = iter(items), deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in itertools.islice(items, 2 * threads):
+                waiting.append(pool.submit(function, item))
+            while waiting:
+                result = waiting.popleft().result()
+                for item in itertools.islice(items, 1):
+                    waiting.append(pool.submit(function, item))
+                yield result
+        finally:  # after an error, or when the caller has had enough
+            pool.shutdown(cancel_futures=True)
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def embed_files(
+    files: Sequence[str | Path],
+    vl: VLModel,
+    cache: str | Path | None = None,
+    batch_size: int = 128,
+    shard: int = 4096,
+    num_workers: int = 1,
+    dtype: str = "float32",
+    progress: bool = True,
+) -> Tensor:
+    """Image files -> L2-normalised embeddings, N x E float32 on the CPU, by the large image tower.
+
+    cache: a folder; a finished shard of `shard` images is kept there, filed under the model, its preprocessing, the
+    dtype, and the path, size and time of change of each of its files. num_workers: threads that read ahead.
+    dtype: float32 or bfloat16, of the matrix products.
+    Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with
+    its name for one that cannot be read; what was finished before is kept.
+    """
+    files = [Path(f) for f in files]
+    for name, value, least in (("batch_size", batch_size, 1), ("shard", shard, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if not files:
+        raise ValueError("there are no files to embed")
+    missing = [f for f in files if not f.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(files)} image files are missing, the first: {missing[0]}")
+    model = f"{vl.fingerprint} {vl.preprocess} {dtype}" if cache else ""
+
+    def pixels(batch: list[Path]) -> Tensor:
+        pictures = []
+        for path in batch:
+            try:
+                pictures.append(read_image(path))
+            except Exception as error:  # whatever a decoder throws at a broken file
+                raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
+        return vl.pixels(pictures)  # b x 3 x H x W
+
+    parts = []
+    with tqdm(total=len(files), desc="embedding images", unit="image", mininterval=1, disable=not progress) as bar:
+        for start in range(0, len(files), shard):
+            group = files[start : start + shard]
+            stored = None
+            if cache:
+                key = hashlib.sha256("\n".join([model, *map(_stamp, group)]).encode()).hexdigest()[:24]
+                stored = Path(cache) / f"{key}.safetensors"
+            if stored and stored.is_file():
+                part = read_tensors(stored)[0]["embeddings"]
+                bar.update(len(group))
+            else:
+                done = []
+                batches = [group[s : s + batch_size] for s in range(0, len(group), batch_size)]
+                for batch in ahead(pixels, batches, num_workers):
+                    with torch.no_grad(), torch.autocast(vl.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                        done.append(vl.encode_pixels(batch).float().cpu())
+                    bar.update(len(batch))
+                part = torch.cat(done)
+                if stored:
+                    write_tensors(stored, {"embeddings": part})
+            parts.append(part)
+    return torch.cat(parts)

@@ -1,0 +1,94 @@
+"""Embedding a gallery of files: the same embeddings as all at once, in shards that are kept."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from isa_lite.embed import ahead, embed_files
+from isa_lite.images import read_image
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(7):
+        made.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 64, 3), dtype=np.uint8)).save(made[-1])
+    return made
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_files_are_embedded_as_the_tower_embeds_their_pictures_in_their_order(files, vl, num_workers):
+    expected = vl.encode_images([read_image(f) for f in files])
+    found = embed_files(files, vl, batch_size=2, shard=3, num_workers=num_workers, progress=False)
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, expected.flip(0), atol=1e-5)
+
+
+def test_finished_shards_are_kept_and_only_what_changed_is_embedded_again(files, vl, tmp_path, monkeypatch):
+    cache, seen = tmp_path / "cache", []
+    encode = type(vl).encode_pixels
+    monkeypatch.setattr(type(vl), "encode_pixels", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+
+    def embed():
+        seen.clear()
+        return embed_files(files, vl, cache, batch_size=4, shard=3, progress=False)
+
+    first = embed()
+    assert seen == [3, 3, 1]
+    assert torch.equal(embed(), first) and seen == []
+    Image.new("RGB", (30, 30), "red").save(files[4])
+    again = embed()
+    assert seen == [3] and torch.equal(again[:3], first[:3]) and not torch.allclose(again[4], first[4], atol=1e-3)
+    with torch.no_grad():
+        next(vl.clip.visual.parameters()).add_(0.1)  # another model
+    embed()
+    assert seen == [3, 3, 1]
+
+
+def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_path):
+    whole = files[5].read_bytes()
+    files[5].write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="5.png cannot be read as an image"):
+        embed_files(files, vl, tmp_path / "cache", shard=3, progress=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    files[5].write_bytes(whole)
+    assert torch.allclose(
+        embed_files(files, vl, tmp_path / "cache", shard=3, progress=False), embed_files(files, vl, progress=False), atol=1e-5
+    )
+
+
+def test_bad_input_is_refused_before_anything_is_embedded(files, vl, tmp_path):
+    with pytest.raises(FileNotFoundError, match="2 of 9 image files are missing, the first: .*nowhere.png"):
+        embed_files([*files, tmp_path / "nowhere.png", tmp_path / "neither.png"], vl)
+    with pytest.raises(ValueError, match="there are no files"):
+        embed_files([], vl)
+    with pytest.raises(ValueError, match="shard must be at least 1, not 0"):
+        embed_files(files, vl, shard=0)
+    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not 'half'"):
+        embed_files(files, vl, dtype="half")
+
+
+def test_half_precision_is_close_and_filed_apart(files, vl, tmp_path):
+    exact = embed_files(files, vl, tmp_path, progress=False)
+    half = embed_files(files, vl, tmp_path, dtype="bfloat16", progress=False)
+    assert not torch.equal(exact, half) and (exact * half).sum(1).min() > 0.99
+
+
+def test_work_is_done_ahead_by_two_a_thread_and_no_further():
+    started, gate = [], threading.Event()
+
+    def work(i):
+        started.append(i)
+        gate.wait(5)
+        return i * i
+
+    results = ahead(work, range(10), threads=2)
+    gate.set()
+    assert next(results) == 0
+    assert set(started) <= set(range(5))  # four in advance, one more when the first was taken
+    assert list(results) == [i * i for i in range(1, 10)]

@@ -56,19 +56,21 @@ def embed_files(
     cache: str | Path | None = None,
     batch_size: int = 128,
     shard: int = 4096,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     dtype: str = "float32",
     progress: bool = True,
 ) -> Tensor:
     """Image files -> L2-normalised embeddings, N x E float32 on the CPU, by the large image tower.
 
     cache: a folder; a finished shard of `shard` images is kept there, filed under the model, its preprocessing, the
-    dtype, and the path, size and time of change of each of its files. num_workers: threads that read ahead.
-    dtype: float32 or bfloat16, of the matrix products.
+    dtype, and the path, size and time of change of each of its files. num_workers: threads that read ahead; by default
+    two for a model on a GPU, and none on a CPU, where they take from the model what they give
+    (`python -m isa_lite.bench embed`). dtype: float32 or bfloat16, of the matrix products.
     Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with
     its name for one that cannot be read; what was finished before is kept.
     """
     files = [Path(f) for f in files]
+    num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
     for name, value, least in (("batch_size", batch_size, 1), ("shard", shard, 1), ("num_workers", num_workers, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")

@@ -54,7 +54,7 @@ def to_pixels(
         images = np.stack([np.asarray(i) for i in images])
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-        return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
     return torch.stack([preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
 
 

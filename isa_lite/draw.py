@@ -181,6 +181,46 @@ def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
         return figure
 
 
+def maps(panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Points in two dimensions, a panel a title, each named set with its own colour and mark.
+
+    ties: pairs of names whose points belong together one by one; a thin grey line joins them.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(5.2 * len(panels), 5)
+        styles = [(BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (PURPLE, "D"), (RED, "v")]
+        for axes, (title, sets) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for a, b in ties:
+                if a in sets and b in sets:
+                    for p, q in zip(sets[a], sets[b], strict=True):
+                        axes.plot(*zip(p, q, strict=True), color="#BBBBBB", linewidth=0.5, zorder=0)
+            for (name, points), (color, mark) in zip(sets.items(), styles, strict=False):
+                axes.scatter(*points.T, s=22, color=color, marker=mark, alpha=0.75, linewidths=0, label=name)
+            axes.set_xticks([]), axes.set_yticks([])
+            axes.set_title(title)
+            axes.legend(frameon=False, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, handletextpad=0.1)
+        return figure
+
+
+def growth_curves(found: Mapping, k: int = 1) -> Figure:
+    """Recall@K and the time of one exact search along the size of the gallery (a record of `growth.growth`)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(12, 4.2)
+        left, right = figure.subplots(1, 2)
+        sizes = [point["gallery"] for point in found["points"]]
+        styles = [(ORANGE, "-", "o"), (BLUE, "--", "s"), (GREY, ":", "^")]
+        for name, (color, line, mark) in zip(found["points"][0]["methods"], styles, strict=False):
+            values, low, high = zip(*(point["methods"][name][f"R@{k}"] for point in found["points"]), strict=True)
+            left.plot(sizes, values, color=color, linestyle=line, marker=mark, label=name, linewidth=2)
+            left.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
+        left.set(xscale="log", ylim=(0, 100), xlabel="images in the gallery", ylabel=f"Recall@{k} in %")
+        left.legend(frameon=False, fontsize=12)
+        right.plot(sizes, [point["search_ms"] for point in found["points"]], color=BLUE, marker="o", linewidth=2)
+        right.set(xscale="log", yscale="log", xlabel="images in the gallery", ylabel="one exact search, ms")
+        left.set_title("Recall falls slowly"), right.set_title("Time grows in proportion")
+        return figure
+
+
 def curves(histories: Mapping[str, History], window: int = 20) -> Figure:
     """Loss terms (running mean) and validation recall along the steps, a line a run."""
     with matplotlib.rc_context(_STYLE):

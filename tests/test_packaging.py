@@ -14,11 +14,11 @@ PACKAGE = ROOT / "isa_lite"
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
     parameters checkpoint images scenes vl_model token_learner query_encoder losses distill embed gallery evaluate baselines
-    fusion inversion sentences compare growth pretrain cards bench draw
+    fusion inversion sentences spaces compare growth pretrain cards bench draw
 """.split()
 
 # Where the name that is imported differs from the name that is installed.
-DISTRIBUTION = {"PIL": "pillow", "open_clip": "open_clip_torch", "IPython": "ipython"}
+DISTRIBUTION = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "IPython": "ipython"}
 
 # Put together here, so that this file does not contain them.
 PRIVATE = ["/wo" + "rk/", "/ro" + "ot/", ".." + "/shared", "py" + "pi.org", "python" + "hosted.org"]

@@ -43,15 +43,17 @@ def plain_attention(device: torch.device | str) -> AbstractContextManager:
 
 
 def to_pixels(
-    images: np.ndarray | Sequence[Image.Image],
+    images: np.ndarray | Sequence[Image.Image | np.ndarray],
     preprocess: Callable[[Image.Image], Tensor],
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
     """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from pictures of size x size."""
-    if not isinstance(images, np.ndarray) and all(i.mode == "RGB" and i.size == (size, size) for i in images):
-        images = np.stack([np.asarray(i) for i in images])
+    if not isinstance(images, np.ndarray):
+        images = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]
+        if all(i.mode == "RGB" and i.size == (size, size) for i in images):
+            images = np.stack([np.asarray(i) for i in images])
     if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
         mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)

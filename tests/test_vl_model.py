@@ -147,6 +147,7 @@ def test_arrays_take_a_short_way_with_the_same_result(vl, images):
     slow = torch.stack([vl.preprocess(Image.fromarray(i)) for i in images])
     assert torch.allclose(vl.pixels(images), slow, atol=1e-6)
     assert torch.allclose(vl.pixels([Image.fromarray(i) for i in images]), slow, atol=1e-6)
+    assert torch.allclose(vl.pixels(list(images)), slow, atol=1e-6)
     other = build()  # mean and std that differ by channel, arrays of its own size and of another
     for size in (32, 64):
         slow = torch.stack([other.preprocess(Image.fromarray(i[:size, :size])) for i in images])

@@ -32,6 +32,20 @@ WRONG = {
         ("return int((embeddings @ query).argmin())", "*largest*"),
     ],
     "00 why_is_there_always_an_answer": [('return "farthest"', "what `search` sorts by")],
+    "01 my_splice": [
+        ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
+        ("return torch.cat([vectors[:place], vector[None], vectors[place:]])", "*takes the place*"),
+        ("return torch.cat([vectors[:1], vector[None], vectors[2:]])", "at position 2, counted from 0, stands"),
+        ("return vector.expand(len(vectors), -1)", "positions other than 2"),
+    ],
+    "01 my_tokens": [
+        ('return torch.einsum("lhw,chw->lc", logits.softmax(0), features)', "over the tokens"),
+        ('return torch.einsum("lhw,chw->lc", logits, features)', "without the softmax"),
+        ('return torch.einsum("lhw,chw->lc", logits.softmax(2), features)', "all positions at once"),
+        ("return features.mean((1, 2)).expand(len(logits), -1)", "the same mean"),
+        ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
+        ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should begin with"),
+    ],
     "02 recall_with_template": [("return 0.0", "with the template of training it must give the table's")],
     "02 one_way": [
         ("return gcd_loss(query, target, temperature)", "mean of both directions"),

@@ -8,10 +8,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
+import pages
 import pytest
+import slides
 import student
 import torch
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from isa_lite import baselines, evaluate
@@ -284,3 +288,71 @@ def test_the_ids_of_cells_are_unique_and_survive_in_the_solution(path):
     ids = [c.id for c in student.read(path).cells]
     assert len(set(ids)) == len(ids)
     assert ids == [c.id for c in student.read(student.SOLUTIONS / path.name).cells]
+
+
+# ------------------------------------------------------------------------------------------ pages and slides
+
+
+def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
+    path = ROOT / "notebooks" / "01_token_learner.ipynb"
+    assert pages.make([path], tmp_path, with_slides=True) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "01_token_learner.html", "slides.html"}
+    page = BeautifulSoup((tmp_path / "01_token_learner.html").read_text(), "html.parser")
+    notebook = student.read(path)
+    shown = [o for c in code(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
+    drawn = page.select("img:not(.formula)")
+    assert [i["alt"] for i in drawn] == [o.metadata["image/png"]["alt"] for o in shown]
+    assert all(i["src"].startswith("data:") for i in page.select("img"))
+    assert (
+        any(r"\frac" in i["alt"] for i in page.select("img.formula"))
+        and "$" not in page.select_one("h1 ~ table, .scroll table").text
+    )
+    links = [a["href"] for a in page.select("main a[href]")]
+    assert all((tmp_path / link).exists() for link in links if "://" not in link)
+    deck = BeautifulSoup((tmp_path / "slides.html").read_text(), "html.parser")
+    assert [i["alt"] for i in deck.select("figure img")] == [i["alt"] for i in drawn]
+    questions = sum(c.source.count("**Predict, then run:**") for c in notebook.cells)
+    assert len(deck.select("p.question")) == questions > 0
+    claims = re.findall(r"^holds: .*$", "".join(o.get("text", "") for c in code(notebook) for o in c.outputs), re.M)
+    assert [li.text for li in deck.select("section li") if li.text.startswith("holds")] == claims
+    assert not deck.select("script[src], link") and len(deck.select("section.on")) == 1
+
+
+@pytest.mark.parametrize(
+    "link, repository, leads",
+    [
+        ("../isa_lite/scenes.py", "", "../../isa_lite/scenes.py"),
+        ("../isa_lite/scenes.py", "https://a.b/c/", "https://a.b/c/isa_lite/scenes.py"),
+        ("02_distillation.ipynb#train", "https://a.b/c", "02_distillation.html#train"),
+        ("03_retrieval.ipynb", "", "../../notebooks/03_retrieval.ipynb"),
+        ("README.md#marking", "", "index.html#marking"),
+        ("#quiz", "https://a.b/c", "#quiz"),
+        ("https://arxiv.org", "https://a.b/c", "https://arxiv.org"),
+    ],
+)
+def test_a_link_leads_from_a_page_to_a_page_or_to_the_repository(link, repository, leads):
+    assert pages.link_to(link, ROOT / "runs" / "pages", {"02_distillation"}, repository) == leads
+
+
+def test_what_is_wrong_with_a_page_is_said(tmp_path):
+    bad = new_notebook(
+        cells=[new_markdown_cell("# A\n\n$\\nonsense{x}$ ![](https://a.b/c.png) [x](nowhere.py) [y](#not-there)", id="a")]
+    )
+    picture = nbformat.from_dict({"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}, "metadata": {}})
+    bad.cells.append(new_code_cell("", id="b", outputs=[picture]))
+    body, wrong = pages.body_of(bad, tmp_path, set())
+    assert [re.match(r"a formula|a picture|loaded", w)[0] for w in wrong] == ["a formula", "a picture", "a picture", "loaded"]
+    (tmp_path / "a.html").write_text(pages.framed(str(body), "A", []))
+    nowhere, no_heading = pages.broken_links(tmp_path / "a.html")
+    assert nowhere.startswith("a link to nowhere: ") and no_heading == "a link to a heading that is not there: #not-there"
+
+
+def test_what_sticks_out_of_a_window_is_found_in_a_browser(tmp_path):
+    wide = BeautifulSoup('<p style="width: 600px">wide</p>', "html.parser")
+    (tmp_path / "wide.html").write_text(pages.framed(str(wide), "wide", []))
+    (tmp_path / "slides.html").write_text(slides.deck(["<p>fits</p>", "<p>too many</p>" * 60], ""))
+    try:
+        wrong = pages.overflowing([tmp_path / "wide.html", tmp_path / "slides.html"])
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no browser: {error}")
+    assert wrong == ["slides.html: slide 2 is larger than 1280 x 720 pixels", "wide.html: wider than a window of 390 pixels"]

@@ -211,7 +211,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/pages"), help="the folder for the pages")
     parser.add_argument("--slides", action="store_true", help="also make slides.html")
     parser.add_argument(
-        "--repository", default="", help="the address of the repository's files; without it links lead to the files here"
+        "--repository",
+        default="",
+        help="where its files are on the web, https://.../blob/main; without it links lead to the files here",
     )
     args = parser.parse_args()
     wrong = make(sorted(HERE.glob("*.ipynb")), args.out, args.repository, args.slides)

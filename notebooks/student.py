@@ -51,8 +51,10 @@ def with_hole(source: str) -> str:
 
 def with_answer(source: str) -> str:
     """A student's code cell with `# solution` markers around each function that says "your code"; the answer is to be written."""
+    if "your code" not in source:
+        return source  # perhaps not even Python: a line of a shell, for instance
     lines = source.splitlines()
-    for node in reversed([n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]):
+    for node in reversed([n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]):
         body = node.body[1:] if ast.get_docstring(node) is not None else node.body
         if not body or "your code" not in "\n".join(lines[node.lineno : node.end_lineno]):
             continue

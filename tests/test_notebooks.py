@@ -57,7 +57,7 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["03_retrieval.ipynb", "04_attention.ipynb"])
+@pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb"])
 def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
     done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,6 +72,8 @@ def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tm
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
         ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
         ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 2"),
+        ("01_token_learner.ipynb", ("-p", "word", "blu"), "parameter 'word' must be one of"),
+        ("01_token_learner.ipynb", ("-p", "word", "red"), "parameter 'caption' must contain 'red' once"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
     ],
 )

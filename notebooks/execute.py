@@ -1,7 +1,8 @@
 """Runs notebooks with their defaults and stores them as they are committed: `python notebooks/execute.py 00 02`.
 
 A committed notebook holds the outputs of one run from top to bottom, without progress bars and without papermill's notes
-of its own. Nothing is stored of a run that failed or that wrote to stderr.
+of its own. Nothing is stored of a run that failed or that wrote to stderr. The notebooks are generated: edit their solutions, and
+run student.py before this; its docstring has the whole order. A notebook that has no solution yet is run as it stands.
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import student
 from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +44,8 @@ def main() -> None:
         found = sorted(HERE.glob(f"{name}*.ipynb"))
         if len(found) != 1:
             parser.error(f"{name!r} names {len(found)} notebooks in {HERE.name}/, not one")
+        if (student.SOLUTIONS / found[0].name).is_file() and student.unlike(found[0].name):
+            parser.error(f"{found[0].name} is not what its solution gives; run python notebooks/student.py first")
         executed = args.cwd / found[0].name
         papermill.execute_notebook(found[0], executed, cwd=args.cwd)
         part = found[0].with_suffix(".part")

@@ -1,6 +1,5 @@
 """The committed notebooks: as they stand, and run again."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import execute
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
@@ -57,7 +57,7 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["03_retrieval.ipynb", "04_attention.ipynb"])
+@pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb"])
 def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
     done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,6 +72,8 @@ def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tm
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
         ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
         ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 2"),
+        ("01_token_learner.ipynb", ("-p", "word", "blu"), "parameter 'word' must be one of"),
+        ("01_token_learner.ipynb", ("-p", "word", "red"), "parameter 'caption' must contain 'red' once"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
     ],
 )
@@ -81,7 +83,7 @@ def test_a_bad_parameter_stops_a_notebook_with_its_name(tmp_path, name, argument
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "03_retrieval", "04_attention"])
+@pytest.mark.parametrize("name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention"])
 def test_a_short_notebook_gives_what_it_shows(name):
     command = [
         sys.executable,
@@ -99,9 +101,6 @@ def test_a_short_notebook_gives_what_it_shows(name):
 
 
 def test_a_notebook_is_stripped_of_what_says_nothing_and_refused_with_a_warning():
-    spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
-    execute = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(execute)
     bar = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"})
     kept = new_output("stream", name="stdout", text="2\n")
     cell = new_code_cell("print(2)", outputs=[bar, kept], metadata={"papermill": {}, "execution": {}, "tags": []})

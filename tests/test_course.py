@@ -1,0 +1,361 @@
+"""The course: every notebook has the parts that a reader counts on, students' notebooks are what their solutions give, and the
+exercises' checks know a right answer, an empty one and a wrong one apart."""
+
+import ast
+import contextlib
+import copy
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pages
+import pytest
+import slides
+import student
+import torch
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from isa_lite import baselines, evaluate
+from isa_lite.gallery import Gallery
+from isa_lite.losses import gcd_loss
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.vl_model import DATA, load_vl_model
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+
+#: For each exercise a wrong answer (the body of its function) and words of what the check says to it.
+WRONG = {
+    "00 my_cosine": [("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length")],
+    "00 my_search": [
+        ("return int((embeddings @ query).argmax())", "the reference itself"),
+        ("return int((embeddings @ query).argmin())", "*largest*"),
+    ],
+    "00 why_is_there_always_an_answer": [('return "farthest"', "what `search` sorts by")],
+    "01 my_splice": [
+        ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
+        ("return torch.cat([vectors[:place], vector[None], vectors[place:]])", "*takes the place*"),
+        ("return torch.cat([vectors[:1], vector[None], vectors[2:]])", "at position 2, counted from 0, stands"),
+        ("return vector.expand(len(vectors), -1)", "positions other than 2"),
+    ],
+    "01 my_tokens": [
+        ('return torch.einsum("lhw,chw->lc", logits.softmax(0), features)', "over the tokens"),
+        ('return torch.einsum("lhw,chw->lc", logits, features)', "without the softmax"),
+        ('return torch.einsum("lhw,chw->lc", logits.softmax(2), features)', "all positions at once"),
+        ("return features.mean((1, 2)).expand(len(logits), -1)", "the same mean"),
+        ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
+        ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should begin with"),
+    ],
+    "02 recall_with_template": [("return 0.0", "with the template of training it must give the table's")],
+    "02 one_way": [
+        ("return gcd_loss(query, target, temperature)", "mean of both directions"),
+        ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "do not add up"),
+    ],
+    "03 my_recall": [
+        ("return float((rank <= k).mean())", "right as a share"),
+        ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
+        ("return 50.0", "give 20, 60 and 100 percent"),
+    ],
+    "03 smaller": [
+        ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
+        ("return image @ gallery.T", "expected 0.6"),
+        ("return torch.zeros(3)", "scores of shape (1, 3)"),
+    ],
+    "04 my_grounding": [
+        ("return float(attention[:1, :1].sum())", "still to be divided"),
+        ("return 1.0", "a score of 2.8"),
+    ],
+    "04 my_nearest": [
+        ("return int((table @ vector).argmax())", "cosine ignores length"),
+        ("return 0", "never met"),
+    ],
+}  # fmt: skip
+
+
+def code(notebook, *tags: str) -> list:
+    return [c for c in notebook.cells if c.cell_type == "code" and set(tags) <= set(c.metadata.get("tags", []))]
+
+
+def exercises() -> list[tuple[Path, int, str]]:
+    """Of every exercise: its solution notebook, the place of its cell among the code cells, and its function's name."""
+    found = []
+    for path in SOLUTIONS:
+        for i, cell in enumerate(code(student.read(path))):
+            if "# hole" in cell.source:
+                found.append((path, i, re.search(r"^def (\w+)", cell.source, re.M)[1]))
+    return found
+
+
+def id_of(exercise: tuple[Path, int, str]) -> str:
+    return f"{exercise[0].name[:2]} {exercise[2]}"
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    """What checks use of the notebook above them, in small: the shipped models, and a benchmark of 30 queries."""
+    vl = load_vl_model()
+    isa = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
+    bench = evaluate.make_benchmark(30, 150, seed=1, size=vl.image_size)
+    embedded = vl.encode_images(bench.images)
+    r1 = {"isa": evaluate.recall(evaluate.benchmark_ranks(bench, baselines.composed(bench, vl, isa), embedded), 1)}
+    return {
+        "vl": vl, "isa": isa, "encoder": isa, "bench": bench, "benchmark": bench, "world": bench, "embedded": embedded, "r1": r1,
+        "gallery_index": Gallery(embedded, [str(i) for i in range(150)]), "gcd_loss": gcd_loss,
+        "image": embedded[torch.from_numpy(bench.reference)], "words": vl.encode_text(bench.texts),
+        "p": SimpleNamespace(template="a photo of {sentence}, {modifier}"), "np": np,
+    }  # fmt: skip
+
+
+def said(path: Path, place: int, source: str, names: dict) -> str:
+    """What the check behind an exercise prints when the exercise's cell is `source`."""
+    cells = code(student.read(path))
+    namespace = dict(names)
+    statements = ast.parse(cells[0].source).body  # only what it imports; the rest of the cell may want the parameters
+    imports = "\n".join(ast.unparse(s) for s in statements if isinstance(s, (ast.Import, ast.ImportFrom)))
+    assert "print(check_" in cells[place + 1].source, "the cell behind an exercise is its check"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for part in (imports, source, cells[place + 1].source):
+            exec(part, namespace)
+    return printed.getvalue().strip()
+
+
+def with_body(source: str, body: str) -> str:
+    """An exercise's cell with another answer."""
+    return re.sub(r"^    # solution\n.*", f"    {body}\n", source, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("exercise", exercises(), ids=id_of)
+def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, names):
+    path, place, _ = exercise
+    source = code(student.read(path))[place].source
+    right = said(path, place, source, names)
+    assert re.match(r"exercise \d: right", right), right
+    empty = said(path, place, student.with_hole(source), names)
+    assert re.match(r"exercise \d: nothing computed yet", empty), empty
+    assert id_of(exercise) in WRONG, "give this exercise a wrong answer in WRONG, and what its check says to it"
+    for body, words in WRONG[id_of(exercise)]:
+        wrong = said(path, place, with_body(source, body), names)
+        assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), wrong
+
+
+def test_no_answer_waits_for_an_exercise_that_is_gone():
+    assert set(WRONG) == {id_of(e) for e in exercises()}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_student_notebook_is_what_its_solution_gives(path):
+    assert (student.SOLUTIONS / path.name).is_file(), f"no solution: python notebooks/student.py --adopt {path.name[:2]}"
+    assert not student.unlike(path.name), "run python notebooks/student.py"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_a_solution_is_complete_and_has_no_outputs(path):
+    cells = code(student.read(path))
+    assert not [c.id for c in cells if student.UNSOLVED in c.source], "answers still to be written"
+    assert not [c.id for c in cells if c.outputs or c.execution_count], "a solution is stored without outputs"
+
+
+SOLUTION = '''
+def double(x):
+    """Twice x."""
+    # solution
+    if x:
+        return 2 * x
+    return 0
+    # hole
+    # return float(
+    #     "nan"
+    # )  # your code
+
+
+print(double(2))
+'''.strip()
+STUDENT = '''
+def double(x):
+    """Twice x."""
+    return float(
+        "nan"
+    )  # your code
+
+
+print(double(2))
+'''.strip()
+
+
+def two_cells(source: str, text: str, outputs=()) -> object:
+    other = new_code_cell("a = 1", id="other", outputs=[new_output("stream", text="kept\n")], execution_count=1)
+    cell = new_code_cell(source, id="exercise", outputs=list(outputs), execution_count=2 if outputs else None)
+    return new_notebook(cells=[new_markdown_cell(text, id="text"), other, cell])
+
+
+def test_a_student_gets_holes_shorter_links_and_the_outputs_of_cells_that_did_not_change():
+    solution = two_cells(
+        SOLUTION, "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md#a), [web](https://a.b/../c)"
+    )
+    committed = two_cells("print('an older one')", "old", [new_output("stream", text="stale\n")])
+    made = student.student(solution, committed)
+    assert made.cells[0].source == "[code](../isa_lite/x.py), [next](03_x.ipynb), [kit](README.md#a), [web](https://a.b/../c)"
+    assert made.cells[1].outputs[0].text == "kept\n" and made.cells[1].execution_count == 1
+    assert made.cells[2].source == STUDENT and not made.cells[2].outputs and made.cells[2].execution_count is None
+    assert [c.id for c in made.cells] == ["text", "other", "exercise"]
+
+
+def test_a_student_notebook_is_adopted_with_its_old_answers_and_places_for_new_ones():
+    written = two_cells(STUDENT, "[code](../isa_lite/x.py), [next](03_x.ipynb), [kit](README.md)")
+    adopted = student.adopt(written)
+    assert adopted.cells[0].source == "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md)"
+    assert adopted.cells[2].source == SOLUTION.replace("if x:\n        return 2 * x\n    return 0", student.UNSOLVED)
+    assert not adopted.cells[1].outputs
+    again = student.adopt(written, two_cells(SOLUTION, ""))
+    assert again.cells[2].source == SOLUTION
+    assert student.student(again).cells[2].source == STUDENT
+
+
+@pytest.mark.parametrize("left_out", ["# solution\n", "# hole\n", '    # return float(\n    #     "nan"\n    # )  # your code\n'])
+def test_markers_that_do_not_belong_together_are_refused(left_out):
+    with pytest.raises(ValueError, match="belong together"):
+        student.with_hole(SOLUTION.replace(left_out, "pass\n" if left_out.startswith("#") else ""))
+
+
+def test_a_changed_student_notebook_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(student, "HERE", tmp_path)
+    monkeypatch.setattr(student, "SOLUTIONS", tmp_path / "solutions")
+    student.SOLUTIONS.mkdir()
+    student.write(student.SOLUTIONS / "00_x.ipynb", two_cells(SOLUTION, "text"))
+    student.write(tmp_path / "00_x.ipynb", student.student(two_cells(SOLUTION, "text")))
+    assert not student.unlike("00_x.ipynb")
+    changed = copy.deepcopy(student.read(tmp_path / "00_x.ipynb"))
+    changed.cells[0].source += "."
+    student.write(tmp_path / "00_x.ipynb", changed)
+    assert student.unlike("00_x.ipynb")
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a Markdown file's or a notebook's headings, as GitHub makes them."""
+    cells = (
+        student.read(path).cells if path.suffix == ".ipynb" else [SimpleNamespace(cell_type="markdown", source=path.read_text())]
+    )
+    headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+TEXTS = [*NOTEBOOKS, *SOLUTIONS, ROOT / "notebooks" / "README.md", ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_to_a_file_or_a_heading_leads_somewhere(path):
+    text = (
+        path.read_text()
+        if path.suffix == ".md"
+        else "\n".join(c.source for c in student.read(path).cells if c.cell_type == "markdown")
+    )
+    for link in re.findall(r"\]\(([^)\s]+)", text):
+        if re.match(r"\w+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{link}: there is no such file"
+        assert not anchor or anchor in anchors(target), f"{link}: there is no such heading"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_has_the_parts_that_a_reader_counts_on(path):
+    notebook = student.read(path)
+    first = notebook.cells[0].source
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert first.startswith(f"# {path.name[:2]} · ")
+    for part in ("**You will learn**", "**Prerequisites", "**Run time**", "rendered scenes"):
+        assert part in first, f"the first cell has no {part}"
+    assert len(code(notebook, "parameters")) == 1
+    assert re.search(r"^\| (symbol|term|symbol or term) \|.*\n\|[-|]+\|$", text, re.M), "no table of symbols or terms"
+    assert "redict, then run:" in text, "nothing to predict"
+    assert [int(n) for n in re.findall(r"^\*\*(\d)\. ", text, re.M)][:3] == [1, 2, 3], "at least three exercises, numbered"
+    assert "\n## Quiz\n" in text, "no heading 'Quiz'"
+    quiz = text[text.index("## Quiz") :]
+    questions, answers = quiz.split("<details><summary>Answers</summary>\n\n")
+    assert len(re.findall(r"^\d\. ", questions, re.M)) == len(re.findall(r"^\d\. ", answers.split("</details>")[0], re.M)) >= 3
+    after = re.search(r"^## .*[Ww]here next$.*", text, re.M | re.S)
+    assert after and "Literature" in after[0] and re.search(r"(19|20)\d\d", after[0]), "no heading 'Where next' with literature"
+    figures = [o for c in code(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
+    assert figures and all(len(o.metadata["image/png"]["alt"]) > 20 for o in figures), "a figure without alternative text"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_ids_of_cells_are_unique_and_survive_in_the_solution(path):
+    ids = [c.id for c in student.read(path).cells]
+    assert len(set(ids)) == len(ids)
+    assert ids == [c.id for c in student.read(student.SOLUTIONS / path.name).cells]
+
+
+# ------------------------------------------------------------------------------------------ pages and slides
+
+
+def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
+    path = ROOT / "notebooks" / "01_token_learner.ipynb"
+    assert pages.make([path], tmp_path, with_slides=True) == []
+    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "01_token_learner.html", "slides.html"}
+    page = BeautifulSoup((tmp_path / "01_token_learner.html").read_text(), "html.parser")
+    notebook = student.read(path)
+    shown = [o for c in code(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
+    drawn = page.select("img:not(.formula)")
+    assert [i["alt"] for i in drawn] == [o.metadata["image/png"]["alt"] for o in shown]
+    assert all(i["src"].startswith("data:") for i in page.select("img"))
+    assert (
+        any(r"\frac" in i["alt"] for i in page.select("img.formula"))
+        and "$" not in page.select_one("h1 ~ table, .scroll table").text
+    )
+    links = [a["href"] for a in page.select("main a[href]")]
+    assert all((tmp_path / link).exists() for link in links if "://" not in link)
+    deck = BeautifulSoup((tmp_path / "slides.html").read_text(), "html.parser")
+    assert [i["alt"] for i in deck.select("figure img")] == [i["alt"] for i in drawn]
+    questions = sum(c.source.count("**Predict, then run:**") for c in notebook.cells)
+    assert len(deck.select("p.question")) == questions > 0
+    claims = re.findall(r"^holds: .*$", "".join(o.get("text", "") for c in code(notebook) for o in c.outputs), re.M)
+    assert [li.text for li in deck.select("section li") if li.text.startswith("holds")] == claims
+    assert not deck.select("script[src], link") and len(deck.select("section.on")) == 1
+
+
+@pytest.mark.parametrize(
+    "link, repository, leads",
+    [
+        ("../isa_lite/scenes.py", "", "../../isa_lite/scenes.py"),
+        ("../isa_lite/scenes.py", "https://a.b/c/", "https://a.b/c/isa_lite/scenes.py"),
+        ("02_distillation.ipynb#train", "https://a.b/c", "02_distillation.html#train"),
+        ("03_retrieval.ipynb", "", "../../notebooks/03_retrieval.ipynb"),
+        ("README.md#marking", "", "index.html#marking"),
+        ("#quiz", "https://a.b/c", "#quiz"),
+        ("https://arxiv.org", "https://a.b/c", "https://arxiv.org"),
+    ],
+)
+def test_a_link_leads_from_a_page_to_a_page_or_to_the_repository(link, repository, leads):
+    assert pages.link_to(link, ROOT / "runs" / "pages", {"02_distillation"}, repository) == leads
+
+
+def test_what_is_wrong_with_a_page_is_said(tmp_path):
+    bad = new_notebook(
+        cells=[new_markdown_cell("# A\n\n$\\nonsense{x}$ ![](https://a.b/c.png) [x](nowhere.py) [y](#not-there)", id="a")]
+    )
+    picture = nbformat.from_dict({"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}, "metadata": {}})
+    bad.cells.append(new_code_cell("", id="b", outputs=[picture]))
+    body, wrong = pages.body_of(bad, tmp_path, set())
+    assert [re.match(r"a formula|a picture|loaded", w)[0] for w in wrong] == ["a formula", "a picture", "a picture", "loaded"]
+    (tmp_path / "a.html").write_text(pages.framed(str(body), "A", []))
+    nowhere, no_heading = pages.broken_links(tmp_path / "a.html")
+    assert nowhere.startswith("a link to nowhere: ") and no_heading == "a link to a heading that is not there: #not-there"
+
+
+def test_what_sticks_out_of_a_window_is_found_in_a_browser(tmp_path):
+    wide = BeautifulSoup('<p style="width: 600px">wide</p>', "html.parser")
+    (tmp_path / "wide.html").write_text(pages.framed(str(wide), "wide", []))
+    (tmp_path / "slides.html").write_text(slides.deck(["<p>fits</p>", "<p>too many</p>" * 60], ""))
+    try:
+        wrong = pages.overflowing([tmp_path / "wide.html", tmp_path / "slides.html"])
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no browser: {error}")
+    assert wrong == ["slides.html: slide 2 is larger than 1280 x 720 pixels", "wide.html: wider than a window of 390 pixels"]

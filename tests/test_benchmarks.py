@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from isa_lite.benchmarks import circo, cirr, common, fashioniq
 from isa_lite.benchmarks.__main__ import main
 from isa_lite.benchmarks.common import Query, Ranking, Task, average_precision_at, rank, recall_at
-from isa_lite.benchmarks.run import query_embeddings, run
+from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
 from isa_lite.query_encoder import QueryEncoder, compose
 
@@ -533,12 +533,12 @@ def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(cir
         with pytest.raises(ValueError, match="query 1 of circo val: the prompt is .* too long"):
             run("circo", circo_root, vl, ["text only"])
         with pytest.raises(ValueError, match="a template holds"):
-            run("circo", circo_root, vl, ["isa"], encoder, template="{modifier}", truncate=True)
+            run("circo", circo_root, vl, ["isa"], encoder, RunConfig(template="{modifier}", truncate=True))
         with pytest.raises(ValueError, match="needs a query encoder"):
             run("circo", circo_root, vl, ["isa"])
         with pytest.raises(ValueError, match="no answers here; give a folder"):
-            run("circo", circo_root, vl, ["text only"], split="test")
-    result = run("circo", circo_root, vl, ["isa"], encoder, truncate=True)
+            run("circo", circo_root, vl, ["text only"], config=RunConfig(split="test"))
+    result = run("circo", circo_root, vl, ["isa"], encoder, RunConfig(truncate=True))
     assert result.protocol["modifiers cut to fit"] == "1"
 
 

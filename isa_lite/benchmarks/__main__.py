@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from isa_lite.benchmarks import fashioniq
-from isa_lite.benchmarks.run import BENCHMARKS, METHODS, report, run
+from isa_lite.benchmarks.run import BENCHMARKS, METHODS, RunConfig, report, run
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder
 from isa_lite.vl_model import SCENES_CLIP, load_vl_model
 
@@ -55,22 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         vl = load_vl_model(args.vl_model, args.pretrained, args.device)
         encoder = QueryEncoder.load(args.encoder, vl).to(args.device) if args.encoder else None
-        result = run(
-            args.benchmark,
-            args.root,
-            vl,
-            args.methods,
-            encoder,
-            args.split,
-            options,
-            args.out,
-            args.cache,
-            args.template,
-            args.truncate,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            dtype=args.dtype,
-        )
+        same = {name: getattr(args, name) for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")}
+        config = RunConfig(options=options, **same)
+        result = run(args.benchmark, args.root, vl, args.methods, encoder, config, args.out, args.cache)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     print(report(result))

@@ -1,15 +1,18 @@
 """From a benchmark on disk to numbers and submission files: `run`. The galleries are embedded once and kept in a cache.
 
-vl = load_vl_model("ViT-L-14", "openai")
-result = run("cirr", "CIRR", vl, ("isa", "image + text"), QueryEncoder.load("runs/02_distillation", vl), split="val")
-print(report(result))
+    vl = load_vl_model("ViT-L-14", "openai")
+    encoder = QueryEncoder.load("runs/02_distillation", vl)
+    result = run("cirr", "CIRR", vl, ("isa", "image + text"), encoder, RunConfig(split="val"))
+    print(report(result))
+
+Every number comes with its protocol: `Result` holds both, and `report` prints both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +34,24 @@ METHODS = ("isa", "image + text", "text only", "image only")
 
 
 @dataclass
+class RunConfig:
+    """Settings of a run.
+
+    options: of the benchmark's `load`, such as gallery="triplets"; template: the prompt of isa; truncate: cut modifiers that do
+    not fit the text tower. The others are those of `embed_files`.
+    """
+
+    split: str = "val"
+    options: dict[str, object] = field(default_factory=dict)
+    template: str = TEMPLATE
+    truncate: bool = False
+    batch_size: int = 128
+    num_workers: int = 1
+    dtype: str = "float32"
+    progress: bool = True
+
+
+@dataclass
 class Result:
     """What a run found. methods: metrics in percent by method, empty without right answers; submissions: the files written."""
 
@@ -46,17 +67,18 @@ class Result:
     submissions: list[str]
 
 
-def reference_sentences(task: Task, encoder: QueryEncoder, batch_size: int = 128, num_workers: int = 1) -> Tensor:
+def reference_sentences(task: Task, encoder: QueryEncoder, config: RunConfig) -> Tensor:
     """The sentence of each query's reference, B x L x D; an image that several queries share is read once."""
     names = list(dict.fromkeys(q.reference for q in task.queries))
-    batches = [names[s : s + batch_size] for s in range(0, len(names), batch_size)]
+    batches = [names[s : s + config.batch_size] for s in range(0, len(names), config.batch_size)]
 
     def pixels(batch: Sequence) -> Tensor:
         return encoder.pixels([read_image(task.files[name]) for name in batch])
 
     encoder.eval()
-    bar = tqdm(ahead(pixels, batches, num_workers), total=len(batches), desc="references", disable=len(batches) < 2)
+    read = ahead(pixels, batches, config.num_workers)
     with torch.inference_mode():
+        bar = tqdm(read, total=len(batches), desc="references", disable=not config.progress)
         tokens = torch.cat([encoder(batch).tokens.cpu() for batch in bar])
     row = {name: i for i, name in enumerate(names)}
     return tokens[[row[q.reference] for q in task.queries]]
@@ -68,8 +90,7 @@ def query_embeddings(
     vl: VLModel,
     gallery: Tensor,
     encoder: QueryEncoder | None = None,
-    template: str = TEMPLATE,
-    truncate: bool = False,
+    config: RunConfig | None = None,
 ) -> Tensor:
     """The queries of a task by one of `METHODS`, B x E, L2-normalised. gallery: N x E, in the order of `task.files`.
 
@@ -77,6 +98,7 @@ def query_embeddings(
     the large towers; image + text: the sum of both. A query with several texts gets the mean of their embeddings.
     """
     one_of("method", method, METHODS)
+    config = config or RunConfig()
     place = {name: i for i, name in enumerate(task.files)}
     image = gallery[[place[q.reference] for q in task.queries]]
     if method == "image only":
@@ -86,7 +108,7 @@ def query_embeddings(
     if method == "isa":
         if encoder is None:
             raise ValueError("method 'isa' needs a query encoder")
-        each = compose(vl, reference_sentences(task, encoder)[owner], texts, template, truncate)
+        each = compose(vl, reference_sentences(task, encoder, config)[owner], texts, config.template, config.truncate)
     else:
         each = vl.encode_text(texts)
     text = F.normalize(torch.zeros_like(image).index_add(0, owner, each), dim=-1)
@@ -115,46 +137,41 @@ def run(
     vl: VLModel,
     methods: Sequence[str] = METHODS,
     encoder: QueryEncoder | None = None,
-    split: str = "val",
-    options: Mapping[str, object] | None = None,
+    config: RunConfig | None = None,
     out: str | Path | None = None,
     cache: str | Path | None = None,
-    template: str = TEMPLATE,
-    truncate: bool = False,
     data: str = "",
-    batch_size: int = 128,
-    num_workers: int = 1,
-    dtype: str = "float32",
 ) -> Result:
     """Every method on one split, with its metrics where the split has answers, and submission files where it has none.
 
-    options: of the benchmark's `load`, such as gallery="triplets"; out: folder of metrics.json and the submission files;
-    data: what to call the data in the result. Everything that can be refused is refused before an image is embedded.
+    out: folder of metrics.json and the submission files; cache: of the galleries' embeddings; data: what to call the data in
+    the result. Everything that can be refused is refused before an image is embedded.
     """
     one_of("benchmark", benchmark, tuple(BENCHMARKS))
     for method in methods:
         one_of("method", method, METHODS)
     if "isa" in methods and encoder is None:
         raise ValueError("method 'isa' needs a query encoder (--encoder), the folder that notebook 02 writes")
-    module = BENCHMARKS[benchmark]
-    tasks: list[Task] = module.load(root, split, **(options or {}))
+    config, module = config or RunConfig(), BENCHMARKS[benchmark]
+    tasks: list[Task] = module.load(root, config.split, **config.options)
     if not all(task.answered for task in tasks) and out is None:
-        raise ValueError(f"{benchmark} {split} has no answers here; give a folder (--out) for the submission files")
+        raise ValueError(f"{benchmark} {config.split} has no answers here; give a folder (--out) for the submission files")
     if out is not None and not tasks[0].answered and (short := [task.name for task in tasks if task.left_out]):
         raise ValueError(f"a submission needs every query, and images are missing from {', '.join(short)}")
-    prompt = (encoder.config.num_tokens, template) if encoder and "isa" in methods else (0, "{sentence}{modifier}")
-    cut = sum(count_cut(task, vl, *prompt, truncate) for task in tasks)
+    prompt = (encoder.config.num_tokens, config.template) if encoder and "isa" in methods else (0, "{sentence}{modifier}")
+    cut = sum(count_cut(task, vl, *prompt, config.truncate) for task in tasks)
     protocol = dict(tasks[0].protocol)
     if "isa" in methods:
-        protocol["prompt"] = template
+        protocol["prompt"] = config.template
     protocol["modifiers cut to fit"] = str(cut)
 
-    galleries = [embed_files(list(t.files.values()), vl, cache, batch_size, num_workers=num_workers, dtype=dtype) for t in tasks]
+    how = {name: getattr(config, name) for name in ("batch_size", "num_workers", "dtype", "progress")}
+    galleries = [embed_files(list(task.files.values()), vl, cache, **how) for task in tasks]
     found, written = {}, []
     for method in methods:
         rankings: list[Ranking] = []
         for task, gallery in zip(tasks, galleries, strict=True):
-            queries = query_embeddings(task, method, vl, gallery, encoder, template, truncate)
+            queries = query_embeddings(task, method, vl, gallery, encoder, config)
             rankings.append(rank(task, queries, gallery))
         if all(task.answered for task in tasks):
             found[method] = {name: round(value, 2) for name, value in module.score(tasks, rankings).items()}
@@ -163,7 +180,7 @@ def run(
             written += [str(path.relative_to(out)) for path in module.write_submissions(folder, tasks, rankings)]
     result = Result(
         benchmark,
-        split,
+        config.split,
         data or benchmark,
         vl.name,
         protocol,

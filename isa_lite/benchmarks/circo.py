@@ -44,8 +44,9 @@ from isa_lite.benchmarks.submission import check_lists, read_submission, write_s
 
 SPLITS = ("val", "test")
 KS = (5, 10, 25, 50)
-#: Of the complete split: queries and images.
-SIZES = {"val": (220, 123403), "test": (800, 123403)}
+#: Queries of the complete split, and what the gallery has at least (a few thousand more): with less it is incomplete.
+SIZES = {"val": 220, "test": 800}
+GALLERY = 120_000
 _LAYOUT = "CIRCO lies there as annotations/ and COCO2017_unlabeled/ with annotations/ and unlabeled2017/"
 
 
@@ -54,15 +55,17 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
     one_of("CIRCO's split", split, SPLITS)
     root, where = Path(root), f"annotations/{split}.json"
     keys = ["id", "reference_img_id", "relative_caption", "shared_concept"]
-    keys += ["target_img_id", "gt_img_ids", "semantic_aspects"] if split == "val" else []
+    keys += ["target_img_id", "gt_img_ids"] if split == "val" else []
     queries = []
     for record, number, reference, caption, concept, *answer in entries(read_json(root, where, _LAYOUT), keys, where):
-        target, truths, aspects = answer or (None, [], [])
+        target, truths = answer or (None, [])
         if answer and target not in truths:
             raise ValueError(f"query {number} of {where}: its target {target} is not among its ground truths {truths}")
         text = f"{concept}, {caption}" if shared_concept else caption
         targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
-        queries.append(Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record))
+        queries.append(
+            Query(str(number), reference, (text,), targets, aspects=tuple(record.get("semantic_aspects", ())), entry=record)
+        )
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
     present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
@@ -73,11 +76,15 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         "reference": "stays in the ranking",
         "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
     }
-    return [make_task("circo", split, found, [folder], queries, protocol, SIZES[split], partial)]
+    known = SIZES[split], max(GALLERY, len(found))
+    return [make_task("circo", split, found, [folder], queries, protocol, known, partial)]
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
-    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of each aspect, in percent."""
+    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of each aspect, in percent.
+
+    The first annotation files had no aspects; with such a file there are none here.
+    """
     (task,), (ranking,) = tasks, rankings
     precision = {
         k: 100 * np.array([average_precision_at(k, row, q.targets) for q, row in zip(task.queries, ranking.top, strict=True)])

@@ -83,7 +83,7 @@ def test_a_bad_parameter_stops_a_notebook_with_its_name(tmp_path, name, argument
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention"])
+@pytest.mark.parametrize("name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention", "06_benchmarks"])
 def test_a_short_notebook_gives_what_it_shows(name):
     command = [
         sys.executable,

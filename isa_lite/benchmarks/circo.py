@@ -1,0 +1,114 @@
+"""CIRCO (Baldrati et al., ICCV 2023): several right answers a query, among all unlabeled photographs of COCO 2017.
+
+Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_unlabeled2017.json`,
+`COCO2017_unlabeled/unlabeled2017/*.jpg`.
+
+    >>> from isa_lite.benchmarks import circo, run, tiny
+    >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.embed import embed_files
+    >>> from isa_lite.vl_model import load_vl_model
+    >>> root = tiny.write_tiny("circo", "runs/tiny/circo", queries=3)  # or the folder of your copy
+    >>> vl = load_vl_model()
+    >>> rankings = []
+    >>> for task in (tasks := circo.load(root, "val")):
+    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
+    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
+    ...     rankings.append(rank(task, queries, gallery))
+    >>> list(circo.score(tasks, rankings))[:5]
+    ['mAP@5', 'mAP@10', 'mAP@25', 'mAP@50', 'Recall@5']
+
+The gallery is every image of the info file, the reference included. mAP counts all right answers, Recall only the first
+annotated one. Adding `shared_concept` to the modifier tells the model what the two images have in common, which changes the
+numbers a lot: it is off unless asked for, and `Task.protocol` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from isa_lite.benchmarks.common import (
+    Query,
+    Ranking,
+    Task,
+    average_precision_at,
+    entries,
+    make_task,
+    one_of,
+    read_json,
+    recall_at,
+)
+from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+
+SPLITS = ("val", "test")
+KS = (5, 10, 25, 50)
+#: Queries of the complete split, and what the gallery has at least (a few thousand more): with less it is incomplete.
+SIZES = {"val": 220, "test": 800}
+GALLERY = 120_000
+_LAYOUT = "CIRCO lies there as annotations/ and COCO2017_unlabeled/ with annotations/ and unlabeled2017/"
+
+
+def load(root: str | Path, split: str = "val", shared_concept: bool = False, partial: bool = False) -> list[Task]:
+    """The task of a split, as a list of one; shared_concept: put it before each modifier, with a comma."""
+    one_of("CIRCO's split", split, SPLITS)
+    root, where = Path(root), f"annotations/{split}.json"
+    keys = ["id", "reference_img_id", "relative_caption", "shared_concept"]
+    keys += ["target_img_id", "gt_img_ids"] if split == "val" else []
+    queries = []
+    for record, number, reference, caption, concept, *answer in entries(read_json(root, where, _LAYOUT), keys, where):
+        target, truths = answer or (None, [])
+        if answer and target not in truths:
+            raise ValueError(f"query {number} of {where}: its target {target} is not among its ground truths {truths}")
+        text = f"{concept}, {caption}" if shared_concept else caption
+        targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
+        queries.append(
+            Query(str(number), reference, (text,), targets, aspects=tuple(record.get("semantic_aspects", ())), entry=record)
+        )
+    where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+    folder = root / "COCO2017_unlabeled" / "unlabeled2017"
+    present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    pictures = entries(read_json(root, where, _LAYOUT)["images"], ("id", "file_name"), where)
+    found = {number: folder / name if name in present else None for _, number, name in pictures}
+    protocol = {
+        "gallery": "all images of the info file",
+        "reference": "stays in the ranking",
+        "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
+    }
+    known = SIZES[split], max(GALLERY, len(found))
+    return [make_task("circo", split, found, [folder], queries, protocol, known, partial)]
+
+
+def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
+    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of each aspect, in percent.
+
+    The first annotation files had no aspects; with such a file there are none here.
+    """
+    (task,), (ranking,) = tasks, rankings
+    precision = {
+        k: 100 * np.array([average_precision_at(k, row, q.targets) for q, row in zip(task.queries, ranking.top, strict=True)])
+        for k in KS
+    }
+    found = {f"mAP@{k}": float(precision[k].mean()) for k in KS}
+    found |= {f"Recall@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries]) for k in KS}
+    for aspect in sorted({a for q in task.queries for a in q.aspects}):
+        found[f"mAP@10 {aspect}"] = float(precision[10][[aspect in q.aspects for q in task.queries]].mean())
+    return found
+
+
+def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
+    """`circo.{split}.json`: for each query the numbers of its 50 best images."""
+    (task,), (ranking,) = tasks, rankings
+    lists = {q.id: row[:50] for q, row in zip(task.queries, ranking.top, strict=True)}
+    return [write_submission(Path(folder) / f"circo.{task.split}.json", lists, check_submission, task)]
+
+
+def check_submission(path: str | Path, task: Task) -> list[str]:
+    """What is wrong with a submission file: sentences, none if it is good."""
+    content = read_submission(Path(path))
+    if not isinstance(content, dict):
+        return ["the file is no object with a list for each query"]
+    numbered = {str(i) for i in range(len(task.queries))} == {q.id for q in task.queries}
+    problems = [] if numbered else ["the annotations' ids are not 0 to N-1, which the server expects"]
+    return problems + check_lists(content, 50, task, lambda q: task.files.keys())

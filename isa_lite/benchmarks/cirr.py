@@ -1,0 +1,95 @@
+"""CIRR (Liu et al., ICCV 2021): open-domain photographs, and for each query a subset of six look-alikes.
+
+Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{split}.json` (each image's name and its path; those of
+the split val lie in `dev/`), the images below the same root or its `img_raw/`.
+
+    >>> from isa_lite.benchmarks import cirr, run, tiny
+    >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.embed import embed_files
+    >>> from isa_lite.vl_model import load_vl_model
+    >>> root = tiny.write_tiny("cirr", "runs/tiny/cirr", queries=3)  # or the folder of your copy
+    >>> vl = load_vl_model()
+    >>> rankings = []
+    >>> for task in (tasks := cirr.load(root, "val")):
+    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
+    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
+    ...     rankings.append(rank(task, queries, gallery))
+    >>> list(cirr.score(tasks, rankings))
+    ['R@1', 'R@5', 'R@10', 'R@50', 'Recall_subset@1', 'Recall_subset@2', 'Recall_subset@3']
+
+The reference is removed from each ranking. The subset metrics rank the five members of `img_set` that are not the reference.
+The target is `target_hard`; `target_soft` plays no part. The answers of test1 are with the test server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isa_lite.benchmarks.common import Query, Ranking, Task, entries, make_task, one_of, read_json, recall_at
+from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+
+SPLITS = ("train", "val", "test1")
+KS = (1, 5, 10, 50)
+SUBSET_KS = (1, 2, 3)
+#: Of the complete split: queries and images.
+SIZES = {"val": (4181, 2297), "test1": (4148, 2315)}
+_LAYOUT = "CIRR lies there as cirr/captions/, cirr/image_splits/ and the images (dev/, test1/, train/), or these in img_raw/"
+
+
+def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Task]:
+    """The task of a split, as a list of one. `root` is the folder around `cirr/`, or that folder itself."""
+    one_of("CIRR's split", split, SPLITS)
+    root = Path(root)
+    annotations = root / "cirr" if (root / "cirr").is_dir() else root
+    where = f"captions/cap.rc2.{split}.json"
+    keys = ("pairid", "reference", "caption", "img_set", "target_hard")[: 4 + (split != "test1")]
+    queries = []
+    for record, pair, reference, caption, group, *target in entries(read_json(annotations, where, _LAYOUT), keys, where):
+        others = tuple(name for name in group["members"] if name != reference)
+        queries.append(Query(str(pair), reference, (caption,), tuple(target), others, entry=record))
+    places = list(dict.fromkeys([base / below for base in (root, annotations, annotations.parent) for below in ("", "img_raw")]))
+    paths = read_json(annotations, f"image_splits/split.rc2.{split}.json", _LAYOUT)
+    protocol = {
+        "gallery": "all images of the split file",
+        "reference": "removed from the ranking",
+        "subset": "the members of img_set without the reference",
+    }
+    found = {name: next((p for place in places if (p := place / path).is_file()), None) for name, path in paths.items()}
+    return [make_task("cirr", split, found, places, queries, protocol, SIZES.get(split), partial, remove_reference=True)]
+
+
+def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
+    """R@1, 5, 10, 50 and Recall_subset@1, 2, 3, in percent."""
+    (task,), (ranking,) = tasks, rankings
+    targets = [q.targets[0] for q in task.queries]
+    found = {f"R@{k}": recall_at(k, ranking.top, targets) for k in KS}
+    return found | {f"Recall_subset@{k}": recall_at(k, ranking.subset, targets) for k in SUBSET_KS}
+
+
+def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
+    """`cirr.{split}.recall.json` (the 50 best names a query) and `cirr.{split}.recall_subset.json` (the 3 best of its subset)."""
+    (task,), (ranking,) = tasks, rankings
+    written = []
+    for metric, rows, k in (("recall", ranking.top, 50), ("recall_subset", ranking.subset, 3)):
+        lists = {q.id: row[:k] for q, row in zip(task.queries, rows, strict=True)}
+        path = Path(folder) / f"cirr.{task.split}.{metric}.json"
+        written.append(write_submission(path, {"version": "rc2", "metric": metric} | lists, check_submission, task))
+    return written
+
+
+def check_submission(path: str | Path, task: Task) -> list[str]:
+    """What is wrong with a submission file: sentences, none if it is good. Which of the two it is says its `metric`."""
+    content = read_submission(Path(path))
+    if not isinstance(content, dict):
+        return ["the file is no object with a list for each pairid"]
+    problems = [] if content.get("version") == "rc2" else [f'"version" must be "rc2", not {content.get("version")!r}']
+    metric = content.get("metric")
+    if metric not in ("recall", "recall_subset"):
+        return [*problems, f'"metric" must be "recall" or "recall_subset", not {metric!r}']
+    if (size := Path(path).stat().st_size) > 5_000_000:
+        problems.append(f"the file has {size / 1e6:.1f} MB; the server takes 5")
+    lists = {key: row for key, row in content.items() if key not in ("version", "metric")}
+    if metric == "recall":
+        return problems + check_lists(lists, 50, task, lambda q: task.files.keys())
+    return problems + check_lists(lists, 3, task, lambda q: set(q.subset))

@@ -1,0 +1,215 @@
+"""What the three public benchmarks share: a task on disk, a ranking of its gallery, and the metrics of a ranking.
+
+A metric is computed from ranked ids, which is also what a submission file holds: the numbers on a validation split are
+those that a test server would compute from the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isa_lite.gallery import Gallery
+
+#: What an image is called in the annotations: FashionIQ and CIRR have names, CIRCO has numbers.
+Id = str | int
+ENDINGS = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One composed query.
+
+    texts: the modifier; several, if the protocol averages the embeddings of several. targets: the right answers, the
+    annotated target first; none in a test split. subset: CIRR's candidates. aspects: CIRCO's semantic aspects.
+    entry: the record of the annotation file.
+    """
+
+    id: str
+    reference: Id
+    texts: tuple[str, ...]
+    targets: tuple[Id, ...] = ()
+    subset: tuple[Id, ...] = ()
+    aspects: tuple[str, ...] = ()
+    entry: Mapping = field(default_factory=dict)
+
+    @property
+    def images(self) -> set[Id]:
+        """Every image that the query names."""
+        return {self.reference, *self.targets, *self.subset}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A gallery and the queries over it, under one protocol.
+
+    files: the gallery, the file of each id, in order. protocol: every choice that changes the numbers, in words.
+    notes: what a reader of the numbers has to know (incomplete data and the like). left_out: queries without their images.
+    """
+
+    name: str
+    split: str
+    files: dict[Id, Path]
+    queries: list[Query]
+    protocol: dict[str, str]
+    remove_reference: bool = False
+    notes: list[str] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def answered(self) -> bool:
+        """Whether the split comes with its right answers."""
+        return all(q.targets for q in self.queries)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """For each query the best ids of the gallery, and its subset candidates in order; best first."""
+
+    top: list[list[Id]]
+    subset: list[list[Id]]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def read_json(root: Path, relative: str, layout: str):
+    """A JSON file below `root`. FileNotFoundError or ValueError name it; `layout` says what should lie there."""
+    path = root / relative
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {relative} in the folder {root.absolute()}; {layout}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iterator[tuple[Mapping, ...]]:
+    """Of each record itself and the values of `keys`. ValueError names the record that lacks one."""
+    for i, record in enumerate(records):
+        lacking = [key for key in keys if key not in record]
+        if lacking:
+            raise ValueError(f"entry {i} of {where} has no {', '.join(lacking)}; is this the annotation file of another split?")
+        yield (record, *(record[key] for key in keys))
+
+
+def one_of(what: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def by_stem(folder: Path) -> dict[str, Path]:
+    """The images in `folder` by their names without ending (of several, the one whose ending comes first in `ENDINGS`)."""
+    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS] if folder.is_dir() else []
+    order = sorted(found, key=lambda p: (-ENDINGS.index(p.suffix.lower()), p.name))
+    return {p.stem: p for p in order}
+
+
+def make_task(
+    name: str,
+    split: str,
+    found: Mapping[Id, Path | None],
+    searched: Iterable[Path],
+    queries: list[Query],
+    protocol: dict[str, str],
+    known: tuple[int, int] | None,
+    partial: bool = False,
+    remove_reference: bool = False,
+) -> Task:
+    """A task out of what was found on disk; `found` has the file of each gallery id, None for a missing one.
+
+    known: queries and images of the complete split; a difference becomes a note. Raises ValueError for a query that names
+    an image which the gallery does not list, and FileNotFoundError for missing images, unless `partial`: then they are
+    left out, with every query that needs one of them, and a note says how many.
+    """
+    what = f"{name} {split}"
+    for query in queries:
+        strange = sorted(map(str, query.images - found.keys()))
+        if strange:
+            raise ValueError(
+                f"query {query.id} of {what} names {', '.join(strange)}, which the list of its gallery does not hold"
+            )
+    missing = {i for i, path in found.items() if path is None}
+    notes, listed = [], len(queries)
+    if missing:
+        kept = [q for q in queries if not q.images & missing]
+        first = next(i for i in found if i in missing)
+        searched = ", ".join(str(p.absolute()) for p in searched)
+        lack = (
+            f"{len(missing)} of {len(found)} images of {what} are missing (the first: {first}; searched: {searched}), "
+            f"and {len(queries) - len(kept)} of {len(queries)} queries need one of them"
+        )
+        if not partial or not kept:
+            go_on = "with partial=True (--partial) both are left out, and no number compares with a complete run's"
+            raise FileNotFoundError(f"{lack}. Put them there; {go_on if kept else 'no query is left'}")
+        notes.append(f"PARTIAL: {lack}; left out, so no number here compares with a complete run's")
+        queries, found = kept, {i: path for i, path in found.items() if i not in missing}
+    if known and known != (len(queries), len(found)):
+        notes.append(
+            f"{what} has {len(queries)} queries and a gallery of {len(found)} here, the complete one {known[0]} and {known[1]}: "
+            "no number here compares with a published one"
+        )
+    return Task(name, split, dict(found), queries, protocol, remove_reference, notes, listed - len(queries))
+
+
+# ---------------------------------------------------------------------------------------------- ranking
+
+
+def rank(task: Task, queries: Tensor, gallery: Tensor, k: int = 50) -> Ranking:
+    """The k best images of each query by cosine, and the order of its subset: queries B x E, gallery N x E, L2-normalised.
+
+    A gallery smaller than k is ranked whole. Raises ValueError for embeddings that do not belong to the task, or are not finite.
+    """
+    if (len(queries), len(gallery)) != (len(task.queries), len(task.files)):
+        raise ValueError(
+            f"{task.name} {task.split} has {len(task.queries)} queries and {len(task.files)} images, "
+            f"not {len(queries)} and {len(gallery)} embeddings"
+        )
+    if not (queries.isfinite().all() and gallery.isfinite().all()):
+        raise ValueError(f"{task.name} {task.split}: an embedding is not finite")
+    ids = list(task.files)
+    place = {name: i for i, name in enumerate(ids)}
+    exclude = torch.tensor([place[q.reference] for q in task.queries]) if task.remove_reference else None
+    _, best = Gallery(gallery, ids).search(queries, min(k, len(ids) - task.remove_reference), exclude)
+    subset = []
+    for query, vector in zip(task.queries, queries, strict=True):
+        scores = gallery[[place[name] for name in query.subset]] @ vector
+        subset.append([query.subset[i] for i in scores.argsort(descending=True, stable=True).tolist()])
+    return Ranking([[ids[i] for i in row] for row in best.tolist()], subset)
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def recall_at(k: int, ranked: Sequence[Sequence[Id]], targets: Sequence[Id]) -> float:
+    """Recall@K in percent: the share of queries with their target among the first k.
+
+    >>> recall_at(1, [["a", "b"], ["b", "a"]], ["a", "a"])
+    50.0
+    """
+    return 100 * float(np.mean([target in row[:k] for row, target in zip(ranked, targets, strict=True)]))
+
+
+def average_precision_at(k: int, ranked: Sequence[Id], relevant: Iterable[Id]) -> float:
+    """AP@K between 0 and 1: the sum of the precision at the place of each hit, divided by min(number of relevant, k).
+
+    Hits at places 1 and 3 out of two relevant: (1/1 + 2/3) / 2.
+
+    >>> round(average_precision_at(3, ["a", "x", "b"], ["a", "b"]), 4)
+    0.8333
+    """
+    relevant, hits, total = set(relevant), 0, 0.0
+    if len(set(ranked[:k])) < len(ranked[:k]):
+        raise ValueError("a ranking names an image twice")
+    for place, name in enumerate(ranked[:k], 1):
+        if name in relevant:
+            hits += 1
+            total += hits / place
+    return total / min(len(relevant), k)

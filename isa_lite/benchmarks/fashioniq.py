@@ -1,0 +1,144 @@
+"""FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query, and two galleries in use.
+
+Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`, `images/{name}.png` or `.jpg`.
+
+    >>> from isa_lite.benchmarks import fashioniq, run, tiny
+    >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.embed import embed_files
+    >>> from isa_lite.vl_model import load_vl_model
+    >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or the folder of your copy
+    >>> vl = load_vl_model()
+    >>> rankings = []
+    >>> for task in (tasks := fashioniq.load(root, "val", gallery="split")):
+    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
+    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
+    ...     rankings.append(rank(task, queries, gallery))
+    >>> list(fashioniq.score(tasks, rankings))[:2]
+    ['dress R@10', 'dress R@50']
+
+Two things change the numbers and are named in `Task.protocol`. The gallery is either the category's *split* file, or only
+the images of its *triplets* (also called the VAL split), about half as many: recalls of the two do not compare. And the two
+captions are joined in both orders, whose embeddings are averaged, or in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, entries, make_task, one_of, read_json, recall_at
+from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+
+CATEGORIES = ("dress", "shirt", "toptee")
+SPLITS = ("train", "val", "test")
+GALLERIES = ("split", "triplets")
+CAPTIONS = ("both orders", "one order")
+KS = (10, 50)
+#: Of the complete validation split: queries, and images in each gallery.
+SIZES = {
+    "dress": (2017, {"split": 3817, "triplets": 2628}),
+    "shirt": (2038, {"split": 6346, "triplets": 3089}),
+    "toptee": (1961, {"split": 5373, "triplets": 2902}),
+}
+_LAYOUT = "FashionIQ lies there as captions/, image_splits/ and images/"
+
+
+def joined(captions: Sequence[str], order: str = CAPTIONS[0]) -> tuple[str, ...]:
+    """The texts of a query, from its captions without marks at their ends; an empty caption adds nothing.
+
+    >>> joined(["is red.", "has no sleeves"])
+    ('is red and has no sleeves', 'has no sleeves and is red')
+    >>> joined(["is red", ""])
+    ('is red',)
+    """
+    said = [stripped for caption in captions if (stripped := caption.strip(".?, "))]
+    orders = [said, said[::-1]] if order == CAPTIONS[0] and len(said) > 1 else [said]
+    return tuple(" and ".join(texts) for texts in orders)
+
+
+def load(
+    root: str | Path, split: str = "val", gallery: str = "split", captions: str = "both orders", partial: bool = False
+) -> list[Task]:
+    """The tasks of the three categories. Raises FileNotFoundError or ValueError naming the file; partial: see `make_task`."""
+    one_of("FashionIQ's split", split, SPLITS)
+    one_of("gallery", gallery, GALLERIES)
+    one_of("captions", captions, CAPTIONS)
+    root = Path(root)
+    files = by_stem(root / "images")
+    return [_load(root, category, split, gallery, captions, partial, files) for category in CATEGORIES]
+
+
+def _load(root: Path, category: str, split: str, gallery: str, captions: str, partial: bool, files: dict[str, Path]) -> Task:
+    where = f"captions/cap.{category}.{split}.json"
+    answered = split != "test"
+    keys = ("candidate", "captions", "target")[: 2 + answered]
+    queries = [
+        Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
+        for i, (record, reference, texts, *target) in enumerate(entries(read_json(root, where, _LAYOUT), keys, where))
+    ]
+    names = read_json(root, f"image_splits/split.{category}.{split}.json", _LAYOUT)
+    if gallery == "triplets":
+        used = set().union(*(q.images for q in queries))
+        names = [name for name in names if name in used]
+    known = SIZES[category] if split == "val" else None
+    task = make_task(
+        category,
+        split,
+        {name: files.get(name) for name in names},
+        [root / "images"],
+        queries,
+        {
+            "gallery": "all images of the split file" if gallery == "split" else "only the images of the triplets",
+            "reference": "stays in the ranking",
+            "captions": "joined by 'and' in both orders, embeddings averaged"
+            if captions == CAPTIONS[0]
+            else "joined by 'and' in the order given",
+        },
+        known and (known[0], known[1][gallery]),
+        partial,
+    )
+    empty = sum(not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
+    if empty:
+        task.notes.append(f"{category} {split}: {empty} queries have an empty caption, the other one stands alone")
+    return task
+
+
+def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
+    """R@10 and R@50 in percent for each category, and their means, in which each category counts the same."""
+    found = {
+        f"{task.name} R@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries])
+        for task, ranking in zip(tasks, rankings, strict=True)
+        for k in KS
+    }
+    return found | {f"mean R@{k}": sum(found[f"{task.name} R@{k}"] for task in tasks) / len(tasks) for k in KS}
+
+
+def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
+    """`{category}.{split}.pred.json`, each the annotations' entries with the 50 best names as `ranking`."""
+    return [
+        write_submission(
+            Path(folder) / f"{task.name}.{task.split}.pred.json",
+            [{**q.entry, "ranking": row[:50]} for q, row in zip(task.queries, ranking.top, strict=True)],
+            check_submission,
+            task,
+        )
+        for task, ranking in zip(tasks, rankings, strict=True)
+    ]
+
+
+def check_submission(path: str | Path, task: Task) -> list[str]:
+    """What is wrong with a submission file for one category: sentences, none if it is good."""
+    content = read_submission(Path(path))
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        return ["the file is no list of entries"]
+    problems = []
+    if len(content) != len(task.queries):
+        problems.append(f"{len(content)} entries, not {len(task.queries)}")
+    changed = [i for i, (e, q) in enumerate(zip(content, task.queries, strict=False)) if {**e, **q.entry} != e]
+    if changed:
+        problems.append(f"{len(changed)} entries are not those of the annotations in their order, the first: {changed[0]}")
+    bare = sum("ranking" not in entry for entry in content)
+    if bare:
+        problems.append(f"{bare} entries have no ranking")
+    lists = {str(i): entry["ranking"] for i, entry in enumerate(content[: len(task.queries)]) if "ranking" in entry}
+    return problems + [p for p in check_lists(lists, 50, task, lambda q: task.files.keys()) if "have no list" not in p]

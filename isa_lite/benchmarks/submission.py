@@ -1,0 +1,54 @@
+"""Submission files for the test servers: written only if our own check finds nothing wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
+
+from isa_lite.benchmarks.common import Query, Task, read_json
+from isa_lite.checkpoint import write_text
+
+
+def write_submission(path: Path, content: object, check: Callable[[Path, Task], list[str]], task: Task) -> Path:
+    """Content as JSON to `path`, if `check` finds nothing wrong with the file; else ValueError, and no file is left."""
+    if task.left_out:
+        raise ValueError(f"{path.name} would be rejected: {task.left_out} queries lack their images and were left out")
+    part = path.with_name("unchecked-" + path.name)
+    write_text(part, json.dumps(content))
+    problems = check(part, task)
+    if problems:
+        part.unlink()
+        raise ValueError(f"{path.name} would be rejected: {'; '.join(problems)}")
+    return part.replace(path)
+
+
+def read_submission(path: Path) -> object:
+    """The JSON of a submission file. Raises FileNotFoundError, or ValueError where it is not JSON."""
+    return read_json(path.parent, path.name, "give a submission file")
+
+
+def check_lists(lists: Mapping[str, object], k: int, task: Task, candidates: Callable[[Query], Set]) -> list[str]:
+    """What is wrong with the lists of k ids by query id that answer `task`: a sentence a kind of fault, none if all is well."""
+    known = {q.id for q in task.queries}
+    lacking, extra = [q.id for q in task.queries if q.id not in lists], [key for key in lists if key not in known]
+    problems = [f"{len(lacking)} of {len(known)} queries have no list, the first: {lacking[0]}"] if lacking else []
+    if extra:
+        problems.append(f"{len(extra)} keys are no query of {task.name} {task.split}, the first: {extra[0]}")
+    faults: dict[str, list[str]] = {}
+    for query in task.queries:
+        row, allowed = lists.get(query.id, ()), candidates(query)
+        if row == ():
+            continue
+        if not isinstance(row, list) or not all(isinstance(i, (str, int)) and not isinstance(i, bool) for i in row):
+            faults.setdefault("are no list of image ids", []).append(query.id)
+            continue
+        wrong = {
+            f"do not hold {k} ids": len(row) != min(k, len(allowed) - (task.remove_reference and query.reference in allowed)),
+            "name an image twice": len(set(row)) < len(row),
+            "name something that is no image of the gallery or subset": not set(row) <= allowed,
+            "name their own reference": task.remove_reference and query.reference in row,
+        }
+        for fault in (fault for fault, found in wrong.items() if found):
+            faults.setdefault(fault, []).append(query.id)
+    return problems + [f"{len(where)} lists {fault}, the first: {where[0]}" for fault, where in faults.items()]

@@ -74,6 +74,17 @@ WRONG = {
         ("return int((table @ vector).argmax())", "cosine ignores length"),
         ("return 0", "never met"),
     ],
+    "06 my_average_precision": [
+        ("return 8 / 9", "only where place k is right"),
+        ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
+        ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)", "min(GT, K)"),
+    ],
+    "06 my_subset_recall": [
+        ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
+        ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
+        ("return 100.0", "at K = 1"),
+    ],
+    "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "isa_lite"
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
     parameters checkpoint images scenes vl_model token_learner query_encoder losses distill gallery evaluate baselines fusion
-    inversion sentences compare pretrain cards bench draw
+    inversion sentences compare pretrain cards bench draw widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

@@ -21,7 +21,7 @@ import ipywidgets
 import numpy as np
 import torch
 from IPython.display import display
-from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout, SelectionSlider, Text, VBox
+from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout, Text, VBox
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,6 +139,16 @@ def _picker(images: Images, label: str, count: int) -> Dropdown | BoundedIntText
     )  # fmt: skip
 
 
+def _number(label: str, value: int, last: int, tooltip: str) -> tuple[BoundedIntText, IntSlider]:
+    """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds no label on a slider."""
+    shared = dict(value=value, min=1, max=last, continuous_update=False, style=_LABEL, tooltip=tooltip)
+    field = BoundedIntText(**shared, description=label, layout=Layout(width="160px"))
+    slider = IntSlider(**shared, readout=False, layout=Layout(width="240px"))
+    for trait in ("value", "max"):
+        ipywidgets.link((field, trait), (slider, trait))
+    return field, slider
+
+
 # -------------------------------------------------------------------------------------------- 1. queries
 
 
@@ -164,7 +174,7 @@ def _query_panel(
     other = Button(description="Another one", tooltip="Take a reference by chance", disabled=len(reference) < 2)
     typed = Text(
         value=words, description="Modifier", placeholder="what should be different", continuous_update=False, style=_LABEL,
-        tooltip="Words of your own; the Enter key searches", layout=Layout(flex="1 1 300px", max_width="560px"),
+        tooltip="Words of your own; the Enter key searches", layout=Layout(flex="1 1 420px", max_width="640px"),
     )  # fmt: skip
     controls = {"reference": which, "another": other, "modifier": typed}
     rng = np.random.default_rng()
@@ -175,7 +185,10 @@ def _query_panel(
     other.on_click(another)
     if suggest(0):
         chosen = Dropdown(
-            description="Suggestions", tooltip="Modifiers that fit this reference", style=_LABEL, layout=Layout(width="440px")
+            description="Suggestions",
+            tooltip="Modifiers that fit this reference",
+            style=_LABEL,
+            layout=Layout(flex="1 1 420px", max_width="640px"),
         )
 
         def follow_reference(_change=None) -> None:
@@ -297,7 +310,7 @@ def _place(attention: Tensor) -> str:
 def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> Panel:
     """Choose an image and one token of its sentence: where it looks, and the real words nearest to it.
 
-    encoders: by name; with several, of different numbers of tokens L, a slider goes through them, shortest sentence first.
+    encoders: by name; with several, of different numbers of tokens L, a list offers them, shortest sentence first.
     Controls: image, encoder, token (from 1). `shown`: words, the nearest with their cosines, and attention, its map h x w.
     """
     if not encoders:
@@ -306,21 +319,17 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
     options = [(f"{name}, L = {length}", name) for name, length in sorted(lengths.items(), key=lambda item: item[1])]
     which = _picker(pictures, "Image", len(pictures))
     if len(encoders) > 1:
-        hint = "A longer sentence is not always a better one: compare with the Encoder slider."
-        chosen = SelectionSlider(
-            options=options, description="Encoder", continuous_update=False, style=_LABEL, layout=Layout(width="380px"),
-            tooltip="Which query encoder writes the sentence; L is its number of tokens",
-        )  # fmt: skip
+        hint = "A longer sentence is not always a better one: compare encoders of different L."
     else:
         hint = (
-            "One encoder is given, so there is no L to slide over: train others in notebook 02 with another num_tokens "
+            "One encoder is given, so there is no L to choose: train others in notebook 02 with another num_tokens "
             "and give token_panel a dict of them all."
         )
-        chosen = Dropdown(options=options, description="Encoder", disabled=True, style=_LABEL, tooltip=hint)
-    token = IntSlider(
-        value=1, min=1, max=lengths[chosen.value], description="Token", continuous_update=False, style=_LABEL,
-        tooltip="Which token of the sentence",
+    chosen = Dropdown(
+        options=options, description="Encoder", disabled=len(encoders) == 1, style=_LABEL,
+        tooltip="Which query encoder writes the sentence; L is its number of tokens",
     )  # fmt: skip
+    token, slider = _number("Token", 1, lengths[chosen.value], "Which token of the sentence")
 
     def follow_encoder(change) -> None:
         token.max = lengths[change["new"]]
@@ -343,8 +352,8 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
         )
         where = _place(maps[t - 1])
         rows = "".join(f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best)
-        sentence = "; ".join(
-            f"<b>▸ {n} {escape(near[0][0])}</b>" if n == t else f"{n} {escape(near[0][0])}" for n, near in enumerate(words, 1)
+        sentence = " · ".join(
+            f"<b>▸ {n} “{escape(near[0][0])}”</b>" if n == t else f"{n} “{escape(near[0][0])}”" for n, near in enumerate(words, 1)
         )
         html = (
             f'<div class="isa-query"><img class="isa-wide" src="{_source(draw.png(figure))}" '
@@ -357,8 +366,8 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
 
     return Panel(
         "Look through one token",
-        "Choose an image, then a token with the slider (arrow keys work). Bright: where the token looks. " + hint,
-        {"image": which, "encoder": chosen, "token": token},
+        "Choose an image and a token: type, use the arrow keys, or drag. Bright: where the token looks. " + hint,
+        {"image": which, "encoder": chosen, "token": token, "token slider": slider},
         ("image", "encoder", "token"),
         compute,
     )
@@ -377,14 +386,9 @@ def training_panel(history: History | Mapping[str, History]) -> Panel:
     if not runs or not all(h.gcd for h in runs.values()):
         raise ValueError("a history without steps has nothing to show; train first (isa_lite.distill.distill returns it)")
     last = max(len(h.gcd) for h in runs.values())
-    step = IntSlider(
-        value=last, min=1, max=last, description="Step", continuous_update=False, style=_LABEL, layout=Layout(width="420px"),
-        tooltip="The step that the numbers below belong to",
-    )  # fmt: skip
-    window = IntSlider(
-        value=min(20, last), min=1, max=min(100, last), description="Smoothing", continuous_update=False, style=_LABEL,
-        layout=Layout(width="340px"), tooltip="How many steps a running mean goes over; 1 shows every step",
-    )  # fmt: skip
+    step, step_slider = _number("Step", last, last, "The step that the numbers below belong to")
+    smooth = "How many steps a running mean goes over; 1 shows every step"
+    window, window_slider = _number("Smoothing", min(20, last), min(100, last), smooth)
 
     def at(values: Sequence[float], s: int) -> float:
         return float(np.mean(values[max(0, s - window.value) : s])) if s <= len(values) else float("nan")
@@ -396,7 +400,7 @@ def training_panel(history: History | Mapping[str, History]) -> Panel:
             shown[name] = {"GCD": at(h.gcd, s), "LAR": at(h.lar, s), "recall": recall[-1] if recall else float("nan")}
         rows = ""
         for name, values in shown.items():
-            cells = "".join(f"<td>{'none' if np.isnan(value) else f'{value:.2f}'}</td>" for value in values.values())
+            cells = "".join(f"<td>{'none' if np.isnan(value) else round(value, 2)}</td>" for value in values.values())
             rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
         table = f"<table><tr><th>run</th><th>GCD, nats</th><th>LAR, nats</th><th>validation Recall@1, %</th></tr>{rows}</table>"
         figure = draw.curves(runs, window.value, s)
@@ -406,8 +410,8 @@ def training_panel(history: History | Mapping[str, History]) -> Panel:
 
     return Panel(
         "Follow a training",
-        "Move the step (dashed line) and the smoothing of the losses; arrow keys work.",
-        {"step": step, "smoothing": window},
+        "Choose a step (the dashed line) and how much the losses are smoothed: type, use the arrow keys, or drag.",
+        {"step": step, "step slider": step_slider, "smoothing": window, "smoothing slider": window_slider},
         ("step", "smoothing"),
         compute,
     )

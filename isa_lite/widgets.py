@@ -7,6 +7,9 @@ No panel uses `interact` or an `Output` widget, on which papermill can hang: a c
 itself without a line of plain text, so that its output is a widget view and nothing else: papermill runs it,
 notebooks/execute.py strips it, and strict nbval passes without a marker. A committed notebook therefore shows a panel
 only once its cell was run; put a static figure beside it. From Python, `panel.controls[name].value = ...` does what a hand does.
+
+Everything goes by keyboard. There is no drop-down list, because JupyterLab takes keys away from one: an arrow key leaves for the
+next cell, and the letter m turns the cell into text. Fields, buttons and (left and right on) sliders keep theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import ipywidgets
 import numpy as np
 import torch
 from IPython.display import display
-from ipywidgets import HTML, BoundedIntText, Button, Dropdown, HBox, IntSlider, Layout, Text, VBox
+from ipywidgets import HTML, BoundedIntText, Button, HBox, IntSlider, Layout, Text, VBox
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +49,7 @@ _CSS = f"""<style>
 .isa-rows b {{display: block; margin: 2px 0}}
 .isa-row {{display: grid; grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 6px; max-width: 1000px}}
 .isa-row {{margin-bottom: 8px}}
-.isa-panel figure {{margin: 0; text-align: center; font-size: 13px}}
+.isa-panel figure {{margin: 0; text-align: center; font-size: 13px; min-width: 0}}
 .isa-panel figure.isa-reference {{flex: 0 0 130px; font-size: 14px}}
 .isa-row img {{width: 100%; aspect-ratio: 1; object-fit: contain; box-sizing: border-box; border: 1px solid #999}}
 .isa-reference img {{width: 100%; border: 1px solid #999}}
@@ -128,20 +131,16 @@ def _names(images: Images) -> list[str]:
     return [str(i) for i in range(len(images))]
 
 
-def _picker(images: Images, label: str, count: int) -> Dropdown | BoundedIntText:
-    """A control whose value is an image's number: by file name for a folder, else by number."""
-    if isinstance(images, ImageFolder):
-        options = [(name, i) for i, name in enumerate(_names(images))]
-        return Dropdown(options=options, description=label, tooltip="Which file to take", style=_LABEL)
+def _picker(label: str, count: int) -> BoundedIntText:
     return BoundedIntText(
-        value=0, min=0, max=count - 1, description=f"{label} (0 to {count - 1})", style=_LABEL,
-        tooltip="Type a number, or step with the up and down arrow keys", layout=Layout(width="230px"),
+        value=0, min=0, max=count - 1, description=f"{label} (0 to {count - 1})", style=_LABEL, layout=Layout(width="230px"),
+        tooltip="Type a number, or step with the up and down arrow keys",
     )  # fmt: skip
 
 
-def _number(label: str, value: int, last: int, tooltip: str) -> tuple[BoundedIntText, IntSlider]:
+def _number(label: str, value: int, last: int, tooltip: str, disabled: bool = False) -> tuple[BoundedIntText, IntSlider]:
     """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds no label on a slider."""
-    shared = dict(value=value, min=1, max=last, continuous_update=False, style=_LABEL, tooltip=tooltip)
+    shared = dict(value=value, min=1, max=last, continuous_update=False, style=_LABEL, tooltip=tooltip, disabled=disabled)
     field = BoundedIntText(**shared, description=label, layout=Layout(width="160px"))
     slider = IntSlider(**shared, readout=False, layout=Layout(width="240px"))
     for trait in ("value", "max"):
@@ -160,54 +159,45 @@ def _query_panel(
     vl: VLModel,
     encoder: QueryEncoder,
     gallery: Gallery,
+    captions: Sequence[str],
     describe: Callable[[int], str],
     suggest: Callable[[int], Sequence[str]],
     hits: Callable[[int, str], np.ndarray | None],
     words: str,
 ) -> Panel:
-    """reference[q]: the gallery index that query q starts from. describe: alternative text of a gallery image. suggest: modifiers
-    for query q, the first its own. hits: which gallery images are right for query q and these words, None if nobody knows."""
+    """reference[q]: the gallery index that query q starts from. captions: what stands below the gallery's images. describe:
+    their alternative texts. suggest: modifiers for query q, its own first (or no words and no suggestions). hits: which gallery
+    images are right for query q and these words, None if nobody knows."""
     if len(gallery) < 2:
         raise ValueError("a search needs at least two images: the reference, and one to find")
     thumbnail = lru_cache(1024)(lambda j: _thumbnail(images[j]))
-    which = _picker(images, "Reference", len(reference))
+    which = _picker("Reference", len(reference))
     other = Button(description="Another one", tooltip="Take a reference by chance", disabled=len(reference) < 2)
     typed = Text(
         value=words, description="Modifier", placeholder="what should be different", continuous_update=False, style=_LABEL,
         tooltip="Words of your own; the Enter key searches", layout=Layout(flex="1 1 420px", max_width="640px"),
     )  # fmt: skip
-    controls = {"reference": which, "another": other, "modifier": typed}
+    buttons = [Button(tooltip="Search with these words", layout=Layout(width="auto")) for _ in suggest(0)]
+    offer = HBox(buttons, layout=Layout(flex_flow="row wrap"))
     rng = np.random.default_rng()
 
     def another(_button) -> None:
         which.value = int((which.value + rng.integers(1, len(reference))) % len(reference))
 
+    def follow_reference(_change=None) -> None:
+        for button, text in zip(buttons, suggest(which.value), strict=True):
+            button.description, button.layout.display = text, None if text else "none"
+        if buttons:
+            typed.value = buttons[0].description
+
+    def take(button) -> None:
+        typed.value = button.description
+
     other.on_click(another)
-    if suggest(0):
-        chosen = Dropdown(
-            description="Suggestions",
-            tooltip="Modifiers that fit this reference",
-            style=_LABEL,
-            layout=Layout(flex="1 1 420px", max_width="640px"),
-        )
-
-        def follow_reference(_change=None) -> None:
-            offered = suggest(which.value)
-            chosen.options = [("(words of your own)", None), *((text, text) for text in dict.fromkeys(offered))]
-            typed.value = chosen.value = offered[0]
-
-        def follow_choice(change) -> None:
-            if change["new"] is not None:
-                typed.value = change["new"]
-
-        def follow_words(change) -> None:
-            chosen.value = change["new"] if change["new"] in dict(chosen.options) else None
-
-        follow_reference()
-        which.observe(follow_reference, "value")
-        chosen.observe(follow_choice, "value")
-        typed.observe(follow_words, "value")
-        controls = {"reference": which, "another": other, "suggestions": chosen, "modifier": typed}
+    for button in buttons:
+        button.on_click(take)
+    which.observe(follow_reference, "value")
+    follow_reference()
 
     def compute() -> tuple[str, str, dict]:
         q, words = which.value, typed.value.strip()
@@ -228,11 +218,10 @@ def _query_panel(
             cards = ""
             for k, i in enumerate(best, 1):
                 target = right is not None and right[i]
-                cards += _card(
-                    thumbnail(i), f"{k}: target" if target else str(k), f"{k}: {describe(i)}", "isa-target" if target else ""
-                )
+                caption = f"{k} {'target' if target else captions[i]}"
+                cards += _card(thumbnail(i), caption, f"{k}: {describe(i)}", "isa-target" if target else "")
             rows += f'<b>{name}</b><div class="isa-row" role="group" aria-label="{name}, best first">{cards}</div>'
-        start = _card(thumbnail(j), "reference", f"reference: {describe(j)}", "isa-reference")
+        start = _card(thumbnail(j), f"reference {captions[j]}", f"reference: {describe(j)}", "isa-reference")
         if right is None:
             message = f"“{escape(words)}”: nobody has said which image is right for these words, so none is marked."
         else:
@@ -245,6 +234,7 @@ def _query_panel(
         shown = {name: [gallery.ids[i] for i in best] for name, best in zip(names, found, strict=True)}
         return f'<div class="isa-query">{start}<div class="isa-rows">{rows}</div></div>', message, shown
 
+    controls = {"reference": which, "another": other, "modifier": typed, "suggestions": offer}
     return Panel(title, hint, controls, ("reference", "modifier"), compute)
 
 
@@ -252,7 +242,7 @@ def compose_panel(bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_
     """Pick a query of the benchmark, keep or change its words, and see the ten best images of ISA and of image + text.
 
     The target is marked only for the query's own words. Suggested beside them: a change of each kind that the reference
-    can take. Controls: reference (a query's number), another, suggestions, modifier. `shown`: gallery ids by method.
+    can take. Controls: reference (a query's number), another, modifier, suggestions. `shown`: gallery indices by method.
     """
 
     def suggest(q: int) -> list[str]:
@@ -261,17 +251,19 @@ def compose_panel(bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_
             try:
                 texts.append(scenes.modify(bench.scenes[bench.reference[q]], rng, (kind,), held_out=True)[1].text)
             except ValueError:  # the only object cannot be removed, a fourth cannot be added
-                continue
+                texts.append("")
         return texts
 
     return _query_panel(
         "Compose a query",
-        "Choose a reference, then pick a suggestion or type what should be different and press Enter. Rendered scenes.",
+        "Choose a reference, then type what should be different and press Enter, or press one of the suggestions, of which the "
+        "first is the reference's own. Rendered scenes.",
         bench.images,
         bench.reference,
         vl,
         encoder,
         Gallery(gallery_embeddings, range(len(bench.images))),
+        [""] * len(bench.images),
         lambda j: scenes.caption(bench.scenes[j], np.random.default_rng(0)),
         suggest,
         lambda q, words: bench.labels == bench.labels[bench.target[q]] if words == bench.texts[q] else None,
@@ -289,7 +281,7 @@ def search_panel(pictures: Images, vl: VLModel, encoder: QueryEncoder, embedding
     return _query_panel(
         "Search your pictures",
         "Choose a picture, type what should be different and press Enter.",
-        pictures, range(len(pictures)), vl, encoder, Gallery(embeddings, names),
+        pictures, range(len(pictures)), vl, encoder, Gallery(embeddings, names), names,
         lambda j: f"picture {names[j]}", lambda q: [], lambda q, words: None, words,
     )  # fmt: skip
 
@@ -310,29 +302,25 @@ def _place(attention: Tensor) -> str:
 def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> Panel:
     """Choose an image and one token of its sentence: where it looks, and the real words nearest to it.
 
-    encoders: by name; with several, of different numbers of tokens L, a list offers them, shortest sentence first.
-    Controls: image, encoder, token (from 1). `shown`: words, the nearest with their cosines, and attention, its map h x w.
+    encoders: by name; with several, of different numbers of tokens L, a slider goes through them, shortest sentence first.
+    Controls: image, encoder and token (both from 1). `shown`: words, the nearest with their cosines, and attention, a map h x w.
     """
     if not encoders:
         raise ValueError("encoders is empty; give at least one, for example {'shipped': QueryEncoder.load(folder, vl)}")
     lengths = {name: encoder.sentences([pictures[0]]).tokens.shape[1] for name, encoder in encoders.items()}
-    options = [(f"{name}, L = {length}", name) for name, length in sorted(lengths.items(), key=lambda item: item[1])]
-    which = _picker(pictures, "Image", len(pictures))
-    if len(encoders) > 1:
-        hint = "A longer sentence is not always a better one: compare encoders of different L."
-    else:
-        hint = (
-            "One encoder is given, so there is no L to choose: train others in notebook 02 with another num_tokens "
-            "and give token_panel a dict of them all."
-        )
-    chosen = Dropdown(
-        options=options, description="Encoder", disabled=len(encoders) == 1, style=_LABEL,
-        tooltip="Which query encoder writes the sentence; L is its number of tokens",
-    )  # fmt: skip
-    token, slider = _number("Token", 1, lengths[chosen.value], "Which token of the sentence")
+    by_length, several = sorted(lengths, key=lengths.get), len(encoders) > 1
+    which = _picker("Image", len(pictures))
+    chosen, chosen_slider = _number("Encoder", 1, len(encoders), "Which query encoder writes the sentence", not several)
+    token, token_slider = _number("Token", 1, lengths[by_length[0]], "Which token of the sentence")
+    hint = (
+        "With the encoder, the number L of tokens changes; more are not always better."
+        if several
+        else "There is one encoder here, so no L to choose: train others in notebook 02, with another num_tokens, and give "
+        "token_panel a dict of them all."
+    )
 
     def follow_encoder(change) -> None:
-        token.max = lengths[change["new"]]
+        token.max = lengths[by_length[change["new"] - 1]]
 
     chosen.observe(follow_encoder, "value")
 
@@ -342,7 +330,7 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
         return sentence.maps[0], nearest_words(vl, sentence.tokens[0], 5)
 
     def compute() -> tuple[str, str, dict]:
-        name, i, t = chosen.value, which.value, token.value
+        name, i, t = by_length[chosen.value - 1], which.value, token.value
         maps, words = read(name, i)
         picture = _picture(pictures[i])
         side = min(240, *picture.size)  # the encoder saw the square in the middle, so that is what the map is laid over
@@ -361,13 +349,19 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
             f"<table><tr><th>nearest word</th><th>cosine</th></tr>{rows}</table></div>"
             f"<p>The sentence, each token by its nearest word: {sentence}</p>"
         )
-        message = f"Token {t} of {lengths[name]} ({escape(name)}): {where}; nearest word: “{escape(best[0][0])}”."
+        message = f"Token {t} of {lengths[name]}, encoder “{escape(name)}”: {where}; nearest word: “{escape(best[0][0])}”."
         return html, message, {"words": best, "attention": maps[t - 1]}
 
     return Panel(
         "Look through one token",
         "Choose an image and a token: type, use the arrow keys, or drag. Bright: where the token looks. " + hint,
-        {"image": which, "encoder": chosen, "token": token, "token slider": slider},
+        {
+            "image": which,
+            "token": token,
+            "token slider": token_slider,
+            "encoder": chosen,
+            "encoder slider": chosen_slider,
+        },
         ("image", "encoder", "token"),
         compute,
     )

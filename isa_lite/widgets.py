@@ -39,7 +39,7 @@ from isa_lite.sentences import nearest_words
 from isa_lite.vl_model import VLModel
 
 _CSS = f"""<style>
-.isa-panel .widget-html-content {{line-height: 1.35; font-size: 14px; overflow-wrap: anywhere}}
+.isa-panel .widget-html-content {{line-height: 1.35; font-size: 14px; overflow-wrap: anywhere; min-width: 0}}
 .isa-panel p {{margin: 2px 0}}
 .isa-panel h4 {{margin: 0 0 4px; font-size: 16px}}
 .isa-panel [role=alert] {{border-left: 5px solid {draw.RED}; padding: 4px 10px; max-height: 8em; overflow: auto}}
@@ -75,7 +75,12 @@ class Panel(VBox):
         self.controls, self._watch, self._compute, self._drawn = dict(controls), tuple(watch), compute, None
         self.status, self.picture, self.shown = HTML(), HTML(), {}
         head = HTML(f"{_CSS}<h4>{escape(title)}</h4><p>{escape(hint)}</p>")
-        row = HBox(list(self.controls.values()), layout=Layout(flex_flow="row wrap"))
+        together = [  # a slider stays beside its field where the row wraps
+            HBox([control, controls[f"{name} slider"]]) if f"{name} slider" in controls else control
+            for name, control in controls.items()
+            if not name.endswith(" slider")
+        ]
+        row = HBox(together, layout=Layout(flex_flow="row wrap"))
         super().__init__([head, row, self.status, self.picture], layout=Layout(width="100%"))
         self.add_class("isa-panel")
         for name in self._watch:
@@ -141,8 +146,8 @@ def _picker(label: str, count: int) -> BoundedIntText:
 def _number(label: str, value: int, last: int, tooltip: str, disabled: bool = False) -> tuple[BoundedIntText, IntSlider]:
     """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds no label on a slider."""
     shared = dict(value=value, min=1, max=last, continuous_update=False, style=_LABEL, tooltip=tooltip, disabled=disabled)
-    field = BoundedIntText(**shared, description=label, layout=Layout(width="160px"))
-    slider = IntSlider(**shared, readout=False, layout=Layout(width="240px"))
+    field = BoundedIntText(**shared, description=label, layout=Layout(width="150px"))
+    slider = IntSlider(**shared, readout=False, layout=Layout(width="240px", margin="2px 12px"))
     for trait in ("value", "max"):
         ipywidgets.link((field, trait), (slider, trait))
     return field, slider

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 from ipywidgets import HBox
@@ -282,23 +283,23 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "JUPYTER_CONFIG_DIR": str(folder / "config")}
 
 
-def test_a_panel_runs_in_papermill_is_stripped_and_passes_strict_nbval_without_a_marker(tmp_path):
+def test_a_panel_runs_in_papermill_is_stripped_and_passes_strict_nbval_without_a_marker(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
     execute = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(execute)
     source = "from isa_lite import widgets\nfrom isa_lite.distill import History\nprint(2)"
     show = "widgets.training_panel(History(gcd=[2.0, 1.0], recall=[(2, 50.0)]))"
     nbformat.write(notebook(source, show), str(tmp_path / "a.ipynb"))
-    command = [sys.executable, "-m", "papermill", "a.ipynb", "b.ipynb", "--no-progress-bar"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    papermill.execute_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", cwd=tmp_path, progress_bar=False)
     executed = nbformat.read(str(tmp_path / "b.ipynb"), 4)
     assert [list(o.data) for o in executed.cells[1].outputs] == [["application/vnd.jupyter.widget-view+json"]]
     stripped = execute.strip(executed)
     assert not stripped.cells[1].outputs
     nbformat.write(stripped, str(tmp_path / "b.ipynb"))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", "b.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -32,11 +32,16 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)  # not pyplot: nothing to close, no double display
 
 
-def show(figure: Figure, caption: str, alt: str) -> None:
-    """Display a figure with its alternative text (for a screen reader), and its caption below."""
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
-    display(Picture(data.getvalue(), format="png", alt=alt, width=int(figure.get_figwidth() * 90)))
+    return data.getvalue()
+
+
+def show(figure: Figure, caption: str, alt: str) -> None:
+    """Display a figure with its alternative text (for a screen reader), and its caption below."""
+    display(Picture(png(figure), format="png", alt=alt, width=int(figure.get_figwidth() * 90)))
     display(Markdown(f"*{caption}*"))
 
 
@@ -221,8 +226,8 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
         return figure
 
 
-def curves(histories: Mapping[str, History], window: int = 20) -> Figure:
-    """Loss terms (running mean) and validation recall along the steps, a line a run."""
+def curves(histories: Mapping[str, History], window: int = 20, step: int | None = None) -> Figure:
+    """Loss terms (running mean over `window` steps) and validation recall, a line a run; `step`: a dashed line across at it."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 3.8)
         panels = figure.subplots(1, 3)
@@ -240,17 +245,19 @@ def curves(histories: Mapping[str, History], window: int = 20) -> Figure:
         for axes in panels:
             if axes.lines:
                 axes.legend(frameon=False, fontsize=11)
+                if step is not None:
+                    axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1.5)
             else:
                 axes.text(0.5, 0.5, "not used in this run", ha="center", transform=axes.transAxes, color=GREY)
         return figure
 
 
-def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7) -> Figure:
-    """An image, and beside it what each token attends to: maps L x h x w laid over it, brighter where a token looks."""
+def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6) -> Figure:
+    """An image (`side` inches), and beside it what each token attends to: maps L x h x w over it, brighter where it looks."""
     with matplotlib.rc_context(_STYLE):
         image = np.asarray(image)
         rows = -(-(len(maps) + 1) // columns)
-        figure = _figure(1.6 * columns, 1.85 * rows)
+        figure = _figure(side * columns, (side + 0.25) * rows)
         panels = figure.subplots(rows, columns, squeeze=False).flat
         _picture(panels[0], image, "image")
         for i, axes in enumerate(panels[1:]):

@@ -54,6 +54,9 @@ def test_curves_show_running_means_and_recall():
     assert list(gcd.lines[0].get_ydata()) == [3, 1] and list(gcd.lines[0].get_xdata()) == [2, 3]
     assert not lar.lines and "not used" in lar.texts[0].get_text()
     assert list(recall.lines[0].get_ydata()) == [10, 30]
+    marked = draw.curves({"run": history}, window=2, step=3).axes
+    assert [list(axes.lines[-1].get_xdata()) for axes in (marked[0], marked[2])] == [[3, 3], [3, 3]] and not marked[1].lines
+    assert draw.png(marked[0].figure).startswith(b"\x89PNG")
 
 
 def test_attention_lays_each_map_over_the_image():

@@ -77,7 +77,10 @@ WRONG = {
     "06 my_average_precision": [
         ("return 8 / 9", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
-        ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)", "min(GT, K)"),
+        (
+            "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
+            "min(GT, K)",
+        ),
     ],
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),

@@ -179,7 +179,8 @@ def test_a_finished_run_is_only_read(vl, images, tmp_path, no_model):
     no_model()
     again, history_again = trained(images, vl, fresh(vl, seed=3), tmp_path, tmp_path / "run")
     assert same(weights, again) and without_time(history_again) == without_time(history)
-    assert history_again.seconds >= history.seconds * 0.9
+    stored = checkpoint_module.read_tensors(tmp_path / "run")[1]["history"]["seconds"]
+    assert 0 < stored <= history_again.seconds  # a run that is only read counts on from the time that training took
 
 
 @pytest.mark.parametrize("what", ["config", "images", "vl_model", "encoder"])

@@ -28,8 +28,9 @@ from isa_lite.vl_model import VLModel, plain_attention
 class DistillConfig:
     """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
 
-    batch_size: images a step; temperature: of GCD (and of late interaction); lar_weight: of LAR, 0 switches it
-    off; word_noise: see `blur`; validation: images held back to watch the recall; dtype: of the matrix products (autocast).
+    batch_size: images a step; temperature: of GCD (and of late interaction); gcd_weight, lar_weight: of the two losses, 0
+    switches one off, and with both off nothing is trained; word_noise: see `blur`; validation: images held back to watch
+    the recall; dtype: of the matrix products (autocast).
     """
 
     steps: int = 600
@@ -38,6 +39,7 @@ class DistillConfig:
     warmup: int = 50
     weight_decay: float = 0.05
     temperature: float = 0.05
+    gcd_weight: float = 1.0
     lar_weight: float = 0.1
     word_noise: float = 0.0
     validation: int = 500
@@ -60,7 +62,7 @@ class DistillConfig:
         }.items():
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
-        for name in ("lr", "temperature", "lar_weight", "word_noise", "weight_decay"):
+        for name in ("lr", "temperature", "gcd_weight", "lar_weight", "word_noise", "weight_decay"):
             value, positive = getattr(self, name), name in ("lr", "temperature")
             if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
@@ -239,11 +241,12 @@ def distill(
         save_run(checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)})
 
     half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
-    chosen = [train[batch_indices(len(train), config.batch_size, step, config.seed)] for step in range(start, config.steps)]
+    steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
+    chosen = [train[batch_indices(len(train), config.batch_size, step, config.seed)] for step in range(start, steps)]
     loader = batch_loader(images, chosen, encoder.pixels, config.num_workers)
     bar = tqdm(
         zip(chosen, loader, strict=True),
-        total=config.steps,
+        total=steps,
         initial=start,
         desc="distillation",
         mininterval=2,
@@ -261,11 +264,12 @@ def distill(
             tokens, _ = encoder.mapping(features)  # B x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
-            loss = gcd = gcd_loss(query, own, config.temperature)
+            gcd = gcd_loss(query, own, config.temperature)
+            loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
                 patches = torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # B x P x width
                 lar, matched = _lar(vl, context, places, patches, hardest_other(query @ own.T), config.temperature)
-                loss = gcd + config.lar_weight * lar
+                loss = loss + config.lar_weight * lar
                 history.lar.append(lar.item()), history.matched.append(matched)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -277,6 +281,8 @@ def distill(
             bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
         if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
             save(step + 1)
+    if not steps:
+        history.recall = [(0, own_image_recall(images, held_back, known.embeddings, vl, encoder, config))]
     history.seconds = time.perf_counter() - began
     encoder.eval()
     return history

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
-from isa_lite.token_learner import MAPPINGS, Sentence
+from isa_lite.mappings import MAPPINGS
+from isa_lite.symmetric import LARGE_TOWER, LargeTower
+from isa_lite.token_learner import Sentence
 from isa_lite.vl_model import VLModel, to_pixels
 
 #: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
@@ -31,9 +33,10 @@ TEMPLATE = "a photo of {sentence}, {modifier}"
 class QueryEncoderConfig:
     """Everything that is needed to build a query encoder again.
 
-    backbone: any timm model with feature maps; stride: of the map that is used, in pixels; mapping: a name of
-    `token_learner.MAPPINGS`; word_width, word_norm: of the VL model whose words are imitated; vl_model: its
-    fingerprint, checked when the encoder is loaded.
+    backbone: any timm model with feature maps, or "vl" for the VL model's own image tower, frozen (symmetric ISA);
+    stride: of the map that is used, in pixels (the large tower gives its last one); mapping: a name of
+    `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real words; word_width, word_norm:
+    of the VL model whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
     """
 
     word_width: int
@@ -44,6 +47,7 @@ class QueryEncoderConfig:
     image_size: int = 96
     stride: int = 16
     mapping: str = "adaptive"
+    norm_matching: bool = True
     num_tokens: int = 12
     width: int = 128
     depth: int = 2
@@ -72,9 +76,12 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 class QueryEncoder(nn.Module):
-    """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it."""
+    """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it.
 
-    def __init__(self, config: QueryEncoderConfig):
+    vl: needed for the backbone "vl" only.
+    """
+
+    def __init__(self, config: QueryEncoderConfig, vl: VLModel | None = None):
         super().__init__()
         for name in ("num_tokens", "image_size", "stride", "width"):
             if getattr(config, name) < 1:
@@ -82,11 +89,20 @@ class QueryEncoder(nn.Module):
         if config.mapping not in MAPPINGS:
             raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
         self.config = config
-        self.backbone = _backbone(config.backbone, config.pretrained, config.stride)
+        if config.backbone == LARGE_TOWER:
+            self.backbone = LargeTower(vl)
+        else:
+            self.backbone = _backbone(config.backbone, config.pretrained, config.stride)
         with torch.no_grad():
             _, channels, *grid = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
         self.mapping = MAPPINGS[config.mapping](
-            channels, tuple(grid), config.num_tokens, config.word_width, config.word_norm, config.width, config.depth
+            channels,
+            tuple(grid),
+            config.num_tokens,
+            config.word_width,
+            config.word_norm if config.norm_matching else None,
+            config.width,
+            config.depth,
         )
         self.preprocess = T.Compose(
             [
@@ -102,7 +118,11 @@ class QueryEncoder(nn.Module):
     def for_model(cls, vl: VLModel, **settings) -> QueryEncoder:
         """A fresh query encoder whose words fit `vl`; `settings` are fields of `QueryEncoderConfig`."""
         settings = {"image_size": vl.image_size} | settings
-        return cls(QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings))
+        if settings.get("backbone") == LARGE_TOWER:  # its pictures are the VL model's
+            visual = vl.clip.visual
+            settings |= {"image_size": vl.image_size, "mean": tuple(visual.image_mean), "std": tuple(visual.image_std)}
+        config = QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings)
+        return cls(config, vl)
 
     def forward(self, pixels: Tensor) -> Sentence:
         """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
@@ -110,6 +130,8 @@ class QueryEncoder(nn.Module):
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
+        if self.config.backbone == LARGE_TOWER:
+            return self.backbone.vl.pixels(images)
         return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
     @torch.no_grad()
@@ -141,7 +163,7 @@ class QueryEncoder(nn.Module):
                 f"the query encoder in {folder} belongs to VL model {config.vl_model}, not {vl.fingerprint} ({vl.name}); "
                 "its sentences mean nothing to another model: load that one, or distill again"
             )
-        encoder = cls(config)
+        encoder = cls(config, vl)
         try:
             encoder.load_state_dict(read_tensors(folder / "query_encoder.safetensors")[0])
         except RuntimeError as error:

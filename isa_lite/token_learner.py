@@ -2,7 +2,7 @@
 
 Every module here maps a light encoder's feature map, B x C x H x W, to a `Sentence`: L vectors in the
 word-embedding space of the frozen text tower, and the attention maps behind them. They differ in nothing else, so
-a comparison of them is a comparison of the mapping alone.
+a comparison of them is a comparison of the mapping alone. `mappings` has two more, and the table of all of them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class NormMatched(nn.Module):
         return F.normalize(self.direction(x), dim=-1) * self.norm * 2 ** torch.tanh(self.stretch(x))
 
 
+def to_words(width: int, word_width: int, norm: float | None) -> nn.Module:
+    """The last layer of every mapping: ... x width -> ... x word_width; a plain linear one where `norm` is None."""
+    return nn.Linear(width, word_width) if norm is None else NormMatched(width, word_width, norm)
+
+
 class Block(nn.Module):
     """Refinement: tokens look at the feature map, then at one another, then an MLP; pre-norm, residual."""
 
@@ -56,14 +61,32 @@ class Block(nn.Module):
         return x + self.mlp(self.norm3(x))
 
 
-class AdaptiveTokenLearner(nn.Module):
+class Spatial(nn.Module):
+    """What the mappings with attention share: a 1x1 projection of the feature map, and a learned position code on it.
+
+    channels: C of the feature map; grid: its (H, W) in training, other sizes interpolate the position code.
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int], width: int):
+        super().__init__()
+        self.project = nn.Conv2d(channels, width, 1)
+        self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
+
+    def placed(self, features: Tensor) -> Tensor:
+        """B x C x H x W -> B x width x H x W."""
+        x, position = self.project(features), self.position
+        if position.shape[-2:] != x.shape[-2:]:
+            position = F.interpolate(position, x.shape[-2:], mode="bilinear")
+        return x + position
+
+
+class AdaptiveTokenLearner(Spatial):
     """L spatial attention maps pick L visual patterns; blocks refine them; a projection makes them words.
 
     After the paper's description (adaptive selection of salient visual patterns by attention) and the token
     module of Wu et al., AAAI 2022; the sizes and the position code are ours.
 
-    channels: C of the feature map; grid: its (H, W) in training, other sizes interpolate the position code;
-    word_width and norm: width and typical length of real word vectors.
+    word_width and norm: width and typical length of real word vectors (norm None: see `to_words`).
     """
 
     def __init__(
@@ -72,26 +95,20 @@ class AdaptiveTokenLearner(nn.Module):
         grid: tuple[int, int],
         num_tokens: int,
         word_width: int,
-        norm: float,
+        norm: float | None,
         width: int = 128,
         depth: int = 2,
     ):
-        super().__init__()
-        self.project = nn.Conv2d(channels, width, 1)
-        self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
+        super().__init__(channels, grid, width)
         self.attend = nn.Conv2d(width, num_tokens, 1)  # one logit map a token
         # Who a token is. Without it all tokens start alike, see alike and stay alike: the sentence says one word L times.
         self.identity = nn.Parameter(torch.randn(num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_word = NormMatched(width, word_width, norm)
+        self.to_word = to_words(width, word_width, norm)
 
     def forward(self, features: Tensor) -> Sentence:
-        x = self.project(features)  # B x C x H x W -> B x width x H x W
-        position = self.position
-        if position.shape[-2:] != x.shape[-2:]:
-            position = F.interpolate(position, x.shape[-2:], mode="bilinear")
-        x = x + position
+        x = self.placed(features)  # B x C x H x W -> B x width x H x W
         maps = self.attend(x).flatten(2).softmax(-1)  # B x L x HW, each row sums to 1
         memory = x.flatten(2).transpose(1, 2)  # B x HW x width
         tokens = maps @ memory + self.identity  # B x L x width: weighted means of positions, and whose they are
@@ -119,12 +136,14 @@ class _Pooled(nn.Module):
 class SingleVector(_Pooled):
     """One pseudo-word from the pooled features by an MLP: the mapping network of the paper's ablation."""
 
-    def __init__(self, channels: int, grid, num_tokens: int, word_width: int, norm: float, width: int = 512, depth: int = 2):
+    def __init__(
+        self, channels: int, grid, num_tokens: int, word_width: int, norm: float | None, width: int = 512, depth: int = 2
+    ):
         super().__init__(1)
         layers: list[nn.Module] = [nn.Linear(channels, width), nn.GELU()]
         for _ in range(depth - 1):
             layers += [nn.Linear(width, width), nn.GELU()]
-        self.mlp, self.to_word = nn.Sequential(*layers), NormMatched(width, word_width, norm)
+        self.mlp, self.to_word = nn.Sequential(*layers), to_words(width, word_width, norm)
 
     def tokens(self, pooled: Tensor) -> Tensor:
         return self.to_word(self.mlp(pooled)).unsqueeze(1)
@@ -133,13 +152,11 @@ class SingleVector(_Pooled):
 class AveragePooling(_Pooled):
     """L pseudo-words from the pooled features, a linear map each: many words, but no attention. Ours."""
 
-    def __init__(self, channels: int, grid, num_tokens: int, word_width: int, norm: float, width: int = 128, depth: int = 1):
+    def __init__(
+        self, channels: int, grid, num_tokens: int, word_width: int, norm: float | None, width: int = 128, depth: int = 1
+    ):
         super().__init__(num_tokens)
-        self.spread, self.to_word = nn.Linear(channels, num_tokens * width), NormMatched(width, word_width, norm)
+        self.spread, self.to_word = nn.Linear(channels, num_tokens * width), to_words(width, word_width, norm)
 
     def tokens(self, pooled: Tensor) -> Tensor:
         return self.to_word(F.gelu(self.spread(pooled)).unflatten(1, (self.num_tokens, -1)))
-
-
-#: The mapping networks by the name under which a query encoder asks for one.
-MAPPINGS = {"adaptive": AdaptiveTokenLearner, "single vector": SingleVector, "average pooling": AveragePooling}

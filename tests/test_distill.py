@@ -299,7 +299,14 @@ def test_learning_rate_warms_up_and_ends_at_a_hundredth():
         *(("batch_size", 1), ("validation", 1), ("warmup", -1), ("num_workers", -1), ("seed", -1), ("seed", 0.5), ("seed", None)),
         *(("lr", 0), ("lr", -1e-3), ("lr", "fast"), ("lr", None), ("lr", True), ("temperature", 0), ("temperature", -0.1)),
         *(("word_noise", -0.1), ("word_noise", math.inf)),
-        *(("lar_weight", -0.1), ("lar_weight", None), ("weight_decay", -1), ("weight_decay", "0")),
+        *(
+            ("gcd_weight", -1),
+            ("gcd_weight", math.inf),
+            ("lar_weight", -0.1),
+            ("lar_weight", None),
+            ("weight_decay", -1),
+            ("weight_decay", "0"),
+        ),
         *(("dtype", "int8"), ("dtype", "float16"), ("dtype", "float64"), ("dtype", None)),
         *(("lr", math.nan), ("lr", math.inf), ("temperature", math.nan), ("lar_weight", math.nan), ("steps", True)),
         *(("template", "a photo of {sentence}"), ("template", "")),
@@ -527,3 +534,15 @@ def test_the_key_of_a_folder_is_of_its_images(tmp_path, images):
     two = ImageFolder(tmp_path).key
     Image.fromarray(images[2]).save(tmp_path / "b.png")
     assert len({key, two, ImageFolder(tmp_path).key}) == 3
+
+
+def test_each_loss_can_be_switched_off_and_without_both_nothing_is_trained(images, vl):
+    start = {k: v.clone() for k, v in fresh(vl).state_dict().items()}
+    runs = {w: trained(images, vl, gcd_weight=w[0], lar_weight=w[1]) for w in ((1.0, 0.0), (0.0, 0.3), (1.0, 0.3), (0.0, 0.0))}
+    weights, history = runs.pop((0.0, 0.0))
+    assert same(weights, start) and not history.gcd and [step for step, _ in history.recall] == [0]
+    for weights, history in runs.values():
+        assert len(history.gcd) == 3 and not same(weights, start)
+    assert runs[1.0, 0.0][1].lar == [] and len(runs[0.0, 0.3][1].lar) == 3
+    a, b, both = (runs[w][0] for w in ((1.0, 0.0), (0.0, 0.3), (1.0, 0.3)))
+    assert not same(a, b) and not same(a, both) and not same(b, both)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from isa_lite.mappings import MAPPINGS
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids
-from isa_lite.token_learner import MAPPINGS
 from isa_lite.vl_model import VLModel, load_vl_model
 
 TEMPLATES = [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from isa_lite.token_learner import MAPPINGS, AdaptiveTokenLearner
+from isa_lite.mappings import MAPPINGS
+from isa_lite.token_learner import AdaptiveTokenLearner
 
 
 def build(name: str, num_tokens: int = 5, **settings) -> torch.nn.Module:
@@ -44,7 +45,16 @@ def test_the_number_of_tokens_is_what_was_asked_for_except_of_a_single_vector(nu
         assert torch.isfinite(tokens).all()
 
 
-@pytest.mark.parametrize("name, blind", [("adaptive", False), ("single vector", True), ("average pooling", True)])
+@pytest.mark.parametrize(
+    "name, blind",
+    [
+        ("adaptive", False),
+        ("slot attention", False),
+        ("resampler", False),
+        ("single vector", True),
+        ("average pooling", True),
+    ],
+)
 def test_only_attention_knows_where_things_are(name, blind):
     mapping, features = build(name), torch.randn(2, 10, 4, 4)
     shuffled = features.flatten(2)[:, :, torch.randperm(16)].view_as(features)
@@ -85,3 +95,51 @@ def test_tokens_start_out_different():
     assert likeness(learner) < 0.6
     torch.nn.init.zeros_(learner.identity)
     assert likeness(learner) > 0.9  # what the identities are for
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_without_norm_matching_the_last_layer_is_a_plain_linear_one(name):
+    torch.manual_seed(0)
+    mapping = MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=None).eval()
+    assert type(mapping.to_word) is torch.nn.Linear
+    with torch.no_grad():
+        mapping.to_word.weight.mul_(100)
+    assert (
+        mapping(torch.randn(2, 10, 4, 4)).tokens.norm(dim=-1).max() > 5
+    )  # nothing holds the length; with matching, 0.6 is the most
+
+
+def test_slots_compete_for_each_position():
+    mapping = build("slot attention", 3, depth=0)
+    features = torch.randn(2, 10, 4, 4)
+    maps = mapping(features).maps
+    memory = mapping.norm_memory(mapping.placed(features).flatten(2).transpose(1, 2))
+    for b in range(2):
+        shares = torch.stack([  # one round by hand: a row a slot, what it gets of each position
+            torch.stack([mapping.query(mapping.norm_slots(slot)) @ mapping.key(place) / 128**0.5 for place in memory[b]])
+            for slot in mapping.start
+        ]).softmax(0)  # fmt: skip
+        assert torch.allclose(shares.sum(0), torch.ones(16))
+        assert torch.allclose(maps[b].flatten(1), shares / shares.sum(1, keepdim=True), atol=1e-5)
+    alone = build("slot attention", 1)(features).maps
+    assert torch.allclose(alone, torch.full_like(alone, 1 / 16))  # no rival, so no choice
+
+
+def test_a_resamplers_maps_are_its_attention_without_the_latents():
+    mapping = build("resampler", 3, depth=1)
+    features = torch.randn(1, 10, 4, 4)
+    memory = mapping.norm_memory(mapping.placed(features).flatten(2)[0].T)  # HW x width
+    query = mapping.norms[0][0](mapping.latents)
+    w_query, w_key, _ = mapping.attends[0].in_proj_weight.chunk(3)
+    b_query, b_key, _ = mapping.attends[0].in_proj_bias.chunk(3)
+    q, k = query @ w_query.T + b_query, torch.cat([memory, query]) @ w_key.T + b_key
+    heads = [(q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)]
+    on_places = torch.stack(heads).mean(0)[:, :16]
+    assert on_places.sum(1).max() < 0.999  # some goes to latents, so that the scaling matters
+    expected = on_places / on_places.sum(1, keepdim=True)
+    assert torch.allclose(mapping(features).maps[0].flatten(1), expected, atol=1e-5)
+
+
+def test_a_resampler_that_never_looks_is_refused():
+    with pytest.raises(ValueError, match="a depth of at least 1"):
+        build("resampler", depth=0)

@@ -47,7 +47,7 @@ class SlotAttention(Spatial):
         x = self.placed(features)
         memory = self.norm_memory(x.flatten(2).transpose(1, 2))  # B x HW x width
         key, value = self.key(memory), self.value(memory)
-        slots = self.start.expand(len(x), -1, -1)  # B x L x width
+        slots = self.start.repeat(len(x), 1, 1)  # B x L x width
         for _ in range(self.rounds):
             logits = self.query(self.norm_slots(slots)) @ key.transpose(1, 2) / key.shape[-1] ** 0.5  # B x L x HW
             won = logits.softmax(1) + 1e-8  # over the slots: every position is shared out
@@ -94,7 +94,7 @@ class Resampler(Spatial):
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)
         memory = self.norm_memory(x.flatten(2).transpose(1, 2))  # B x HW x width
-        latents, positions = self.latents.expand(len(x), -1, -1), memory.shape[1]
+        latents, positions = self.latents.repeat(len(x), 1, 1), memory.shape[1]
         for (norm, norm_mlp), attend, mlp in zip(self.norms, self.attends, self.mlps, strict=True):
             query = norm(latents)
             both = torch.cat([memory, query], 1)  # B x (HW + L) x width

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from isa_lite.bench import multiply_adds
 from isa_lite.mappings import MAPPINGS
 from isa_lite.token_learner import AdaptiveTokenLearner
 
@@ -143,3 +144,9 @@ def test_a_resamplers_maps_are_its_attention_without_the_latents():
 def test_a_resampler_that_never_looks_is_refused():
     with pytest.raises(ValueError, match="a depth of at least 1"):
         build("resampler", depth=0)
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_the_multiply_adds_of_every_mapping_can_be_counted(name):
+    mapping, features = build(name), torch.randn(1, 10, 4, 4)
+    assert multiply_adds(lambda: mapping(features)) > 0

@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says i
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -223,6 +224,51 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
         right.plot(sizes, [point["search_ms"] for point in found["points"]], color=BLUE, marker="o", linewidth=2)
         right.set(xscale="log", yscale="log", xlabel="images in the gallery", ylabel="one exact search, ms")
         left.set_title("Recall falls slowly"), right.set_title("Time grows in proportion")
+        return figure
+
+
+def ablations(record: Mapping, k: int = 1) -> Figure:
+    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation; the default is orange, means over seeds are drawn.
+
+    Numbers become a curve, names become bars. A dashed line: the composition ceiling, which differs only with the VL model.
+    """
+    shown: dict[str, dict[str, list[Mapping]]] = {}
+    for entry in record["runs"]:
+        if entry["ablation"]:
+            shown.setdefault(entry["ablation"], {}).setdefault(entry["label"], []).append(entry)
+    with matplotlib.rc_context(_STYLE):
+        rows = max(1, -(-len(shown) // 3))
+        figure = _figure(15, 4 * rows)
+        panels = figure.subplots(rows, 3, squeeze=False).flat
+        for axes, (ablation, values) in zip(panels, shown.items(), strict=False):
+            means = {label: np.mean([e["methods"]["isa"][f"R@{k}"] for e in found]) for label, found in values.items()}
+            default = [label for label, found in values.items() if not found[0]["changed"]]
+            ceiling = np.mean([e["methods"]["composition ceiling"][f"R@{k}"] for v in values.values() for e in v])
+            colors = [ORANGE if label in default else BLUE for label in means]
+            spread = [seed_interval([e["methods"]["isa"][f"R@{k}"] for e in found]) for found in values.values()]
+            if all(re.fullmatch(r"[\d.e+]+", label) for label in means):
+                x = sorted(float(label) for label in means)
+                order = sorted(range(len(means)), key=lambda i: float(list(means)[i]))
+                y = [list(means.values())[i] for i in order]
+                axes.plot(x, y, color=BLUE, linewidth=2, zorder=1)
+                axes.scatter(x, y, s=70, color=[colors[i] for i in order], zorder=2)
+                axes.vlines(x, *zip(*(np.clip(spread[i], 0, 100) for i in order), strict=True), color="black", linewidth=1.5)
+                axes.axhline(ceiling, color=GREY, linestyle="--", linewidth=1.5)
+                axes.set(xscale="log", ylim=(0, 100), ylabel=f"Recall@{k} in %")
+                axes.set_xticks(x, [f"{v:g}" for v in x], rotation=30 if max(x) >= 1000 else 0)
+                axes.minorticks_off()
+            else:
+                axes.barh(range(len(means)), list(means.values()), color=colors)
+                for y, (value, (low, high)) in enumerate(zip(means.values(), spread, strict=True)):
+                    axes.plot(np.clip([low, high], 0, 100), [y, y], color="black", linewidth=1.5)
+                    axes.text(np.nanmax([value, high]) + 1, y, f"{value:.0f}", va="center", fontsize=11)
+                axes.axvline(ceiling, color=GREY, linestyle="--", linewidth=1.5)
+                axes.set_yticks(range(len(means)), [wrap(label, 22) for label in means], fontsize=11)
+                axes.invert_yaxis()
+                axes.set(xlim=(0, 100), xlabel=f"Recall@{k} in %")
+            axes.set_title(ablation)
+        for axes in list(figure.axes)[len(shown) :]:
+            axes.axis("off")
         return figure
 
 

@@ -45,6 +45,7 @@ class PretrainConfig:
     families: int = 20  # a batch: families of five related scenes ...
     singles: int = 12  # ... and unrelated scenes
     partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
+    change: float = 1.0  # share of the edited scenes that also get a caption in the language of change
     lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.05
@@ -121,7 +122,7 @@ class SceneBatches(Dataset):
             for scene, change in family.items():
                 texts.append(scenes.caption(scene, rng))
                 owner.append(len(images))
-                if change is not None:
+                if change is not None and (c.change == 1 or rng.random() < c.change):
                     joiner = _pick(rng, (", ", ", ", " ", ", but ", ". "))
                     texts.append(scenes.caption(base, rng) + joiner + change.text)
                     owner.append(len(images))

@@ -1,8 +1,8 @@
-"""What a sentence holds: where its tokens look, which words they are near, and what is lost without one of them. Ours."""
+"""What a sentence holds: where its tokens look, which words they are near, what follows when one goes or moves. Ours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isa_lite.evaluate import Benchmark, benchmark_ranks
-from isa_lite.query_encoder import TEMPLATE, compose
-from isa_lite.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose
+from isa_lite.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, object_masks, render_many, sample_scenes
 from isa_lite.vl_model import VLModel
 
 
@@ -52,6 +52,34 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
     return on_any / area_any, on_one / area_one
 
 
+def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) -> dict[str, dict]:
+    """Several encoders over the same rendered scenes, by their number of tokens: where they look, in plain lists.
+
+    maps: L x h x w, on the first scene with three objects (`look_scene`); grounding: of each token with its best object,
+    over all the scenes; elsewhere: the same with each image's maps laid over another image's objects. Raises ValueError
+    for two encoders with the same number of tokens.
+    """
+    lengths = [encoder.config.num_tokens for encoder in encoders]
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"the encoders are told apart by their number of tokens, and these have {lengths}")
+    world, found = sample_scenes(images, seed), {}
+    for encoder in sorted(encoders, key=lambda e: e.config.num_tokens):
+        size = encoder.config.image_size
+        maps = encoder.sentences(render_many(world, range(images), size)).maps
+        masks = [object_masks(scene, i, size) for i, scene in enumerate(world)]
+        found[str(encoder.config.num_tokens)] = {
+            "maps": np.round(maps[look_scene(images, seed)[0]].numpy(), 4).tolist(),
+            "grounding": np.round(grounding(maps, masks)[1].numpy(), 3).tolist(),
+            "elsewhere": np.round(grounding(maps, masks[1:] + masks[:1])[1].numpy(), 3).tolist(),
+        }
+    return found
+
+
+def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
+    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering seed."""
+    return next((i, scene) for i, scene in enumerate(sample_scenes(images, seed)) if len(scene.objects) == 3)
+
+
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
     """For each vector of ... x D the k nearest words that the model has met, with their cosines, best first (flattened)."""
     table = vl.word_vectors(torch.arange(vl._text.token_embedding.weight.shape[0], device=vl.device)).detach().float().cpu()
@@ -88,9 +116,27 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     return pd.DataFrame({kind: 100 * (grid == kind).mean(0) for kind in kinds}, index=[f"token {i + 1}" for i in range(length)])
 
 
+def ranks_rearranged(
+    bench: Benchmark,
+    vl: VLModel,
+    tokens: Tensor,
+    gallery: Tensor,
+    orders: Mapping[Hashable, Sequence[int]],
+    template: str = TEMPLATE,
+) -> dict[Hashable, np.ndarray]:
+    """`benchmark_ranks` with every sentence's tokens (B x L x D, of the references) in each of the given orders.
+
+    An order lists places of the sentence; one that is left out is deleted. Raises IndexError for a place that is not there.
+    """
+    return {
+        name: benchmark_ranks(bench, compose(vl, tokens[:, list(order)], bench.texts, template), gallery)
+        for name, order in orders.items()
+    }
+
+
 def ranks_without(
     bench: Benchmark, vl: VLModel, tokens: Tensor, gallery: Tensor, template: str = TEMPLATE
-) -> dict[int, np.ndarray]:
+) -> dict[Hashable, np.ndarray]:
     """`benchmark_ranks` with the whole sentences (key -1), and with token i deleted from every one of them (key i).
 
     tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single token.
@@ -99,7 +145,13 @@ def ranks_without(
     if length < 2:
         raise ValueError("a sentence of one token has none to spare")
     kept = {-1: list(range(length))} | {i: [j for j in range(length) if j != i] for i in range(length)}
-    return {i: benchmark_ranks(bench, compose(vl, tokens[:, which], bench.texts, template), gallery) for i, which in kept.items()}
+    return ranks_rearranged(bench, vl, tokens, gallery, kept, template)
+
+
+def moved(length: int, token: int) -> list[int]:
+    """The order of a sentence of `length` tokens in which one token, a place from 0, has gone to the farther end."""
+    rest = [i for i in range(length) if i != token]
+    return [*rest, token] if token < length / 2 else [token, *rest]
 
 
 def _facts(scene: Scene) -> set[tuple]:

@@ -1,0 +1,134 @@
+"""What the ablations vary, and what came out: the plan of a sweep, its runs as one record, and that record as a table. Ours.
+
+`sweep` runs them. Everything is notebook 02 with one thing changed; the defaults are the notebook's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from isa_lite.evaluate import seed_interval
+from isa_lite.mappings import MAPPINGS
+from isa_lite.symmetric import LARGE_TOWER
+
+#: Where the VL model without the language of change in its captions is looked for.
+WITHOUT_CHANGE = "runs/vl-without-change"
+#: Light families of timm, each with a feature map of stride 16.
+BACKBONES = (
+    "mobilenetv4_conv_small_050",
+    "mobilenetv3_small_100",
+    "tf_efficientnet_lite0",
+    "edgenext_xx_small",
+    "repvit_m0_9",
+    "resnet18",
+)
+TEMPLATES = (
+    "a photo of {sentence}, {modifier}",
+    "{sentence}, {modifier}",
+    "{sentence} {modifier}",
+    "a picture of {sentence}, but {modifier}",
+)
+#: What a result does not depend on, apart from rounding.
+ASIDE = ("device", "num_workers", "out_dir")
+
+
+def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
+    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets."""
+    lar = defaults["lar_weight"] or 0.1
+    numbers = {"tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)), "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2))}
+    numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
+    found: dict[str, dict[str, dict]] = {
+        "losses": {
+            "GCD and LAR": {"gcd_weight": 1.0, "lar_weight": lar},
+            "GCD": {"gcd_weight": 1.0, "lar_weight": 0.0},
+            "LAR": {"gcd_weight": 0.0, "lar_weight": lar},
+            "neither (untrained)": {"gcd_weight": 0.0, "lar_weight": 0.0},
+        },
+        "mapping": {name: {"mapping": name} for name in MAPPINGS},
+        "norm matching": {"on": {"norm_matching": True}, "off": {"norm_matching": False}},
+        "backbone": {name: {"backbone": name} for name in BACKBONES} | {"large tower (symmetric)": {"backbone": LARGE_TOWER}},
+        "prompt": {template: {"template": template} for template in TEMPLATES},
+        "captions of the VL model": {
+            "with the language of change": {"vl_model": defaults["vl_model"]},
+            "without": {"vl_model": WITHOUT_CHANGE},
+        },
+    }
+    for name, (parameter, values) in numbers.items():
+        values = sorted({*values, defaults[parameter]})
+        found[name] = {f"{value:g}": {parameter: value} for value in values}
+    return found
+
+
+def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> list[dict]:
+    """The runs: `parameters`, and under `shows` the pairs (ablation, label) that it stands for. The default run comes first.
+
+    Two values that come to the same parameters are one run. Raises ValueError for an ablation that is not there.
+    """
+    everything = ablations(defaults)
+    unknown = sorted(set(only) - set(everything))
+    if unknown:
+        raise ValueError(f"unknown ablation {', '.join(unknown)}; there are: {', '.join(everything)}")
+    runs: dict[str, dict] = {}
+    for seed in seeds:
+        for shown, changed in [
+            (("", "default"), {}),
+            *(((name, label), c) for name in (only or everything) for label, c in everything[name].items()),
+        ]:
+            parameters = {**defaults, "single_vector": False, **changed, "seed": seed}
+            run = runs.setdefault(json.dumps(parameters, sort_keys=True), {"parameters": parameters, "shows": []})
+            run["shows"].append(shown)
+    return list(runs.values())
+
+
+def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Mapping) -> dict:
+    """All finished runs as one record, an entry for each ablation's value and seed; what is not finished under `missing`."""
+    entries, missing = [], []
+    for run in runs:
+        result = results.get(run["key"])
+        for ablation, label in run["shows"]:
+            entry = {"ablation": ablation, "label": label, "seed": run["parameters"]["seed"]}
+            if result is None:
+                missing.append(entry)
+                continue
+            kept = {name: result[name] for name in ("methods", "training_seconds", "wall_seconds")}
+            entries.append({**entry, "changed": changed(run["parameters"], defaults), **kept})
+    used = [results[run["key"]] for run in runs if run["key"] in results]
+    return {
+        "data": "rendered scenes",
+        "defaults": dict(defaults),
+        **{name: sorted({str(r[name]) for r in used}) for name in ("machine", "commit", "date", "queries", "gallery")},
+        "runs": entries,
+        "missing": missing,
+    }
+
+
+def changed(parameters: Mapping, defaults: Mapping) -> dict:
+    """What a run's parameters change of the defaults, apart from the seed and what every run of a sweep sets."""
+    return {n: v for n, v in parameters.items() if v != defaults[n] and n not in (*ASIDE, "seed", "single_vector")}
+
+
+def table(record: Mapping) -> pd.DataFrame:
+    """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the composition ceiling.
+
+    With several seeds: means with their 95% interval.
+    """
+    rows: dict[tuple[str, str], list[Mapping]] = {}
+    for entry in record["runs"]:
+        rows.setdefault((entry["ablation"] or "default", entry["label"]), []).append(entry)
+
+    def cell(values: Sequence[float]) -> str:
+        low, high = np.clip(seed_interval(values), 0, 100)
+        return f"{np.mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+
+    cells = {}
+    for name, found in rows.items():
+        isa = {k: [f["methods"]["isa"][f"R@{k}"] for f in found] for k in (1, 10)}
+        ceiling = np.mean([f["methods"]["composition ceiling"]["R@1"] for f in found])
+        cells[name] = {"R@1": cell(isa[1]), "R@10": cell(isa[10])}
+        cells[name]["of the composition ceiling"] = f"{100 * np.mean(isa[1]) / max(ceiling, 1e-9):.0f}%"
+        cells[name] |= {"seeds": len(found), "training, s": round(np.mean([f["training_seconds"]["isa"] for f in found]))}
+    return pd.DataFrame.from_dict(cells, "index")

@@ -1,0 +1,176 @@
+"""The ablations: `python -m isa_lite.sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
+
+Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number of tokens, the mapping
+network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the captions that the VL
+model was trained on. A finished run has a result file in a folder named after its parameters and the VL model's weights, not
+after the commit; it is not run again. A run that was stopped goes on where it was. Ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import papermill
+from papermill.exceptions import PapermillExecutionError
+from tqdm.auto import tqdm
+
+from isa_lite import draw, pretrain
+from isa_lite.ablations import ASIDE, WITHOUT_CHANGE, changed, gather, plan, table
+from isa_lite.checkpoint import write_text
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.sentences import look
+from isa_lite.vl_model import DATA, SCENES_CLIP, commit, load_vl_model, machine
+
+NOTEBOOK = DATA.parent / "notebooks" / "02_distillation.ipynb"
+
+
+def notebook_defaults(notebook: Path) -> dict:
+    """The parameters of a notebook with their default values. Raises FileNotFoundError where there is no such notebook."""
+    if not notebook.is_file():
+        raise FileNotFoundError(f"there is no notebook {notebook}; run this in a checkout, or give --notebook")
+    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
+
+
+def key(parameters: Mapping, vl_fingerprint: str) -> str:
+    """What a run's folder is called: a digest of its parameters and of the VL model's weights."""
+    kept = {name: value for name, value in parameters.items() if name not in ASIDE}
+    return hashlib.sha256(json.dumps([kept, vl_fingerprint], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
+    """One run: the notebook with these parameters, its results in `folder`; what is left there is small. Returns its result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    given = {**parameters, "out_dir": str(folder)}
+    papermill.execute_notebook(notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd())
+    found = json.loads((folder / "metrics.json").read_text())
+    result = {name: found[name] for name in ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")}
+    result |= {"parameters": dict(parameters), "wall_seconds": round(time.time() - began, 1)}
+    result |= {"commit": commit(), "date": str(date.today())}
+    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")  # from now on this run is done
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # targets of the large tower: large, and made again in seconds
+    for state in folder.glob("*.state.safetensors"):
+        state.unlink()
+    return result
+
+
+def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[float, str]:
+    """An estimate for the runs that wait, and where it is from: runs of this sweep, or the stored training of notebook 02."""
+    if done:
+        each, source = np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]), f"{len(done)} finished runs"
+    else:
+        stored = json.loads((DATA / "results" / "02_distillation.json").read_text())["runs"]
+        each = np.mean([r["training_seconds"]["isa"] / r["params"]["steps"] for r in stored])
+        source = "the stored training of notebook 02, without its evaluation"
+    return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="an ablation; may be given several times")
+    parser.add_argument("--seeds", type=_seeds, default=[0], help="for example 0,1,2")
+    parser.add_argument("--steps", type=int, help="fewer training steps than the notebook's; give --out too")
+    parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
+    parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
+    parser.add_argument("--notebook", type=Path, default=NOTEBOOK)
+    parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
+    parser.add_argument(
+        "--out", type=Path, help="the gathered record; by default data/results/sweep.json, for the notebook's own steps"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, gather everything."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.out is None and (args.smoke or args.steps) and not args.dry_run:
+        parser.error("a shortened sweep does not replace the committed one: say with --out where its record goes")
+    defaults = notebook_defaults(args.notebook)
+    given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device}
+    defaults |= {name: value for name, value in given.items() if value is not None}
+    try:
+        runs = plan(defaults, args.only, args.seeds)
+    except ValueError as error:
+        parser.error(str(error))
+
+    needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
+    if needed and not Path(WITHOUT_CHANGE).is_dir():
+        training = json.loads((DATA / SCENES_CLIP / "training.json").read_text())
+        as_long = [f"--{n.replace('_', '-')}={training['config'][n]}" for n in ("steps", "matching_steps")]
+        command = ["--change=0", *as_long, f"--out={WITHOUT_CHANGE}", "--run=runs/pretrain-without-change"]
+        took = sum(training["minutes"].values())
+        print(f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes. Make it by")
+        print(f"  python -m isa_lite.pretrain {' '.join(command)}\n  (or give --pretrain)")
+        if args.pretrain and not args.dry_run:
+            pretrain.main(command)
+    models: dict[str, str] = {}
+    for name in dict.fromkeys(run["parameters"]["vl_model"] for run in runs):
+        if name != WITHOUT_CHANGE or Path(name).is_dir():
+            models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
+    results = {}
+    for run in runs:
+        model = models.get(run["parameters"]["vl_model"])
+        run["key"] = key(run["parameters"], model) if model else None
+        done = args.runs / str(run["key"]) / "result.json"
+        if model and done.is_file():
+            results[run["key"]] = json.loads(done.read_text())
+    waiting = [run for run in runs if run["key"] and run["key"] not in results]
+    _print_plan(runs, waiting, results, defaults)
+    if args.dry_run:
+        return
+
+    failed = []
+    for run in tqdm(waiting, desc="runs", unit="run"):
+        try:
+            results[run["key"]] = execute(args.notebook, run["parameters"], args.runs / run["key"])
+        except PapermillExecutionError as error:  # the others can still be run
+            failed.append(f"{run['shows']}: {error.ename}: {error.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
+            tqdm.write(f"FAILED {failed[-1]}")
+    record = gather(runs, results, defaults)
+    record["attention"] = _attention(runs, results, args)
+    out = args.out or DATA / "results" / "sweep.json"
+    write_text(out, json.dumps(record) + "\n")
+    out.with_suffix(".png").write_bytes(draw.png(draw.ablations(record)))
+    print(table(record).to_string())
+    print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
+    if failed:
+        parser.exit(1, "\n".join([f"{len(failed)} runs failed:", *failed]) + "\n")
+
+
+def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Mapping, defaults: Mapping) -> None:
+    for run in runs:
+        state = "done" if run["key"] in results else "to run" if run["key"] else "no VL model"
+        what = ", ".join(f"{n}={v!r}" for n, v in changed(run["parameters"], defaults).items()) or "defaults"
+        print(f"{state:12} seed {run['parameters']['seed']}  {what}")
+    ahead, source = seconds_ahead(waiting, list(results.values()))
+    print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / 3600:.1f} hours ({source}); {machine()}")
+
+
+def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespace) -> dict:
+    """What the encoders of the first seed that differ in their number of tokens look at (`sentences.look`), by that number."""
+    encoders, vl = [], None
+    for run in runs:
+        if run["key"] in results and run["parameters"]["seed"] == args.seeds[0] and any(a == "tokens" for a, _ in run["shows"]):
+            vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
+            encoders.append(QueryEncoder.load(args.runs / run["key"], vl))
+    return look(encoders) if encoders else {}
+
+
+if __name__ == "__main__":
+    main()

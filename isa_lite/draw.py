@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says i
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -228,9 +229,10 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
 
 
 def ablations(record: Mapping, k: int = 1) -> Figure:
-    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation; the default is orange, means over seeds are drawn.
+    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a curve, names become bars.
 
-    Numbers become a curve, names become bars. A dashed line: the composition ceiling, which differs only with the VL model.
+    The default is orange (a diamond on a curve, "default" beside a bar). Means over seeds, with 95% intervals if there are
+    several. Dashed: the composition ceiling of the same runs, which differs where the VL model does.
     """
     shown: dict[str, dict[str, list[Mapping]]] = {}
     for entry in record["runs"]:
@@ -239,36 +241,107 @@ def ablations(record: Mapping, k: int = 1) -> Figure:
     with matplotlib.rc_context(_STYLE):
         rows = max(1, -(-len(shown) // 3))
         figure = _figure(15, 4 * rows)
-        panels = figure.subplots(rows, 3, squeeze=False).flat
-        for axes, (ablation, values) in zip(panels, shown.items(), strict=False):
-            means = {label: np.mean([e["methods"]["isa"][f"R@{k}"] for e in found]) for label, found in values.items()}
-            default = [label for label, found in values.items() if not found[0]["changed"]]
-            ceiling = np.mean([e["methods"]["composition ceiling"][f"R@{k}"] for v in values.values() for e in v])
-            colors = [ORANGE if label in default else BLUE for label in means]
-            spread = [seed_interval([e["methods"]["isa"][f"R@{k}"] for e in found]) for found in values.values()]
-            if all(re.fullmatch(r"[\d.e+]+", label) for label in means):
-                x = sorted(float(label) for label in means)
-                order = sorted(range(len(means)), key=lambda i: float(list(means)[i]))
-                y = [list(means.values())[i] for i in order]
-                axes.plot(x, y, color=BLUE, linewidth=2, zorder=1)
-                axes.scatter(x, y, s=70, color=[colors[i] for i in order], zorder=2)
-                axes.vlines(x, *zip(*(np.clip(spread[i], 0, 100) for i in order), strict=True), color="black", linewidth=1.5)
-                axes.axhline(ceiling, color=GREY, linestyle="--", linewidth=1.5)
-                axes.set(xscale="log", ylim=(0, 100), ylabel=f"Recall@{k} in %")
-                axes.set_xticks(x, [f"{v:g}" for v in x], rotation=30 if max(x) >= 1000 else 0)
-                axes.minorticks_off()
+        for axes, (ablation, values) in itertools.zip_longest(
+            figure.subplots(rows, 3, squeeze=False).flat, shown.items(), fillvalue=("", {})
+        ):
+            if not values:
+                axes.axis("off")
+                continue
+            points = []  # label, default or not, and mean, low, high, ceiling
+            for label, found in values.items():
+                recalls, ceilings = ([e["methods"][m][f"R@{k}"] for e in found] for m in ("isa", "composition ceiling"))
+                interval = np.clip(seed_interval(recalls), 0, 100)
+                points.append((label, not found[0]["changed"], float(np.mean(recalls)), *interval, float(np.mean(ceilings))))
+            if all(re.fullmatch(r"[\d.e+-]+", label) for label in values):
+                _ablation_curve(axes, sorted(points, key=lambda point: float(point[0])), k)
             else:
-                axes.barh(range(len(means)), list(means.values()), color=colors)
-                for y, (value, (low, high)) in enumerate(zip(means.values(), spread, strict=True)):
-                    axes.plot(np.clip([low, high], 0, 100), [y, y], color="black", linewidth=1.5)
-                    axes.text(np.nanmax([value, high]) + 1, y, f"{value:.0f}", va="center", fontsize=11)
-                axes.axvline(ceiling, color=GREY, linestyle="--", linewidth=1.5)
-                axes.set_yticks(range(len(means)), [wrap(label, 22) for label in means], fontsize=11)
-                axes.invert_yaxis()
-                axes.set(xlim=(0, 100), xlabel=f"Recall@{k} in %")
+                _ablation_bars(axes, points, k)
             axes.set_title(ablation)
-        for axes in list(figure.axes)[len(shown) :]:
-            axes.axis("off")
+        return figure
+
+
+def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
+    x, y = [float(point[0]) for point in points], [point[2] for point in points]
+    axes.plot(x, y, color=BLUE, linewidth=2, marker="o")
+    for at, (_, default, mean, low, high, _) in zip(x, points, strict=True):
+        axes.plot([at, at], [low, high], color="black", linewidth=1.5)
+        if default:
+            axes.plot(at, mean, color=ORANGE, marker="D", markersize=10)
+    axes.plot(x, [point[5] for point in points], color=GREY, linestyle="--", linewidth=1.5)
+    axes.set(xscale="log", ylim=(0, 102), ylabel=f"Recall@{k} in %")
+    axes.minorticks_off()
+    axes.set_xticks(x, [f"{v:g}" for v in x], rotation=30 if max(x) >= 1000 else 0)
+
+
+def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
+    for y, (_, default, mean, low, high, ceiling) in enumerate(points):
+        axes.barh(y, mean, color=ORANGE if default else BLUE)
+        axes.plot([low, high], [y, y], color="black", linewidth=1.5)
+        axes.plot([ceiling, ceiling], [y - 0.5, y + 0.5], color=GREY, linestyle="--", linewidth=1.5)
+        text = f"{mean:.0f}" + (" default" if default else "")
+        axes.text(np.nanmax([mean, high]) + 1, y, text, va="center", fontsize=11, backgroundcolor="white", zorder=0)
+    axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")
+
+
+def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
+    """One image as sentences of several lengths see it: for each number of tokens its maps (L x h x w), `columns` in a row."""
+    with matplotlib.rc_context(_STYLE):
+        image = np.asarray(image)
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        blocks = [(length, list(found[s : s + columns])) for length, found in maps.items() for s in range(0, len(found), columns)]
+        figure = _figure(1.0 * (columns + 1), 1.16 * len(blocks))
+        started = set()
+        for row, (length, found) in zip(figure.subplots(len(blocks), columns + 1, squeeze=False), blocks, strict=True):
+            for axes in row:
+                axes.axis("off")
+            if length not in started:
+                row[0].text(0.95, 0.5, f"L = {length}", ha="right", va="center", fontsize=13, transform=row[0].transAxes)
+                started.add(length)
+            for axes, one in zip(row[1:], found, strict=False):
+                one = np.asarray(one)
+                axes.imshow(image, interpolation="nearest")
+                axes.imshow(one / one.max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1)
+        return figure
+
+
+def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
+    """For each kind of change, what wrong first answers kept of the image and followed of the words (percent), joined by a line.
+
+    summary: a row a kind, with the columns wrong (a count), kept and followed, as `failures.summary` gives it.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(8.5, 0.55 * len(summary) + 1.6)
+        axes = figure.subplots()
+        for y, (kept, followed) in enumerate(zip(summary["kept"], summary["followed"], strict=True)):
+            axes.plot([kept, followed], [y, y], color="#BBBBBB", linewidth=3, zorder=1)
+        rows = range(len(summary))
+        axes.scatter(summary["kept"], rows, s=110, color=BLUE, marker="o", label="kept of the image", zorder=2)
+        axes.scatter(summary["followed"], rows, s=110, color=ORANGE, marker="^", label="followed of the words", zorder=2)
+        axes.set_yticks(rows, [f"{kind} ({count} wrong)" for kind, count in zip(summary.index, summary["wrong"], strict=True)])
+        axes.invert_yaxis()
+        axes.set(xlim=(-3, 103), xlabel="mean over the wrong first answers, in %", title=title)
+        axes.legend(frameon=False, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.3 / len(summary)), ncols=2)
+        return figure
+
+
+def latency(table: pd.DataFrame, title: str = "") -> Figure:
+    """The parts of one query's time, stacked, a bar a system. table: a row a part, a column a system, ms (see `bench.split`)."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
+        axes = figure.subplots()
+        fills = [("#BBBBBB", ""), (ORANGE, ""), (GREEN, "//"), ("#DDDDDD", ".."), (BLUE, ""), (PURPLE, "\\\\")]
+        for y, system in enumerate(table.columns):
+            left = 0.0
+            for (part, ms), (color, hatch) in zip(table[system].items(), fills, strict=False):
+                axes.barh(y, ms, left=left, color=color, hatch=hatch, edgecolor="white", label=part if y == 0 else None)
+                left += ms
+            axes.text(left, y, f" {left:.1f} ms", va="center")
+        axes.set_yticks(range(len(table.columns)), list(table.columns))
+        axes.invert_yaxis()
+        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.15 * float(table.sum().max())))
+        axes.legend(frameon=False, fontsize=11, loc="upper center", bbox_to_anchor=(0.45, -0.32), ncols=3)
         return figure
 
 

@@ -140,11 +140,15 @@ def _card(bench: Benchmark, q: int, row: pd.Series) -> str:
         else:
             judged = kept_and_followed(bench.scenes[reference], bench.scenes[target], bench.scenes[i])
             answers.append(_picture(bench, i, f"answer {place}", _bars(*judged)))
-    worse = {"image": "the image came off worse", "words": "the words came off worse", "both alike": "image and words alike"}
+    worse = {
+        "image": "First answer: less of the image",
+        "words": "First answer: less of the words",
+        "both alike": "First answer: both alike",
+    }
     return f"""<article data-ignored="{row["ignored"]}"><h3>“{html.escape(bench.texts[q])}”</h3>
 <div class="row"><div class="asked">{_picture(bench, reference, "reference")}
 {_picture(bench, target, f"target, at rank {row['rank']}", style="target")}</div>{"".join(answers)}</div>
-<p class="verdict">First answer: {worse[row["ignored"]]} (kept {row["kept"]:.0%}, followed {row["followed"]:.0%}).</p></article>"""
+<p class="verdict">{worse[row["ignored"]]} (kept {row["kept"]:.0%}, followed {row["followed"]:.0%}).</p></article>"""
 
 
 def page(bench: Benchmark, failed: pd.DataFrame, each: int = 6, title: str = "Where retrieval goes wrong") -> str:

@@ -1,4 +1,4 @@
-"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... embed` (a gallery).
+"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... embed` (a gallery).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -13,17 +13,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from isa_lite.embed import embed_files
+from isa_lite.gallery import Gallery
 from isa_lite.images import read_image
-from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids, splice
 from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
 
 
@@ -88,6 +95,103 @@ def cost(
     return table
 
 
+class _Held(TorchDispatchMode):
+    """Follows the memory of the tensors that operations make, in bytes: what is alive at once at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.given: set[int] = set()  # weights and inputs, which a view may return
+        self.peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.given |= {t.untyped_storage()._cdata for t in self._tensors((args, kwargs))} - set(self.alive)
+        out = operation(*args, **(kwargs or {}))
+        for storage in (tensor.untyped_storage() for tensor in self._tensors(out)):
+            if storage._cdata not in self.given:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+    @staticmethod
+    def _tensors(tree: object) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def peak_activations(call: Callable[[], object]) -> float:
+    """The most memory in MiB that one call's intermediate and final tensors hold at once; weights and inputs are not among them.
+
+    Counted, not measured: it does not depend on the machine, and knows nothing of a kernel's own scratch memory.
+    """
+    with torch.no_grad(), _Held() as held:
+        call()
+    return held.peak / 2**20
+
+
+def split(
+    vl: VLModel, encoder: QueryEncoder, gallery: int = 5000, rounds: int = 30, modifier: str = "make the circle red"
+) -> pd.DataFrame:
+    """One query (batch 1) part by part: a row a part, for the asymmetric and the symmetric query side.
+
+    Both start from a picture of the model's size and end with the ten best of `gallery` random embeddings.
+    The symmetric side is the VL image tower with an untrained token learner of the same kind: weights do not change the cost.
+    Columns for each: ms (median), multiply-adds in millions, and MiB of weights. The last row is the whole query in one call,
+    with the peak of its activations in MiB in a column of its own. Threads: as many as torch uses (`vl_model.machine`).
+    """
+    kept = {name: getattr(encoder.config, name) for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")}
+    symmetric = QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **kept)
+    stored = F.normalize(torch.randn(gallery, vl.encode_text([modifier]).shape[1]), dim=1)  # G x E
+    search = Gallery(stored, range(gallery)).search
+    calls, costs, weights, peaks = {}, {}, {}, {}
+    for side, model in (("asymmetric", encoder.eval()), ("symmetric", symmetric.eval())):
+        tower = vl.clip.visual if model is symmetric else model.backbone
+        picture = np.full((1, model.config.image_size, model.config.image_size, 3), 128, np.uint8)
+        parts = _query_parts(vl, model, picture, modifier, search)
+        calls |= {(name, side): call for name, call in parts.items()}
+        costs |= {(name, side): multiply_adds(call) for name, call in parts.items()}
+        sizes = {"image encoding": tower, "token learner": model.mapping, "text tower": _TextWeights(vl)}
+        weights |= {(name, side): sum(p.numel() * 4 for p in m.parameters()) / 2**20 for name, m in sizes.items()}
+        weights["search", side] = stored.nbytes / 2**20
+        weights["whole query", side] = sum(size for (_, s), size in weights.items() if s == side)
+        peaks["whole query", side] = peak_activations(parts["whole query"])
+    columns = {"ms": side_by_side(calls, rounds), "multiply-adds": costs, "weights, MiB": weights, "activations, MiB": peaks}
+    table = pd.DataFrame({name: pd.Series(values) for name, values in columns.items()}).unstack()
+    return table.reindex([name for name, side in calls if side == "asymmetric"])
+
+
+def _query_parts(
+    vl: VLModel, model: QueryEncoder, picture: np.ndarray, modifier: str, search: Callable
+) -> dict[str, Callable[[], object]]:
+    """The parts of a query as calls, each on the result of the one before, and the whole."""
+    with torch.no_grad():
+        pixels = model.pixels(picture)
+        features = model.backbone(pixels)[0]
+        tokens = model.mapping(features).tokens
+        ids, places = prompt_ids(vl, tokens.shape[1], [modifier])
+        query = vl.encode_vectors(splice(vl, tokens, ids, places), ids)
+    return {
+        "picture to pixels": lambda: model.pixels(picture),
+        "image encoding": lambda: model.backbone(pixels),
+        "token learner": lambda: model.mapping(features),
+        "prompt (tokenizer)": lambda: prompt_ids(vl, tokens.shape[1], [modifier]),
+        "text tower": lambda: vl.encode_vectors(splice(vl, tokens, ids, places), ids),
+        "search": lambda: search(query, 10),
+        "whole query": lambda: search(compose(vl, model(model.pixels(picture)).tokens, [modifier]), 10),
+    }
+
+
+class _TextWeights:
+    """The text tower's parameters, also where a CLIP keeps them beside its image tower."""
+
+    def __init__(self, vl: VLModel):
+        large = {id(p) for p in vl.clip.visual.parameters()}
+        self._parameters = [p for p in vl.clip.parameters() if id(p) not in large]
+
+    def parameters(self) -> list[Tensor]:
+        return self._parameters
+
+
 def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, rounds: int = 5) -> pd.DataFrame:
     """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors of the same images.
 
@@ -123,7 +227,7 @@ def peak_memory() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "embed"])
+    parser.add_argument("what", choices=["cost", "embed", "split"])
     logging.getLogger().addFilter(lambda record: "No pretrained weights" not in record.getMessage())  # on purpose here
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
@@ -137,6 +241,17 @@ def main(argv: list[str] | None = None) -> None:
         ):
             print(f"\n{name}: {images} JPEG files of {side or vl.image_size} px; {machine()}")
             print(embedding(vl, images, side=side).round(2).to_string())
+        return
+    if args.what == "split":
+        bare = open_clip.create_model_and_transforms("ViT-B-32")
+        large = VLModel(bare[0], bare[2], open_clip.get_tokenizer("ViT-B-32"))
+        own = load_vl_model()
+        for name, vl, encoder in (
+            ("the shipped models", own, QueryEncoder.load(args.encoder, own)),
+            ("ViT-B-32 and a light encoder at its size, random weights", large, QueryEncoder.for_model(large)),
+        ):
+            print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
+            print(split(vl, encoder).round(2).to_string(na_rep="-"))
         return
     vl = load_vl_model(args.vl_model, args.pretrained)
     encoder = QueryEncoder.load(args.encoder, vl)

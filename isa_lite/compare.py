@@ -1,5 +1,6 @@
 """ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/seeds/0 runs/seeds/1 runs/seeds/2`.
 
+With `--symmetric`, symmetric ISA beside it: runs of notebook 02 with `-p backbone vl`, the large image tower on the query side.
 For each folder with a query encoder (notebook 02 writes one into its out_dir): the benchmark of its seed, late fusion with
 weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings. One file a
 seed, so that an interrupted comparison goes on where it was; at the end all of them in one, for notebook 03.
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from isa_lite import scenes
 from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.checkpoint import write_text
-from isa_lite.evaluate import KS, benchmark_ranks, benchmark_score_ranks, make_benchmark, recall, runs_table
+from isa_lite.evaluate import KS, benchmark_ranks, benchmark_score_ranks, make_benchmark, recall, runs_table, seed_interval
 from isa_lite.fusion import FUSIONS, calibrated, choose_weight
 from isa_lite.inversion import lincir_like, optimize_words, pic2word_like, searle_like
 from isa_lite.query_encoder import QueryEncoder
@@ -43,11 +45,23 @@ class CompareConfig:
     chosen_gallery: int = 2000
 
 
-def compare(vl: VLModel, encoder: QueryEncoder, seed: int, config: CompareConfig, progress: bool = True) -> dict:
-    """Recall@K of every method on the benchmark of `seed`, in percent, with the seconds that each training took."""
+def compare(
+    vl: VLModel,
+    encoder: QueryEncoder,
+    seed: int,
+    config: CompareConfig,
+    progress: bool = True,
+    symmetric: QueryEncoder | None = None,
+) -> dict:
+    """Recall@K of every method on the benchmark of `seed`, in percent, with the seconds that each training took.
+
+    symmetric: a query encoder on the large image tower, reported as "symmetric isa".
+    """
     bench = make_benchmark(config.queries, config.gallery, seed, vl.image_size)
     gallery = vl.encode_images(bench.images)
     ranks = {"isa": benchmark_ranks(bench, composed(bench, vl, encoder), gallery)}
+    if symmetric is not None:
+        ranks["symmetric isa"] = benchmark_ranks(bench, composed(bench, vl, symmetric), gallery)
     ranks |= {name: benchmark_ranks(bench, method(bench, vl, gallery), gallery) for name, method in UNTRAINED.items()}
 
     image, text = gallery[torch.from_numpy(bench.reference)], vl.encode_text(bench.texts)
@@ -91,31 +105,57 @@ def compare(vl: VLModel, encoder: QueryEncoder, seed: int, config: CompareConfig
     }
 
 
+def _encoders(folders: Sequence[Path], vl: VLModel) -> dict[int, tuple[QueryEncoder, str]]:
+    """By the seed that each run names: its query encoder, and a digest of the weights. Raises ValueError for a seed twice."""
+    found: dict[int, tuple[QueryEncoder, str]] = {}
+    for folder in folders:
+        encoder = QueryEncoder.load(folder, vl)
+        seed = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]["seed"]
+        if seed in found:
+            raise ValueError(f"{folder} is a second run with seed {seed}; give one a seed")
+        found[seed] = encoder, hashlib.sha256((folder / "query_encoder.safetensors").read_bytes()).hexdigest()[:16]
+    return found
+
+
+def relative(runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: str = "symmetric isa") -> np.ndarray:
+    """Recall@K of `method` over that of `other`, a number a seed (paired), for the runs that have both."""
+    both = [run["methods"] for run in runs if method in run["methods"] and other in run["methods"]]
+    return np.array([methods[method][f"R@{k}"] / max(methods[other][f"R@{k}"], 1e-9) for methods in both])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compare for each query encoder given, and gather."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--isa", type=Path, nargs="+", required=True, help="out_dir of a run of notebook 02, one a seed")
+    parser.add_argument("--symmetric", type=Path, nargs="+", default=[], help="the same of runs with -p backbone vl, same seeds")
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
     parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
     args = parser.parse_args(argv)
-    config, vl, encoders = CompareConfig(), load_vl_model(), {}
-    for folder in args.isa:  # all of them, before any work is done
-        encoder = QueryEncoder.load(folder, vl)
-        seed = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]["seed"]
-        if seed in encoders:
-            parser.error(f"{folder} is a second run with seed {seed}; give one a seed")
-        key = hashlib.sha256((folder / "query_encoder.safetensors").read_bytes()).hexdigest()[:16]
-        encoders[seed] = encoder, args.run / f"{key}.json"
+    config, vl = CompareConfig(), load_vl_model()
+    try:  # all of them, before any work is done
+        encoders, symmetric = _encoders(args.isa, vl), _encoders(args.symmetric, vl)
+    except ValueError as error:
+        parser.error(str(error))
+    if symmetric and set(symmetric) != set(encoders):
+        parser.error(f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they must be the same")
     runs = []
-    for seed, (encoder, path) in encoders.items():
+    for seed, (encoder, key) in encoders.items():
+        other, other_key = symmetric.get(seed, (None, ""))
+        path = args.run / f"{key}{'-' if other else ''}{other_key}.json"
         done = json.loads(path.read_text()) if path.is_file() else {}
         if done.get("params") != asdict(config):
-            done = compare(vl, encoder, seed, config)
+            done = compare(vl, encoder, seed, config, symmetric=other)
             write_text(path, json.dumps(done, indent=1) + "\n")
         runs.append(done)
     record = {"machine": machine(), "commit": commit(), "runs": runs}
     write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(runs_table(record["runs"], None).to_string())
+    if symmetric:
+        shares = relative(runs)
+        low, high = seed_interval(shares)
+        print(
+            f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by seed {shares.round(3).tolist()}"
+        )
 
 
 if __name__ == "__main__":

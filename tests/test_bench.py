@@ -1,7 +1,8 @@
 import torch
 from torch import nn
 
-from isa_lite.bench import multiply_adds, side_by_side
+from isa_lite.bench import multiply_adds, peak_activations, side_by_side, split
+from isa_lite.query_encoder import QueryEncoder
 
 
 def test_multiply_adds_of_layers_that_one_can_count_by_hand():
@@ -23,3 +24,35 @@ def test_calls_are_timed_in_turn():
     order = []
     times = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4)
     assert order == ["a", "b"] * 7 and set(times) == {"a", "b"} and min(times.values()) >= 0
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    x, weight = torch.zeros(256, 1024), torch.zeros(1024, 1024)  # 1 MiB and 4 MiB, both given
+
+    def chain():
+        a = x + 1  # 1 MiB
+        b = a @ weight.t()  # a and b are alive; the transposed weight is a view of what was given
+        del a
+        return b.sum(0)  # b and 4 KiB
+
+    assert peak_activations(chain) == 2
+    assert peak_activations(lambda: [x + 1, x + 2, x + 3]) == 3
+    assert peak_activations(lambda: x.view(-1).t()) == 0
+
+
+def test_a_query_is_split_into_parts_that_add_up(vl):
+    torch.manual_seed(0)
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    table = split(vl, encoder, gallery=50, rounds=2)
+    assert list(table.index)[-1] == "whole query" and (table["ms"] >= 0).all().all()
+    work = table["multiply-adds"]
+    for side in ("asymmetric", "symmetric"):
+        assert abs(work[side][:-1].sum() / work.loc["whole query", side] - 1) < 1e-6
+    assert work.loc["search", "symmetric"] == 50 * 16 / 1e6
+    assert work.loc["text tower", "symmetric"] == work.loc["text tower", "asymmetric"] > 0
+    weights = table["weights, MiB"]
+    own = sum(p.numel() for p in vl.clip.visual.parameters()) * 4 / 2**20
+    assert weights.loc["image encoding", "symmetric"] == own
+    text = sum(p.numel() for p in vl.clip.parameters()) * 4 / 2**20 - own
+    assert abs(weights.loc["text tower", "asymmetric"] - text) < 1e-6
+    assert (table["activations, MiB"].loc["whole query"] > 0).all()

@@ -22,14 +22,19 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     chosen_on = []
     monkeypatch.setattr(compare, "choose_weight", lambda fuse, bench, vl, gallery: chosen_on.append(bench) or 0.5)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
-    found = compare.compare(vl, encoder, 7, TINY, progress=False)
+    symmetric = QueryEncoder.for_model(vl, backbone="vl", num_tokens=2)
+    found = compare.compare(vl, encoder, 7, TINY, progress=False, symmetric=symmetric)
     trained = {"Pic2Word-like", "SEARLE-like", "LinCIR-like"}
-    assert set(found["methods"]) == {"isa", "BASIC-like", *UNTRAINED, *FUSIONS, *trained}
+    assert set(found["methods"]) == {"isa", "symmetric isa", "BASIC-like", *UNTRAINED, *FUSIONS, *trained}
     assert set(found["training_seconds"]) == trained and set(found["weights"]) == set(FUSIONS)
     bench = make_benchmark(20, 100, 7)
     assert chosen_on and all(not set(other.texts) & set(bench.texts) or other.scenes[0] != bench.scenes[0] for other in chosen_on)
     gallery = vl.encode_images(bench.images)
-    for name, queries in (("isa", composed(bench, vl, encoder)), ("text only", vl.encode_text(bench.texts))):
+    for name, queries in (
+        ("isa", composed(bench, vl, encoder)),
+        ("symmetric isa", composed(bench, vl, symmetric)),
+        ("text only", vl.encode_text(bench.texts)),
+    ):
         expected = recall(benchmark_ranks(bench, queries, gallery), 10)
         assert found["methods"][name]["R@10"] == pytest.approx(expected, abs=0.01)
 
@@ -45,7 +50,7 @@ def folders(tmp_path):
 def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, monkeypatch, capsys):
     done = []
 
-    def counted(vl, encoder, seed, config):
+    def counted(vl, encoder, seed, config, symmetric):
         done.append(seed)
         if done == [0, 1]:
             raise KeyboardInterrupt
@@ -67,3 +72,26 @@ def test_two_runs_of_one_seed_are_refused(folders, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         compare.main(["--isa", folders[0], folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
     assert "second run with seed 0" in capsys.readouterr().err
+
+
+def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, monkeypatch, capsys):
+    vl, seen = load_vl_model(), []
+    for seed in (0, 1):
+        encoder = QueryEncoder.for_model(vl, backbone="vl", num_tokens=1)
+        encoder.save(tmp_path / f"s{seed}", {"parameters": {"seed": seed}})
+
+    def counted(vl, encoder, seed, config, symmetric):
+        seen.append((encoder.config.backbone, symmetric.config.backbone))
+        recalls = {name: {f"R@{k}": value for k in (1, 5, 10)} for name, value in (("isa", 30.0), ("symmetric isa", 40.0 + seed))}
+        return {"seed": seed, "params": vars(config), "methods": recalls}
+
+    monkeypatch.setattr(compare, "compare", counted)
+    arguments = ["--isa", *folders, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json"), "--symmetric"]
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, str(tmp_path / "s1")])
+    assert "--symmetric has the seeds [1], and --isa [0, 1]" in capsys.readouterr().err and not seen
+    compare.main([*arguments, str(tmp_path / "s1"), str(tmp_path / "s0")])
+    assert [other for _, other in seen] == ["vl", "vl"] and all(light != "vl" for light, _ in seen)
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert compare.relative(runs).tolist() == pytest.approx([30 / 40, 30 / 41])
+    assert "R@1 of asymmetric / symmetric ISA: 0.741" in capsys.readouterr().out

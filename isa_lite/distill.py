@@ -29,7 +29,8 @@ class DistillConfig:
     """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
 
     batch_size: images a step; temperature: of GCD (and of late interaction); gcd_weight, lar_weight: of the two losses, 0
-    switches one off, and with both off nothing is trained; word_noise: see `blur`; validation: images held back to watch
+    switches one off, and with both off nothing is trained; negatives: targets of images outside the batch that each sentence
+    is told apart from (fewer where there are fewer images); word_noise: see `blur`; validation: images held back to watch
     the recall; dtype: of the matrix products (autocast).
     """
 
@@ -41,7 +42,8 @@ class DistillConfig:
     temperature: float = 0.05
     gcd_weight: float = 1.0
     lar_weight: float = 0.1
-    word_noise: float = 0.0
+    negatives: int = 8192
+    word_noise: float = 0.7
     validation: int = 500
     validate_every: int = 100
     template: str = TEMPLATE
@@ -56,6 +58,7 @@ class DistillConfig:
             "batch_size": 2,
             "validation": 2,
             "validate_every": 1,
+            "negatives": 0,
             "warmup": 0,
             "num_workers": 0,
             "seed": 0,
@@ -150,6 +153,14 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
     return order[place : place + batch_size]
 
 
+def other_indices(count: int, batch: np.ndarray, negatives: int, step: int, seed: int) -> np.ndarray:
+    """Up to `negatives` of `count` images that are not in `batch`: all there are, or drawn from the seed and the step."""
+    others = np.setdiff1d(np.arange(count), batch, assume_unique=True)
+    if len(others) <= negatives:
+        return others
+    return np.sort(np.random.default_rng((seed, 10, step)).choice(others, negatives, replace=False))
+
+
 def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
     """Pseudo-words B x L x D with Gaussian noise, about `amount` times as long as each of them; drawn from the seed and the step.
 
@@ -242,21 +253,24 @@ def distill(
 
     half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
-    chosen = [train[batch_indices(len(train), config.batch_size, step, config.seed)] for step in range(start, steps)]
+    batches = [batch_indices(len(train), config.batch_size, step, config.seed) for step in range(start, steps)]  # of `train`
+    chosen = [train[batch] for batch in batches]
+    bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
     loader = batch_loader(images, chosen, encoder.pixels, config.num_workers)
     bar = tqdm(
-        zip(chosen, loader, strict=True),
+        zip(batches, chosen, loader, strict=True),
         total=steps,
         initial=start,
         desc="distillation",
         mininterval=2,
         disable=not progress,
     )
-    for step, (rows, pixels) in enumerate(bar, start):
+    for step, (batch, rows, pixels) in enumerate(bar, start):
         encoder.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        own = torch.from_numpy(known.embeddings[rows]).to(device)  # B x E
+        own = bank[torch.from_numpy(batch)]  # B x E
+        others = bank[torch.from_numpy(other_indices(len(train), batch, config.negatives, step, config.seed))]  # M x E
         pixels = pixels.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, half, enabled=mixed and device.type != "cpu"):
             features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
@@ -264,7 +278,7 @@ def distill(
             tokens, _ = encoder.mapping(features)  # B x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
-            gcd = gcd_loss(query, own, config.temperature)
+            gcd = gcd_loss(query, own, config.temperature, others)
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
                 patches = torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # B x P x width

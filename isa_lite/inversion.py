@@ -23,7 +23,7 @@ from tqdm.auto import trange
 
 from isa_lite.losses import gcd_loss
 from isa_lite.query_encoder import TEMPLATE, compose, prompt_ids, splice
-from isa_lite.token_learner import NormMatched
+from isa_lite.token_learner import ToWords
 from isa_lite.vl_model import VLModel, plain_attention
 
 #: Words that LinCIR-like training leaves in place, because they name nothing that one can see.
@@ -36,7 +36,7 @@ class Inversion(nn.Module):
     def __init__(self, embed_dim: int, word_width: int, word_norm: float, width: int = 512):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.to_word = NormMatched(width, word_width, word_norm)
+        self.to_word = ToWords(width, word_width, word_norm)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.to_word(self.mlp(embeddings))

@@ -9,15 +9,18 @@ from torch.nn import functional as F
 from isa_lite.vl_model import MatchingEncoder
 
 
-def gcd_loss(query: Tensor, target: Tensor, temperature: float) -> Tensor:
+def gcd_loss(query: Tensor, target: Tensor, temperature: float, others: Tensor | None = None) -> Tensor:
     """InfoNCE both ways between sentence embeddings and the large tower's embeddings of the same images.
 
-    query, target: B x E, L2-normalised; row i of both is image i. Returns the mean over both directions, in nats.
-    Paper: GCD; both directions and the temperature as a constant are ours.
+    query, target: B x E, L2-normalised; row i of both is image i. others: M x E, L2-normalised, of images that are not in
+    the batch: further negatives for every sentence. Returns the mean over both directions, in nats.
+    Paper: GCD; both directions, the temperature as a constant and the further negatives are ours. These cost next to
+    nothing and never grow stale, as those of a memory bank do (He et al., CVPR 2020), because the large tower is frozen.
     """
     logits = query @ target.T / temperature  # B x B
+    wide = logits if others is None else torch.cat([logits, query @ others.T / temperature], 1)  # B x (B + M)
     own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    return (F.cross_entropy(wide, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def hardest_other(similarity: Tensor) -> Tensor:

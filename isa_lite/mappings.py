@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, to_words
+from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, ToWords
 
 
 class SlotAttention(Spatial):
@@ -41,7 +41,7 @@ class SlotAttention(Spatial):
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.update = nn.GRUCell(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        self.norm, self.to_word = nn.LayerNorm(width), to_words(width, word_width, norm)
+        self.norm, self.to_word = nn.LayerNorm(width), ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)
@@ -89,7 +89,7 @@ class Resampler(Spatial):
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
         )
-        self.norm, self.to_word = nn.LayerNorm(width), to_words(width, word_width, norm)
+        self.norm, self.to_word = nn.LayerNorm(width), ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)

@@ -35,8 +35,9 @@ class QueryEncoderConfig:
 
     backbone: any timm model with feature maps, or "vl" for the VL model's own image tower, frozen (symmetric ISA);
     stride: of the map that is used, in pixels (the large tower gives its last one); mapping: a name of
-    `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real words; word_width, word_norm:
-    of the VL model whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
+    `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real words;
+    start_words: a text whose words the sentence is before training ("": none); word_width, word_norm: of the VL model
+    whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
     """
 
     word_width: int
@@ -48,6 +49,7 @@ class QueryEncoderConfig:
     stride: int = 16
     mapping: str = "adaptive"
     norm_matching: bool = True
+    start_words: str = ""
     num_tokens: int = 12
     width: int = 128
     depth: int = 2
@@ -122,7 +124,13 @@ class QueryEncoder(nn.Module):
             visual = vl.clip.visual
             settings |= {"image_size": vl.image_size, "mean": tuple(visual.image_mean), "std": tuple(visual.image_std)}
         config = QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings)
-        return cls(config, vl)
+        encoder = cls(config, vl)
+        if config.start_words:
+            words = vl.word_vectors(torch.tensor(_ids(vl, config.start_words), device=vl.device)).detach().float().cpu()
+            if unknown := int((words.norm(dim=1) == 0).sum()):
+                raise ValueError(f"start_words: {vl.name} has never seen {unknown} of the tokens of {config.start_words!r}")
+            encoder.mapping.to_word.start_from(words)
+        return encoder
 
     def forward(self, pixels: Tensor) -> Sentence:
         """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""

@@ -21,26 +21,37 @@ class Sentence(NamedTuple):
     maps: Tensor
 
 
-class NormMatched(nn.Module):
-    """Linear projection to the word-embedding width, with vectors about as long as real words' vectors.
+class ToWords(nn.Module):
+    """The last layer of every mapping: ... x L x width -> ... x L x word_width, the pseudo-words.
 
-    Without it, learned tokens grow far beyond anything that the text tower has met. Each vector is normalised
-    and stretched to `norm`, times a factor between 1/2 and 2 that the token itself chooses. Ours.
+    Each is the sum of a learned vector of its place in the sentence (`start`) and a linear map of what was seen. With a
+    `norm` it is then normalised and stretched to that length, times a factor between 1/2 and 2 that the token itself
+    chooses: without this, learned tokens grow far beyond anything that the text tower has met. Ours.
     """
 
-    def __init__(self, width: int, word_width: int, norm: float):
+    def __init__(self, width: int, word_width: int, norm: float | None, num_tokens: int = 1):
         super().__init__()
-        self.direction, self.stretch = nn.Linear(width, word_width), nn.Linear(width, 1)
-        nn.init.zeros_(self.stretch.weight), nn.init.zeros_(self.stretch.bias)
-        self.norm = norm
+        self.start, self.norm = nn.Parameter(torch.zeros(num_tokens, word_width)), norm
+        self.direction = nn.Linear(width, word_width)
+        if norm is not None:
+            self.stretch = nn.Linear(width, 1)
+            nn.init.zeros_(self.stretch.weight), nn.init.zeros_(self.stretch.bias)
+
+    @torch.no_grad()
+    def start_from(self, words: Tensor, seen: float = 0.3) -> None:
+        """Let the untrained sentence be these words, N x word_width, over and over: token l begins as word l modulo N.
+
+        What is seen then moves a token by about `seen` times the words' mean length, until training says otherwise. The
+        idea of a prompt that starts from words is CoOp's (Zhou et al., IJCV 2022); that a sentence about an image may, ours.
+        """
+        self.start.copy_(words[torch.arange(len(self.start)) % len(words)])
+        width = self.direction.in_features  # its input has been through a layer norm: a vector of length sqrt(width)
+        nn.init.normal_(self.direction.weight, std=seen * float(words.norm(dim=-1).mean()) / (words.shape[-1] * width) ** 0.5)
+        nn.init.zeros_(self.direction.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.direction(x), dim=-1) * self.norm * 2 ** torch.tanh(self.stretch(x))
-
-
-def to_words(width: int, word_width: int, norm: float | None) -> nn.Module:
-    """The last layer of every mapping: ... x width -> ... x word_width; a plain linear one where `norm` is None."""
-    return nn.Linear(width, word_width) if norm is None else NormMatched(width, word_width, norm)
+        words = self.start + self.direction(x)
+        return words if self.norm is None else F.normalize(words, dim=-1) * self.norm * 2 ** torch.tanh(self.stretch(x))
 
 
 class Block(nn.Module):
@@ -86,7 +97,7 @@ class AdaptiveTokenLearner(Spatial):
     After the paper's description (adaptive selection of salient visual patterns by attention) and the token
     module of Wu et al., AAAI 2022; the sizes and the position code are ours.
 
-    word_width and norm: width and typical length of real word vectors (norm None: see `to_words`).
+    word_width and norm: width and typical length of real word vectors (norm None: see `ToWords`).
     """
 
     def __init__(
@@ -105,7 +116,7 @@ class AdaptiveTokenLearner(Spatial):
         self.identity = nn.Parameter(torch.randn(num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.to_word = to_words(width, word_width, norm)
+        self.to_word = ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)  # B x C x H x W -> B x width x H x W
@@ -143,10 +154,10 @@ class SingleVector(_Pooled):
         layers: list[nn.Module] = [nn.Linear(channels, width), nn.GELU()]
         for _ in range(depth - 1):
             layers += [nn.Linear(width, width), nn.GELU()]
-        self.mlp, self.to_word = nn.Sequential(*layers), to_words(width, word_width, norm)
+        self.mlp, self.to_word = nn.Sequential(*layers), ToWords(width, word_width, norm)
 
     def tokens(self, pooled: Tensor) -> Tensor:
-        return self.to_word(self.mlp(pooled)).unsqueeze(1)
+        return self.to_word(self.mlp(pooled).unsqueeze(1))
 
 
 class AveragePooling(_Pooled):
@@ -156,7 +167,7 @@ class AveragePooling(_Pooled):
         self, channels: int, grid, num_tokens: int, word_width: int, norm: float | None, width: int = 128, depth: int = 1
     ):
         super().__init__(num_tokens)
-        self.spread, self.to_word = nn.Linear(channels, num_tokens * width), to_words(width, word_width, norm)
+        self.spread, self.to_word = nn.Linear(channels, num_tokens * width), ToWords(width, word_width, norm, num_tokens)
 
     def tokens(self, pooled: Tensor) -> Tensor:
         return self.to_word(F.gelu(self.spread(pooled)).unflatten(1, (self.num_tokens, -1)))

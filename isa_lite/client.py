@@ -119,9 +119,11 @@ class QueryClient:
     def encode(self, images: Sequence, modifiers: Sequence[str], batch_size: int = 128) -> np.ndarray:
         """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
         if len(images) != len(modifiers) or not len(images):
-            raise ValueError(f"{len(images)} images but {len(modifiers)} modifiers; give one modifier an image, and at least one")
-        prompts = [self.prompts(modifiers[s : s + batch_size]) for s in range(0, len(modifiers), batch_size)]  # may refuse, so first
+            raise ValueError(
+                f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and as many modifiers"
+            )
         starts = range(0, len(images), batch_size)
+        prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]  # first, as it may refuse one
         sentences = (self.sentences(self.pixels(images[s : s + batch_size])) for s in starts)
         return np.concatenate([self.compose(tokens, ids) for tokens, ids in zip(sentences, prompts, strict=True)])
 
@@ -144,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=5, help="answers to print")
     args = parser.parse_args(argv)
     embeddings, ids, model = read_gallery(args.gallery)
+    if not model:
+        parser.error(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
     client = QueryClient(args.folder, vl_model=model)
     with Image.open(args.image) as image:
         scores = embeddings @ client.encode([image], [args.modifier])[0]  # N

@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from isa_lite.checkpoint import write_text
 from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
+from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, make_benchmark, recall
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, compose, prompt_ids
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, load_vl_model
@@ -89,12 +91,13 @@ def _quiet():
 
 
 def to_onnx(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping[int, object]], path: Path
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping], path: str | Path
 ) -> None:
     """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as one ONNX file.
 
     dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError with what the exporter says.
     """
+    path = Path(path)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, which ONNX does not have
     try:
@@ -157,7 +160,8 @@ def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template
     rng = np.random.default_rng(seed)
     size = encoder.config.image_size
     pictures = [Image.fromarray(i) for i in render_many(sample_scenes(3, seed=seed), range(3), size)]
-    pictures += [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((size + 41, 2 * size), (size // 2, size))]
+    noise = (rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((size + 41, 2 * size), (size // 2, size)))
+    pictures += map(Image.fromarray, noise)
     most = 0.0
     for batch in (1, 2, 5):
         images = pictures[-batch:]
@@ -174,9 +178,7 @@ def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template
     return most
 
 
-def export(
-    encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str = TEMPLATE, tolerance: float = 1e-3
-) -> float:
+def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str = TEMPLATE, tolerance: float = 1e-3) -> float:
     """Write the query side into `folder`, try it there against PyTorch, and return the largest difference found.
 
     What was in the folder before is replaced only after that. Raises ValueError for an encoder of another VL model, a template
@@ -197,9 +199,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder) as part:
         part = Path(part)
         to_onnx(ImageToSentence(encoder), {"pixels": pixels}, ["tokens", "maps"], {"pixels": {0: batch}}, part / IMAGE)
-        to_onnx(
-            SentenceToQuery(vl), {"tokens": tokens, "ids": ids}, ["query"], {"tokens": {0: batch}, "ids": axes}, part / TEXT
-        )
+        to_onnx(SentenceToQuery(vl), {"tokens": tokens, "ids": ids}, ["query"], {"tokens": {0: batch}, "ids": axes}, part / TEXT)
         write_text(part / TOKENIZER, tokenizer_of(vl).to_str() + "\n")
         settings = {
             "vl_model": vl.fingerprint,
@@ -221,7 +221,7 @@ def export(
         write_text(part / SETTINGS, json.dumps(settings))
         most = difference(QueryClient(part), encoder, vl, template)
         if not most <= tolerance:  # also where it is not a number
-            raise ValueError(f"the exported files differ from PyTorch by {most:.2g}, more than {tolerance:g}; nothing was written")
+            raise ValueError(f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is as it was")
         settings["made"] = {
             "difference": most,
             "date": str(date.today()),
@@ -234,6 +234,50 @@ def export(
     return most
 
 
+def quantize(folder: str | Path, out: str | Path) -> Path:
+    """An exported query side again, into `out`, with 8 bits a weight: the word table and every matrix, each with one scale.
+
+    onnxruntime's dynamic quantisation: activations are scaled as they come, and convolutions stay as they are. What it
+    costs is to be measured: `measured_recall` on rendered scenes, or your own queries. Returns `out`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # here, since it wants onnx, which the client does not
+
+    folder, out = Path(folder), Path(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} holds the files that are to be quantised; give another folder")
+    QueryClient(folder)  # whole, and not tampered with?
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    # It advises to infer shapes and fold constants first, which the exporter has done.
+    advice = logging.getLogger()
+    advice.addFilter(_no_advice)
+    try:
+        with tempfile.TemporaryDirectory(dir=out) as part:
+            kinds = ["MatMul", "Gemm", "Gather"]
+            for name in (IMAGE, TEXT):
+                quantize_dynamic(folder / name, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+            write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
+            settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
+            settings["made"]["weights"] = "int8"
+            for name in settings["files"]:
+                os.replace(Path(part) / name, out / name)
+    finally:
+        advice.removeFilter(_no_advice)
+    write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    return out
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "consider to run pre-processing before quantization" not in record.getMessage()
+
+
+def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:
+    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E, by the large tower."""
+    queries = torch.from_numpy(client.encode(list(bench.images[bench.reference]), bench.texts))
+    rank = benchmark_ranks(bench, queries, gallery)
+    return {f"R@{k}": recall(rank, k) for k in KS}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
@@ -241,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
     parser.add_argument("--template", default=TEMPLATE)
     parser.add_argument("--out", type=Path, required=True, help="folder of the exported files")
+    parser.add_argument("--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8")
     args = parser.parse_args(argv)
     try:
         check_template(args.template)
@@ -248,11 +293,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         with timm.layers.set_exportable(True):  # some backbones have layers that are made for tracing, and others that are not
             encoder = QueryEncoder.load(args.encoder, vl)
         most = export(encoder, vl, args.out, args.template)
+        folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])
     except (FileNotFoundError, ValueError, RuntimeError) as error:
         parser.error(str(error))
-    for name in (IMAGE, TEXT, TOKENIZER, SETTINGS):
-        print(f"{(args.out / name).stat().st_size / 1e6:8.2f} MB  {args.out / name}")
+    for path in (folder / name for folder in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
     print(f"largest difference from PyTorch: {most:.2g}")
+    if args.int8:
+        bench = make_benchmark(size=vl.image_size)
+        gallery = vl.encode_images(bench.images)
+        print(f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of {len(bench.scenes)}")
+        print(pd.DataFrame({str(f): measured_recall(QueryClient(f), bench, gallery) for f in folders}).T.round(1).to_string())
 
 
 if __name__ == "__main__":

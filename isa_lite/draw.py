@@ -389,3 +389,39 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
                 maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1
             )
         return figure
+
+
+def stacked_bars(table: pd.DataFrame, xlabel: str, title: str = "") -> Figure:
+    """A horizontal bar a column of the table, put together from its rows; the total stands at the end."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(9.5, 0.6 * table.shape[1] + 1.8)
+        axes = figure.subplots()
+        left = np.zeros(table.shape[1])
+        fills = [(ORANGE, ""), (GREEN, ".."), (BLUE, "//"), (GREY, "xx"), (PURPLE, "--")]
+        for (name, row), (color, hatch) in zip(table.iterrows(), fills, strict=False):
+            axes.barh(range(table.shape[1]), row, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
+            left += row.to_numpy(float)
+        for y, total in enumerate(left):
+            axes.text(total + 0.01 * left.max(), y, f"{total:.1f}", va="center")
+        axes.set_yticks(range(table.shape[1]), list(table.columns))
+        axes.invert_yaxis()
+        axes.set(xlabel=xlabel, title=title, xlim=(0, 1.1 * left.max()))
+        axes.legend(frameon=False, fontsize=12, ncols=len(table), loc="upper left", bbox_to_anchor=(0, -0.22))
+        return figure
+
+
+def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = "") -> Figure:
+    """Share of the exact answers found against the time of one search, a point a way of searching; `line` joins some in order."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(8.5, 4.4)
+        axes = figure.subplots()
+        axes.plot([times[name] for name in line], [found[name] for name in line], color=BLUE, marker="o", linewidth=2)
+        for name in times:
+            if name not in line:
+                axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
+            below = found[name] > 90
+            shift = {"xytext": (0, -18 if below else 8), "textcoords": "offset points", "ha": "center", "fontsize": 11}
+            axes.annotate(name, (times[name], found[name]), **shift)
+        axes.set(xscale="log", xlabel="one search, ms", ylabel="exact answers found, %", ylim=(0, 108), title=title)
+        axes.margins(x=0.12)
+        return figure

@@ -88,6 +88,21 @@ WRONG = {
         ("return 100.0", "at K = 1"),
     ],
     "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
+    "07 my_prompt": [
+        ("return parts", "still in it"),
+        ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
+        ("return [9, -1, -1, -1, 4, 5, 6, 7, 8, 10]", "order that of the parts"),
+    ],
+    "07 my_agreement": [
+        ("return sum(len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)) / len(found)", "right as a share"),
+        ("return 100 * sum(a == b for f, e in zip(found, exact) for a, b in zip(f, e)) / 6", "at the same place"),
+        ("return 100.0", "2 of 3 and 3 of 3"),
+    ],
+    "07 my_speedup": [
+        ("return factor", "the gain of the part"),
+        ("return 0.5", "new over old"),
+        ("return 3.0", "2 times faster, not 3.00"),
+    ],
 }  # fmt: skip
 
 

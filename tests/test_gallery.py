@@ -1,11 +1,11 @@
-"""Exact search against sorting by hand."""
+"""Exact search against sorting by hand, and FAISS against exact search."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
 
-from isa_lite.gallery import Gallery
+from isa_lite.gallery import FaissGallery, Gallery, agreement
 
 
 @pytest.fixture
@@ -63,3 +63,90 @@ def test_ids_and_embeddings_belong_together():
         Gallery(torch.eye(3), ["a", "b"])
     with pytest.raises(ValueError, match="2 embeddings but 3 ids"):
         Gallery(torch.eye(3)[:2], ["a", "b", "c"])
+
+
+def clustered(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
+    """Unit vectors in clumps, as embeddings are."""
+    draw = torch.Generator().manual_seed(seed)
+    centres = torch.randn(30, width, generator=draw)
+    return normalize(
+        centres[torch.randint(30, (count,), generator=draw)] + 0.5 * torch.randn(count, width, generator=draw), dim=1
+    )
+
+
+def indexed(embeddings: torch.Tensor, **settings) -> FaissGallery:
+    return FaissGallery(embeddings, [str(i) for i in range(len(embeddings))], **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kind": "flat"}, {"kind": "ivf", "lists": 20, "probes": 20}, {"kind": "ivf", "probes": 10**6}]
+)
+@pytest.mark.parametrize("exclude", [None, torch.tensor([5, -1, 1999, 0, 3, -1])])
+@pytest.mark.parametrize("chunk", [1024, 4])
+def test_faiss_that_looks_everywhere_is_exact_search(settings, exclude, chunk):
+    embeddings = clustered(2000)
+    queries = embeddings[[5, 7, 1999, 0, 2, 9]]
+    exact = Gallery(embeddings, range(2000)).search(queries, 12, exclude)
+    scores, found = indexed(embeddings, **settings).search(queries, 12, exclude, chunk)
+    assert torch.equal(found, exact[1]) and torch.allclose(scores, exact[0], atol=1e-5)
+    assert scores.dtype == exact[0].dtype and found.dtype == exact[1].dtype
+    assert agreement(found, exact[1]) == 100
+
+
+def test_more_probes_find_more_and_one_list_does_not_find_all():
+    embeddings = clustered(3000)
+    queries = normalize(embeddings[:200] + 0.1 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    exact = Gallery(embeddings, range(3000)).search(queries, 10)[1]
+    shares = [agreement(indexed(embeddings, kind="ivf", probes=p).search(queries, 10)[1], exact) for p in (1, 4, 16, 55)]
+    assert shares == sorted(shares) and shares[0] < 95 and shares[-1] == 100
+    again = indexed(embeddings, kind="ivf", probes=1).search(queries, 10)[1]
+    assert agreement(again, exact) == shares[0]  # k-means from a fixed seed
+
+
+def test_agreement_counts_what_both_found_wherever_it_stands():
+    assert agreement(torch.tensor([[3, 1], [5, 6]]), torch.tensor([[1, 2], [6, 5]])) == 75
+    assert agreement(torch.tensor([[-1, -1]]), torch.tensor([[1, 2]])) == 0
+
+
+def test_a_list_that_holds_too_few_leaves_places_empty():
+    embeddings = clustered(400)
+    scores, found = indexed(embeddings, kind="ivf", lists=40, probes=1).search(embeddings[:5], 300, torch.arange(5))
+    assert (found[:, -1] == -1).all() and (scores[found < 0] == float("-inf")).all() and (scores[found >= 0] <= 1.001).all()
+    for row, own in zip(found.tolist(), range(5), strict=True):
+        kept = [i for i in row if i >= 0]
+        assert own not in row and len(set(kept)) == len(kept) and row == kept + [-1] * (300 - len(kept))
+
+
+@pytest.mark.parametrize("count", [1, 5, 38, 39, 200])
+def test_a_small_gallery_gets_few_lists_without_a_complaint(count, capfd):
+    small = indexed(clustered(count), kind="ivf")
+    assert small.search(clustered(count)[:1], 1)[1].tolist() == [[0]]
+    assert small.index.nlist == max(1, count // 39)  # what FAISS asks for
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kind": "hnsw"}, "kind must be 'flat' .* not 'hnsw'"),
+        ({"kind": "ivf", "lists": 41}, "lists must be between 1 and 40"),
+        ({"kind": "ivf", "lists": -1}, "lists must be between 1 and 40"),
+        ({"kind": "ivf", "probes": 0}, "probes must be at least 1, not 0"),
+    ],
+)
+def test_settings_of_an_index_are_checked(gallery, settings, message):
+    with pytest.raises(ValueError, match=message):
+        indexed(gallery.embeddings, **settings)
+    with pytest.raises(ValueError, match="k must be between 1 and 40"):
+        indexed(gallery.embeddings).search(gallery.embeddings, 41)
+
+
+def test_a_gallery_knows_its_model_also_from_disk_and_as_an_index(gallery, tmp_path):
+    gallery.save(tmp_path / "unknown.safetensors")
+    assert Gallery.load(tmp_path / "unknown.safetensors").vl_model == ""
+    Gallery(gallery.embeddings, gallery.ids, "0123").save(tmp_path / "known.safetensors")
+    assert Gallery.load(tmp_path / "known.safetensors").vl_model == "0123"
+    again = FaissGallery.load(tmp_path / "known.safetensors")
+    assert again.vl_model == "0123" and torch.equal(
+        again.search(gallery.embeddings, 3)[1], gallery.search(gallery.embeddings, 3)[1]
+    )

@@ -57,7 +57,7 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb"])
+@pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb", "07_deploy.ipynb"])
 def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
     done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,6 +74,8 @@ def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tm
         ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 2"),
         ("01_token_learner.ipynb", ("-p", "word", "blu"), "parameter 'word' must be one of"),
         ("01_token_learner.ipynb", ("-p", "word", "red"), "parameter 'caption' must contain 'red' once"),
+        ("07_deploy.ipynb", ("-p", "thread", "1"), "unknown parameter 'thread'; did you mean 'threads'?"),
+        ("07_deploy.ipynb", ("-p", "distractors", "5"), "parameter 'distractors' must be a whole number of at least 100"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),
     ],
 )
@@ -83,7 +85,9 @@ def test_a_bad_parameter_stops_a_notebook_with_its_name(tmp_path, name, argument
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention", "06_benchmarks"])
+@pytest.mark.parametrize(
+    "name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention", "06_benchmarks", "07_deploy"]
+)
 def test_a_short_notebook_gives_what_it_shows(name):
     command = [
         sys.executable,

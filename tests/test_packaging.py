@@ -16,11 +16,12 @@ ORDER = """
     parameters checkpoint images scenes vl_model symmetric token_learner mappings query_encoder losses distill embed gallery
     evaluate baselines fusion inversion sentences spaces ablations compare growth benchmarks.common benchmarks.submission
     benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny benchmarks.run benchmarks.__main__ pretrain cards
-    bench draw sweep failures widgets
+    bench client export latency draw sweep failures widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.
 DISTRIBUTION = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "IPython": "ipython"}
+DISTRIBUTION["faiss"] = "faiss-cpu"
 
 # Put together here, so that this file does not contain them.
 PRIVATE = ["/wo" + "rk/", "/ro" + "ot/", ".." + "/shared", "py" + "pi.org", "python" + "hosted.org"]

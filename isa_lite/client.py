@@ -1,0 +1,159 @@
+"""The query side without PyTorch: runs the files that `isa_lite.export` wrote, with onnxruntime.
+
+What a small server has to do, in numpy: cut the image to size, put the prompt together, run two networks, and search.
+It imports no other module of this package, and neither torch nor torchvision; a test holds it to that.
+
+`python -m isa_lite.client DIR --gallery FILE --image FILE --modifier TEXT` answers one query.
+
+Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import onnxruntime
+from PIL import Image
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+#: The files of an exported query side; the settings hold a checksum of each of the others.
+SETTINGS, IMAGE, TEXT, TOKENIZER = "query.json", "image_to_sentence.onnx", "sentence_to_query.onnx", "tokenizer.json"
+#: The id that stands where a pseudo-word goes; no word has it.
+PLACEHOLDER = -1
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A network to run on the CPU, with `threads` threads (0: as many as onnxruntime likes)."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+class QueryClient:
+    """Images and modifiers -> query embeddings, from a folder that `isa_lite.export` wrote.
+
+    Raises FileNotFoundError for a folder without an export, and ValueError for a file that is not the one that was
+    exported, or for a gallery's model (`vl_model`, a fingerprint) that is not the one of this query side.
+    """
+
+    def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
+        folder = Path(folder)
+        if not (folder / SETTINGS).is_file():
+            raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite.export wrote")
+        self.settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        for name, expected in self.settings["files"].items():
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}, which its {SETTINGS} names; export again")
+            if checksum(folder / name) != expected:
+                raise ValueError(f"{folder / name} is not the file that was exported (its checksum differs); export again")
+        if vl_model is not None and vl_model != self.settings["vl_model"]:
+            raise ValueError(
+                f"the query side in {folder} belongs to VL model {self.settings['vl_model']}, and the gallery to {vl_model}; "
+                "their embeddings mean nothing to one another: export the query side of that model, or embed the gallery again"
+            )
+        self._image, self._text = session(folder / IMAGE, threads), session(folder / TEXT, threads)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+
+    def pixels(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
+        """Images -> B x 3 x H x W float32: the shorter side to size (bicubic), the middle cut out, normalised."""
+        size, rows = self.settings["image_size"], []
+        for image in images:
+            image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            width, height = image.size
+            if min(width, height) != size:
+                short = min(width, height)
+                image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+            left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+            rows.append(np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB")))
+        pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32) / 255
+        mean, std = (np.array(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
+        return (pixels - mean) / std
+
+    def sentences(self, pixels: np.ndarray) -> np.ndarray:
+        """B x 3 x H x W -> tokens B x L x D."""
+        return self._image.run(["tokens"], {"pixels": pixels})[0]
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without start and end."""
+        while (clean := " ".join(html.unescape(ftfy.fix_text(text)).split()).lower()) != text:  # "&amp;lt;" takes two rounds
+            text = clean
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompts(self, modifiers: Sequence[str]) -> np.ndarray:
+        """Token ids of one prompt a modifier, B x T, with `PLACEHOLDER` where pseudo-words go; an empty modifier is left out.
+
+        Raises ValueError for a modifier that does not fit.
+        """
+        s, rows = self.settings, []
+        for modifier in modifiers:
+            said, row = self.words(modifier), []
+            for part in s["prompt" if modifier.strip() else "prompt_without_modifier"]:
+                row += {"sentence": [PLACEHOLDER] * s["num_tokens"], "modifier": said}[part] if isinstance(part, str) else part
+            if len(row) > s["context_length"]:
+                raise ValueError(
+                    f"the prompt is {len(row) - s['context_length']} token(s) too long for the text tower's "
+                    f"{s['context_length']}; shorten the modifier {modifier!r} ({len(said)} tokens)"
+                )
+            rows.append(row)
+        # A causal text tower does not see what stands behind the end, so the longest prompt sets the length.
+        length = max(map(len, rows)) if s["can_cut"] else s["context_length"]
+        return np.array([row + [s["pad_id"]] * (length - len(row)) for row in rows], np.int64)
+
+    def compose(self, tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Sentences B x L x D and prompts B x T -> L2-normalised query embeddings B x E."""
+        return self._text.run(["query"], {"tokens": tokens, "ids": ids})[0]
+
+    def encode(self, images: Sequence, modifiers: Sequence[str], batch_size: int = 128) -> np.ndarray:
+        """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
+        if len(images) != len(modifiers) or not len(images):
+            raise ValueError(
+                f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and as many modifiers"
+            )
+        starts = range(0, len(images), batch_size)
+        prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]  # first, as it may refuse one
+        sentences = (self.sentences(self.pixels(images[s : s + batch_size])) for s in starts)
+        return np.concatenate([self.compose(tokens, ids) for tokens, ids in zip(sentences, prompts, strict=True)])
+
+
+def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str], str]:
+    """What `isa_lite.gallery.Gallery.save` wrote: embeddings N x E, their ids, and the fingerprint of the model."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no gallery {path}; isa_lite.gallery.Gallery.save writes one")
+    with safe_open(path, "np") as file:
+        info = json.loads(file.metadata()["info"])
+        return file.get_tensor("embeddings"), info["ids"], info.get("vl_model", "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Answer one query: the best images of a gallery, with their cosines.")
+    parser.add_argument("folder", help="what python -m isa_lite.export wrote")
+    parser.add_argument("--gallery", required=True, help="a file of isa_lite.gallery.Gallery.save")
+    parser.add_argument("--image", required=True, help="the reference image")
+    parser.add_argument("--modifier", default="", help="what should be different")
+    parser.add_argument("--k", type=int, default=5, help="answers to print")
+    args = parser.parse_args(argv)
+    embeddings, ids, model = read_gallery(args.gallery)
+    if not model:
+        parser.error(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
+    client = QueryClient(args.folder, vl_model=model)
+    with Image.open(args.image) as image:
+        scores = embeddings @ client.encode([image], [args.modifier])[0]  # N
+    for i in np.argsort(-scores)[: args.k]:
+        print(f"{scores[i]:.4f}  {ids[i]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""The query side as ONNX files: `python -m isa_lite.export --encoder DIR --out DIR`.
+
+Two networks, because an image's sentence can be kept while its owner tries several modifiers:
+`image_to_sentence.onnx` (light backbone and token learner) and `sentence_to_query.onnx` (the frozen text tower, entered
+with word vectors). With them `tokenizer.json`, and `query.json` with everything else that a client needs.
+`isa_lite.client` runs the folder without PyTorch. Ours: the paper says nothing of deployment.
+
+Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+from isa_lite.checkpoint import write_text
+from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
+from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, make_benchmark, recall
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, compose, prompt_ids
+from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, load_vl_model
+
+#: Modifiers that every export is tried on: none, short, long, and with characters that tokenizers like to disagree about.
+TRIED = ("", "make the circle red", "it’s the “blue” one &amp; has 12 ÉTOILES!?", "a smaller star, then another one " * 4)
+
+
+class ImageToSentence(nn.Module):
+    """pixels B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
+
+    def __init__(self, encoder: QueryEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(self.encoder(pixels))
+
+
+class SentenceToQuery(nn.Module):
+    """tokens B x L x D and prompts B x T, -1 in the places of the tokens -> query embeddings B x E.
+
+    A prompt without a -1 is a text as it stands, and gives what `VLModel.encode_text` does.
+    """
+
+    def __init__(self, vl: VLModel):
+        super().__init__()
+        self.vl = vl
+
+    def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        places = ids == PLACEHOLDER
+        words = torch.where(places, 1, ids)  # 1: any word; 0 would be padding to some towers
+        # masked_scatter in words that ONNX has: the first place takes token 0, the next one token 1, and so on.
+        which = (places.long().cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)  # B x T
+        said = tokens.gather(1, which.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))  # B x T x D
+        return self.vl.encode_vectors(torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words)), words)
+
+
+@contextmanager
+def _quiet():
+    """Without the two notes of the exporter that ask for nothing.
+
+    onnxscript leaves a node as it is where it could have computed it beforehand ("Skipping constant folding"), and torch says
+    that an axis shared by two inputs keeps one name ("will not be used, since it shares").
+    """
+    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*will not be used, since it shares the same shape constraints.*")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def to_onnx(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping], path: str | Path
+) -> None:
+    """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as one ONNX file.
+
+    dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError with what the exporter says.
+    """
+    path = Path(path)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, which ONNX does not have
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module.eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes={name: dict(axes) for name, axes in dynamic.items()},
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise RuntimeError(f"{path.name} cannot be exported: {error}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    model = program.model_proto
+    for node in model.graph.node:  # where in whose Python code a node comes from is no business of a client
+        node.ClearField("metadata_props"), node.ClearField("doc_string")
+    path.write_bytes(model.SerializeToString())
+
+
+def tokenizer_of(vl: VLModel) -> Tokenizer:
+    """open_clip's tokenizer as one of the `tokenizers` library, which needs no PyTorch and exists in other languages too.
+
+    It does not repair text (ftfy, HTML entities) as open_clip does; a client does that before. Raises ValueError for a tokenizer
+    that cleans text in another way than by lower-casing.
+    """
+    ours = vl.tokenizer
+    if ours.clean_fn("An  Ä, b") != "an ä, b":
+        raise ValueError(f"{vl.name}: its tokenizer cleans texts in a way of its own, which isa_lite.client does not know")
+    merges = [pair for pair, _ in sorted(ours.bpe_ranks.items(), key=lambda item: item[1])]
+    made = Tokenizer(models.BPE(dict(ours.encoder), merges, end_of_word_suffix="</w>"))
+    made.normalizer = normalizers.Lowercase()
+    # Words, single digits, and runs of anything else; English endings such as 's stand alone.
+    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pieces, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def prompt_of(vl: VLModel, template: str) -> list[list[int] | str]:
+    """A template as ids and, between them, the words "sentence" and "modifier"; with start and end."""
+    tokenizer = vl.tokenizer
+    parts: list[list[int] | str] = [[tokenizer.sot_token_id]]
+    for piece in re.split(r"(\{sentence\}|\{modifier\})", template):
+        parts.append(piece[1:-1] if piece.startswith("{") else tokenizer.encode(tokenizer.clean_fn(piece)))
+    return [part for part in [*parts, [tokenizer.eot_token_id]] if part]
+
+
+def _fits(vl: VLModel, encoder: QueryEncoder, modifier: str, template: str) -> bool:
+    try:
+        prompt_ids(vl, encoder.config.num_tokens, [modifier], template)
+    except ValueError:
+        return False
+    return True
+
+
+def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template: str, seed: int = 0) -> float:
+    """The largest difference between the exported files and PyTorch, over sentences (relative to a word's length) and queries.
+
+    On rendered scenes and noise of several sizes, each with every modifier of `TRIED` that fits, in batches of 1, 2 and 5.
+    Raises ValueError where a prompt's ids differ.
+    """
+    rng = np.random.default_rng(seed)
+    size = encoder.config.image_size
+    pictures = [Image.fromarray(i) for i in render_many(sample_scenes(3, seed=seed), range(3), size)]
+    noise = (rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((size + 41, 2 * size), (size // 2, size)))
+    pictures += map(Image.fromarray, noise)
+    most, modifiers = 0.0, [text for text in TRIED if text == "" or _fits(vl, encoder, text, template)]
+    for batch in (1, 2, 5):
+        images = pictures[-batch:]
+        tokens = encoder.sentences(images).tokens
+        found = client.sentences(client.pixels(images))
+        most = max(most, float(np.abs(found - tokens.numpy()).max()) / vl.word_norm)
+        for modifier in modifiers:
+            said = [""] * (batch - 1) + [modifier]
+            ids, places = prompt_ids(vl, tokens.shape[1], said, template)
+            if not np.array_equal(ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), client.prompts(said)):
+                raise ValueError(f"the exported tokenizer gives other ids than open_clip's for {modifier!r} in {template!r}")
+            query = compose(vl, tokens, said, template).numpy()
+            most = max(most, float(np.abs(client.compose(found, client.prompts(said)) - query).max()))
+    return most
+
+
+def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str = TEMPLATE, tolerance: float = 1e-3) -> float:
+    """Write the query side into `folder`, try it there against PyTorch, and return the largest difference found.
+
+    What was in the folder before is replaced only after that. Raises ValueError for an encoder of another VL model, a template
+    without its fields, or a difference above `tolerance`; RuntimeError for a network that cannot be exported.
+    """
+    check_template(template)
+    if encoder.config.vl_model != vl.fingerprint:
+        raise ValueError(f"the query encoder belongs to VL model {encoder.config.vl_model}, not {vl.fingerprint} ({vl.name})")
+    folder, config = Path(folder), encoder.config
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder.eval()
+    batch = torch.export.Dim("batch", min=1)
+    pixels = torch.zeros(2, 3, config.image_size, config.image_size)
+    tokens, ids = encoder(pixels).tokens.detach(), torch.full((2, vl.context_length), PLACEHOLDER)
+    axes = {0: batch}
+    if vl.can_cut:
+        ids, axes = ids[:, : vl.context_length // 2], {0: batch, 1: torch.export.Dim("length", min=2, max=vl.context_length)}
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        part = Path(part)
+        to_onnx(ImageToSentence(encoder), {"pixels": pixels}, ["tokens", "maps"], {"pixels": {0: batch}}, part / IMAGE)
+        to_onnx(SentenceToQuery(vl), {"tokens": tokens, "ids": ids}, ["query"], {"tokens": {0: batch}, "ids": axes}, part / TEXT)
+        write_text(part / TOKENIZER, tokenizer_of(vl).to_str() + "\n")
+        settings = {
+            "vl_model": vl.fingerprint,
+            "image_size": config.image_size,
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "num_tokens": tokens.shape[1],
+            "word_width": tokens.shape[2],
+            "context_length": vl.context_length,
+            "can_cut": vl.can_cut,
+            "pad_id": 0,
+            "placeholder": PLACEHOLDER,
+            "template": template,
+            "prompt": prompt_of(vl, template),
+            "prompt_without_modifier": prompt_of(vl, template.replace("{modifier}", "").rstrip(" ,.;:")),
+            "tokenizer": "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML entities, lower case",
+            "files": {name: checksum(part / name) for name in (IMAGE, TEXT, TOKENIZER)},
+        }
+        write_text(part / SETTINGS, json.dumps(settings))
+        most = difference(QueryClient(part), encoder, vl, template)
+        if not most <= tolerance:  # also where it is not a number
+            raise ValueError(f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is as it was")
+        settings["made"] = {
+            "difference": most,
+            "date": str(date.today()),
+            "commit": commit(),
+            "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+        }
+        for name in settings["files"]:
+            os.replace(part / name, folder / name)
+        write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: without it there is no export
+    return most
+
+
+def quantize(folder: str | Path, out: str | Path) -> Path:
+    """An exported query side again, into `out`, with 8 bits a weight: the word table and every matrix, each with one scale.
+
+    onnxruntime's dynamic quantisation: activations are scaled as they come, and convolutions stay as they are. What it
+    costs is to be measured: `measured_recall` on rendered scenes, or your own queries. Returns `out`.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # here, since it wants onnx, which the client does not
+
+    folder, out = Path(folder), Path(out)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} holds the files that are to be quantised; give another folder")
+    QueryClient(folder)  # whole, and not tampered with?
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    # It advises to infer shapes and fold constants first, which the exporter has done.
+    advice = logging.getLogger()
+    advice.addFilter(_no_advice)
+    try:
+        with tempfile.TemporaryDirectory(dir=out) as part:
+            kinds = ["MatMul", "Gemm", "Gather"]
+            for name in (IMAGE, TEXT):
+                quantize_dynamic(folder / name, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+            write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
+            settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
+            settings["made"]["weights"] = "int8"
+            for name in settings["files"]:
+                os.replace(Path(part) / name, out / name)
+    finally:
+        advice.removeFilter(_no_advice)
+    write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    return out
+
+
+def _no_advice(record: logging.LogRecord) -> bool:
+    return "consider to run pre-processing before quantization" not in record.getMessage()
+
+
+def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:
+    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E, by the large tower."""
+    queries = torch.from_numpy(client.encode(list(bench.images[bench.reference]), bench.texts))
+    rank = benchmark_ranks(bench, queries, gallery)
+    return {f"R@{k}": recall(rank, k) for k in KS}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
+    parser.add_argument("--vl-model", default=SCENES_CLIP)
+    parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
+    parser.add_argument("--template", default=TEMPLATE)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the exported files")
+    parser.add_argument("--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8")
+    args = parser.parse_args(argv)
+    try:
+        check_template(args.template)
+        vl = load_vl_model(args.vl_model, args.pretrained)
+        with timm.layers.set_exportable(True):  # some backbones have layers that are made for tracing, and others that are not
+            encoder = QueryEncoder.load(args.encoder, vl)
+        most = export(encoder, vl, args.out, args.template)
+        folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    for path in (folder / name for folder in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
+        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
+    print(f"largest difference from PyTorch: {most:.2g}")
+    if args.int8:
+        bench = make_benchmark(size=vl.image_size)
+        gallery = vl.encode_images(bench.images)
+        print(f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of {len(bench.scenes)}")
+        print(pd.DataFrame({str(f): measured_recall(QueryClient(f), bench, gallery) for f in folders}).T.round(1).to_string())
+
+
+if __name__ == "__main__":
+    main()

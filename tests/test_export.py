@@ -1,0 +1,326 @@
+"""The query side as files: the same answers as PyTorch, and refusals where they could not be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from isa_lite import export as exporting
+from isa_lite.baselines import composed
+from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, session
+from isa_lite.client import main as client_main
+from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
+from isa_lite.export import export, main, measured_recall, quantize, to_onnx
+from isa_lite.gallery import Gallery
+from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.vl_model import VLModel, load_vl_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TURNED = "{modifier}: this is {sentence} in a picture"
+
+
+def fresh(vl: VLModel, **settings) -> QueryEncoder:
+    """A tiny encoder whose batch norms do something."""
+    torch.manual_seed(3)
+    encoder = QueryEncoder.for_model(vl, num_tokens=4, width=32, depth=1, backbone="mobilenetv3_small_050", **settings)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2), module.weight.data.uniform_(0.5, 2)
+    return encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def pair(vl_folder) -> tuple[VLModel, QueryEncoder]:
+    vl = load_vl_model(str(vl_folder))
+    return vl, fresh(vl, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory) -> Path:
+    vl, encoder = pair
+    where = tmp_path_factory.mktemp("exported")
+    assert export(encoder, vl, where) < 1e-4
+    return where
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (90, 151, 3), np.uint8))
+    small = Image.fromarray(rng.integers(0, 256, (31, 20, 3), np.uint8))
+    alpha = Image.fromarray(rng.integers(0, 256, (64, 77, 4), np.uint8))
+    return [noise, small, alpha, noise.convert("L"), noise.convert("P"), noise.crop((0, 0, 64, 64)), noise.crop((0, 0, 77, 64))]
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_the_files_answer_as_pytorch_in_batches_of_any_size(pair, folder, pictures):
+    vl, encoder = pair
+    client = QueryClient(folder, threads=1)
+    modifiers = ["", "red", "make the small circle much bigger, please", "it’s <end_of_text> &amp; “blue”", "z " * 20, "é", "a b"]
+    expected = compose(vl, encoder.sentences(pictures).tokens, modifiers).numpy()
+    for batch_size in (1, 3, 7):
+        assert np.abs(client.encode(pictures, modifiers, batch_size) - expected).max() < 1e-5
+    assert np.abs(expected - expected[0]).max() > 1e-3  # they do differ from one another
+
+
+def test_images_are_prepared_as_pytorch_does(pair, folder, pictures):
+    _, encoder = pair
+    client = QueryClient(folder)
+    assert np.abs(client.pixels(pictures) - torch.stack([encoder.preprocess(p) for p in pictures]).numpy()).max() < 1e-6
+    arrays = [np.asarray(pictures[0]), np.asarray(pictures[1])]
+    assert np.array_equal(client.pixels(arrays), client.pixels(pictures[:2]))
+
+
+def test_maps_come_with_the_tokens(pair, folder, pictures):
+    vl, encoder = pair
+    pixels = encoder.pixels(pictures)
+    tokens, maps = session(folder / IMAGE).run(["tokens", "maps"], {"pixels": pixels.numpy()})
+    with torch.no_grad():
+        expected = encoder(pixels)
+    assert np.abs(tokens - expected.tokens.numpy()).max() < 1e-4 * vl.word_norm
+    assert np.abs(maps - expected.maps.numpy()).max() < 1e-5 and maps.shape == tuple(expected.maps.shape)
+
+
+def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
+    vl, _ = pair
+    texts = ["a red circle", "two blue stars beside a very large green moon"]
+    client = QueryClient(folder)
+    ids = vl.tokenize(texts).numpy()
+    for length in (77, 20):  # cut where the texts have ended
+        query = client.compose(np.zeros((2, 4, vl.word_width), np.float32), ids[:, :length])
+        assert np.abs(query - vl.encode_text(texts).numpy()).max() < 1e-5
+
+
+def test_a_token_goes_to_its_own_place(pair, folder):
+    vl, _ = pair
+    client = QueryClient(folder)
+    tokens = torch.randn(1, 4, vl.word_width)
+    ids = torch.tensor([[49406, -1, 320, -1, -1, 1125, -1, 49407]])
+    vectors = vl.word_vectors(ids.clamp(min=1))
+    for place, token in zip((1, 3, 4, 6), tokens[0], strict=True):
+        vectors[0, place] = token
+    expected = vl.encode_vectors(vectors, ids.clamp(min=1))
+    assert np.abs(client.compose(tokens.numpy(), ids.numpy()) - expected.numpy()).max() < 1e-5
+    turned = client.compose(tokens.flip(1).numpy(), ids.numpy())
+    assert np.abs(turned - expected.numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("template", [TURNED, "{sentence}{modifier}", "“{sentence}” &amp; {modifier}!"])
+def test_another_template_is_exported_with_the_files(pair, folder, tmp_path, pictures, template, monkeypatch):
+    vl, encoder = pair
+    # The networks do not know of templates, and tracing them takes long.
+    monkeypatch.setattr(exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes()))
+    export(encoder, vl, tmp_path, template)
+    client, modifiers = QueryClient(tmp_path), ["make it red", ""]
+    expected = compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers, template).numpy()
+    assert np.abs(client.encode(pictures[:2], modifiers) - expected).max() < 1e-5
+    assert np.abs(expected - compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers).numpy()).max() > 1e-3
+
+
+def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pictures):
+    vl, _ = pair
+    text = dict(context_length=30, vocab_size=49408, width=32, heads=2, layers=2, no_causal_mask=True)
+    vision = dict(image_size=32, layers=1, width=32, patch_size=16, head_width=16)
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
+    both_ways = VLModel(clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="both ways")
+    assert not both_ways.can_cut
+    encoder = fresh(both_ways)
+    export(encoder, both_ways, tmp_path)
+    client = QueryClient(tmp_path)
+    assert client.prompts(["red", ""]).shape == (2, 30)
+    expected = compose(both_ways, encoder.sentences(pictures[:2]).tokens, ["red", ""]).numpy()
+    assert np.abs(client.encode(pictures[:2], ["red", ""]) - expected).max() < 1e-5
+
+
+def test_the_tokenizer_gives_open_clips_ids(pair, folder):
+    vl, _ = pair
+    rng = np.random.default_rng(0)
+    letters = list("abcdeghilmnoprstuxyzABXY 0123456789 .,;:!?'’\"“”-_()&<>/ éÄßçñ日本 🙂\t\n") + [
+        "'s ",
+        "n't ",
+        "&lt;",
+        "&amp;amp;",
+        "  ",
+    ]
+    texts = ["".join(rng.choice(letters, rng.integers(1, 40))) for _ in range(400)]
+    words = [vl.tokenizer.decode([int(i)]) for i in rng.integers(300, 49000, 300)]
+    client, template = QueryClient(folder), "{sentence} {modifier}"
+    for text in texts + words:
+        (ids,) = prompt_ids(vl, 1, [text], template, truncate=True)[0].tolist()
+        said = client.words(text)[: vl.context_length - 3] if text.strip() else []
+        assert [49406, 1, *said, 49407] == ids[: ids.index(49407) + 1], text
+
+
+def test_what_is_too_long_is_refused_with_its_words(pair, folder, pictures):
+    vl, _ = pair
+    client = QueryClient(folder)
+    most = vl.context_length - len(prompt_ids(vl, 4, ["red"])[0][0]) + 1
+    assert client.prompts(["red " * most]).shape == (1, vl.context_length)
+    for function in (lambda text: client.encode(pictures[:1], [text]), lambda text: prompt_ids(vl, 4, [text])):
+        with pytest.raises(
+            ValueError, match=r"the prompt is 1 token\(s\) too long for the text tower's 77; shorten the modifier 'red"
+        ):
+            function("red " * (most + 1))
+
+
+@pytest.mark.parametrize("images, modifiers", [(2, 1), (0, 0), (1, 2)])
+def test_every_image_wants_its_modifier(folder, pictures, images, modifiers):
+    with pytest.raises(ValueError, match=f"{images} images but {modifiers} modifiers"):
+        QueryClient(folder).encode(pictures[:images], ["red"] * modifiers)
+
+
+def test_an_encoder_of_another_model_is_refused_before_anything_is_written(pair, tmp_path):
+    vl, encoder = pair
+    other = fresh(vl)
+    other.config.vl_model = "0123456789abcdef"
+    with pytest.raises(ValueError, match=f"belongs to VL model 0123456789abcdef, not {vl.fingerprint}"):
+        export(other, vl, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="a template holds"):
+        export(encoder, vl, tmp_path / "new", "{sentence}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gallery_of_another_model_is_refused(pair, folder):
+    vl, _ = pair
+    QueryClient(folder, vl_model=vl.fingerprint)
+    with pytest.raises(ValueError, match=f"belongs to VL model {vl.fingerprint}, and the gallery to 0123456789abcdef"):
+        QueryClient(folder, vl_model="0123456789abcdef")
+
+
+@pytest.mark.parametrize("name", [IMAGE, TEXT, "tokenizer.json"])
+def test_a_changed_or_missing_file_is_refused(folder, tmp_path, name):
+    again = copy(folder, tmp_path / "again")
+    QueryClient(again)
+    data = bytearray((again / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (again / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name} is not the file that was exported"):
+        QueryClient(again)
+    (again / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"holds no {name}"):
+        QueryClient(again)
+
+
+def test_a_folder_without_an_export_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no query.json; give the folder that python -m isa_lite.export wrote"):
+        QueryClient(tmp_path)
+
+
+def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, monkeypatch):
+    vl, encoder = pair
+    again = copy(folder, tmp_path / "again")
+    before = {path.name: path.read_bytes() for path in again.iterdir()}
+
+    def nudged(module, inputs, outputs, dynamic, path):
+        if path.name == IMAGE:
+            module = exporting.ImageToSentence(fresh(vl))
+            module.encoder.mapping.to_word.direction.bias.data += 0.05  # as if the exporter had made a mistake
+            to_onnx(module, inputs, outputs, dynamic, path)
+        else:
+            path.write_bytes((folder / TEXT).read_bytes())
+
+    monkeypatch.setattr(exporting, "to_onnx", nudged)
+    with pytest.raises(ValueError, match=r"the files differ from PyTorch by 0\.\d+, more than 0.001; .* is as it was"):
+        export(encoder, vl, again)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == before
+
+
+def test_the_files_hold_no_path_of_the_machine_that_made_them(folder):
+    for name in (IMAGE, TEXT):
+        data = (folder / name).read_bytes()
+        assert b"site-packages" not in data and str(ROOT).encode() not in data and b".py" not in data
+        onnx.checker.check_model(onnx.load(folder / name))
+
+
+def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures):
+    out = quantize(folder, tmp_path / "int8")
+    assert (out / TEXT).stat().st_size < 0.4 * (folder / TEXT).stat().st_size
+    exact, rough = (QueryClient(f).encode(pictures, ["make it red"] * len(pictures)) for f in (folder, out))
+    cosine = (exact * rough).sum(1)
+    assert 0.98 < cosine.min() < 1 and np.allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-5)
+    assert json.loads((out / SETTINGS).read_text())["made"]["weights"] == "int8"
+    with pytest.raises(ValueError, match="holds the files that are to be quantised"):
+        quantize(folder, folder)
+
+
+def test_recall_of_the_files_is_recall_of_pytorch(pair, folder):
+    vl, encoder = pair
+    bench = make_benchmark(12, 60, seed=1, size=vl.image_size)
+    gallery = vl.encode_images(bench.images)
+    rank = benchmark_ranks(bench, composed(bench, vl, encoder), gallery)
+    assert measured_recall(QueryClient(folder), bench, gallery) == {f"R@{k}": recall(rank, k) for k in KS}
+
+
+BLOCKED = """
+import sys
+for name in ("torch", "torchvision", "open_clip", "timm", "onnx"):
+    sys.modules[name] = None  # whoever imports it now gets an ImportError
+from isa_lite.client import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_query_is_answered_where_there_is_no_pytorch(pair, folder, tmp_path, pictures):
+    vl, encoder = pair
+    gallery = Gallery(vl.encode_images([p.convert("RGB") for p in pictures]), [f"picture {i}" for i in range(7)], vl.fingerprint)
+    gallery.save(tmp_path / "gallery.safetensors")
+    pictures[0].save(tmp_path / "query.png")
+    arguments = [str(folder), "--gallery", "gallery.safetensors", "--image", "query.png", "--modifier", "make it red", "--k", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    scores, found = gallery.search(compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"]), 3)
+    printed = [line.split("  ") for line in done.stdout.splitlines()]
+    assert [name for _, name in printed] == [gallery.ids[i] for i in found[0]]
+    assert [float(score) for score, _ in printed] == pytest.approx(scores[0].tolist(), abs=1e-4)
+
+
+def test_the_client_says_what_it_lacks(folder, tmp_path, pictures, capsys):
+    pictures[0].save(tmp_path / "query.png")
+    rest = ["--image", str(tmp_path / "query.png")]
+    with pytest.raises(FileNotFoundError, match="there is no gallery"):
+        client_main([str(folder), "--gallery", str(tmp_path / "none"), *rest])
+    Gallery(torch.eye(3), ["a", "b", "c"]).save(tmp_path / "gallery.safetensors")
+    with pytest.raises(SystemExit):
+        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
+    assert "does not say which model embedded it" in capsys.readouterr().err
+
+
+def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys):
+    vl, encoder = pair
+    encoder.save(tmp_path / "encoder")
+    out = tmp_path / "out"
+    main(["--encoder", str(tmp_path / "encoder"), "--vl-model", str(vl_folder), "--template", TURNED, "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "largest difference from PyTorch: " in printed and TEXT in printed
+    assert float(printed.split("PyTorch: ")[1]) < 1e-4
+    assert QueryClient(out).settings["template"] == TURNED
+    for arguments, message in (
+        (["--encoder", str(tmp_path)], "holds no query_encoder.json"),
+        (["--encoder", str(tmp_path / "encoder")], f"belongs to VL model {vl.fingerprint}"),
+        (["--encoder", str(tmp_path / "encoder"), "--template", "a"], "a template holds"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--out", str(tmp_path / "new")])
+        assert message in capsys.readouterr().err and not (tmp_path / "new").exists()

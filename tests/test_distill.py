@@ -20,7 +20,7 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite import checkpoint as checkpoint_module
-from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, targets
+from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, other_indices, targets
 from isa_lite.images import ImageFolder, images_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
@@ -280,6 +280,20 @@ def test_batches_are_a_new_permutation_every_epoch_and_a_function_of_seed_and_st
     last = 4 * per_epoch - 1
     assert np.array_equal(batch_indices(count, batch_size, last, 7), batches[-1])  # whatever was asked before
     assert not np.array_equal(batch_indices(count, batch_size, last, 8), batches[-1])
+
+
+def test_negatives_are_other_images_and_a_function_of_seed_and_step():
+    batch = np.array([3, 0, 17])
+    assert other_indices(20, batch, 8192, 0, 0).tolist() == [i for i in range(20) if i not in batch]
+    drawn = [other_indices(20, batch, 5, step, seed) for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert all(len(set(d)) == 5 and not set(d) & set(batch) for d in drawn)
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any() and (drawn[0] != drawn[3]).any()
+    assert len(other_indices(20, batch, 0, 0, 0)) == 0
+
+
+def test_negatives_outside_the_batch_count(vl, images):
+    gcd = {n: trained(images, vl, negatives=n, steps=1)[1].gcd[0] for n in (0, 12)}
+    assert gcd[12] > gcd[0]  # 16 images to choose among, not 4
 
 
 def test_learning_rate_warms_up_and_ends_at_a_hundredth():

@@ -33,6 +33,17 @@ def test_gcd_by_hand():
     assert float(gcd_loss(q, q.flip(0), 0.5)) == pytest.approx(np.log(1 + np.exp(2)), abs=1e-6)
 
 
+def test_gcd_with_further_negatives_is_the_formula_over_all_of_them():
+    rng = np.random.default_rng(1)
+    q, g, more = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rng.normal(size=(n, 5)) for n in (3, 3, 7)))
+    t = 0.2
+    everything = np.exp(q @ np.concatenate([g, more]).T / t)  # 3 x 10
+    own = np.exp((q * g).sum(1) / t)
+    forwards, backwards = -np.log(own / everything.sum(1)), -np.log(own / np.exp(q @ g.T / t).sum(0))
+    expected = (forwards.mean() + backwards.mean()) / 2
+    assert float(gcd_loss(*map(torch.tensor, (q, g)), t, torch.tensor(more))) == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_hardest_other_is_never_the_own_one():
     similarity = torch.randn(9, 9, generator=torch.Generator().manual_seed(3)) + 5 * torch.eye(9)
     before = similarity.clone()

@@ -99,15 +99,28 @@ def test_tokens_start_out_different():
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
-def test_without_norm_matching_the_last_layer_is_a_plain_linear_one(name):
+def test_without_norm_matching_nothing_holds_the_length_of_a_pseudo_word(name):
     torch.manual_seed(0)
     mapping = MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=None).eval()
-    assert type(mapping.to_word) is torch.nn.Linear
     with torch.no_grad():
-        mapping.to_word.weight.mul_(100)
+        mapping.to_word.direction.weight.mul_(100)
     assert (
         mapping(torch.randn(2, 10, 4, 4)).tokens.norm(dim=-1).max() > 5
     )  # nothing holds the length; with matching, 0.6 is the most
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_sentence_that_starts_from_words_is_near_them_whatever_it_sees(name):
+    torch.manual_seed(0)
+    mapping = MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=64, norm=None).eval()
+    words = torch.randn(3, 64)  # of length 8 or so
+    mapping.to_word.start_from(words)
+    tokens = mapping(3 * torch.randn(20, 10, 4, 4)).tokens  # 20 x L x 64
+    for place in range(tokens.shape[1]):
+        gap = (tokens[:, place] - words[place % 3]).norm(dim=-1)
+        assert 0.001 < gap.mean() < 0.6 * words[place % 3].norm()
+        other = (tokens[:, place] - words[(place + 1) % 3]).norm(dim=-1)
+        assert (gap < other).all()
 
 
 def test_slots_compete_for_each_position():

@@ -85,3 +85,20 @@ def test_a_heatmap_says_its_numbers_in_legible_ink():
 
 def test_text_is_wrapped_at_spaces():
     assert draw.wrap("make the red circle blue", 9) == "make the\nred\ncircle\nblue"
+
+
+def test_attention_of_several_lengths_wraps_into_rows():
+    rng = np.random.default_rng(0)
+    maps = {"2": rng.random((2, 3, 3)), "5": rng.random((5, 3, 3))}
+    axes = np.array(draw.attention_by_length(BENCH.images[0], maps, columns=3).axes).reshape(3, 4)
+    assert [a.texts[0].get_text() if a.texts else "" for a in axes[:, 0]] == ["L = 2", "L = 5", ""]
+    assert [[len(a.images) for a in row[1:]] for row in axes] == [[2, 2, 0], [2, 2, 2], [2, 2, 0]]
+    assert np.allclose(axes[2, 2].images[1].get_array(), maps["5"][4] / maps["5"][4].max())
+
+
+def test_the_parts_of_a_querys_time_are_stacked():
+    table = pd.DataFrame({"asymmetric": [1.0, 2.0], "symmetric": [4.0, 2.0]}, index=["image encoding", "text tower"])
+    axes = draw.latency(table).axes[0]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1), (1, 2), (0, 4), (4, 2)]
+    assert [text.get_text().strip() for text in axes.texts] == ["3.0 ms", "6.0 ms"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(table.index)

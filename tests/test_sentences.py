@@ -7,8 +7,19 @@ from torch.nn.functional import normalize
 
 from isa_lite import scenes
 from isa_lite.evaluate import benchmark_ranks, make_benchmark
-from isa_lite.query_encoder import compose
-from isa_lite.sentences import grounding, kept_and_followed, nearest_words, object_attention, ranks_without, word_kinds
+from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.sentences import (
+    grounding,
+    kept_and_followed,
+    look,
+    look_scene,
+    moved,
+    nearest_words,
+    object_attention,
+    ranks_rearranged,
+    ranks_without,
+    word_kinds,
+)
 from isa_lite.vl_model import load_vl_model
 
 
@@ -102,3 +113,32 @@ def test_what_an_answer_kept_and_followed_by_hand():
     assert kept_and_followed(reference, target, scenes.Scene((green,), "white", "flat")) == (1, 1 / 2)
     empty = scenes.Scene((), "white", "flat")
     assert kept_and_followed(reference, empty, empty) == (1, 1) and kept_and_followed(reference, empty, reference) == (1, 0)
+
+
+def test_a_moved_token_goes_to_the_farther_end_and_the_others_keep_their_order():
+    assert moved(4, 0) == [1, 2, 3, 0] and moved(4, 1) == [0, 2, 3, 1]
+    assert moved(4, 2) == [2, 0, 1, 3] and moved(4, 3) == [3, 0, 1, 2] and moved(1, 0) == [0]
+
+
+def test_sentences_are_ranked_in_the_order_that_is_asked_for():
+    vl, bench = load_vl_model(), make_benchmark(queries=8, gallery=40, seed=1)
+    gallery = vl.encode_images(bench.images)
+    torch.manual_seed(0)
+    tokens = torch.randn(8, 3, vl.word_width) * vl.word_norm / vl.word_width**0.5
+    found = ranks_rearranged(bench, vl, tokens, gallery, {"as written": [0, 1, 2], "reversed": [2, 1, 0]})
+    assert np.array_equal(found["reversed"], benchmark_ranks(bench, compose(vl, tokens.flip(1), bench.texts), gallery))
+    assert np.array_equal(found["as written"], benchmark_ranks(bench, compose(vl, tokens, bench.texts), gallery))
+    assert not np.array_equal(found["reversed"], found["as written"])
+
+
+def test_several_encoders_look_at_the_same_scenes(vl):
+    torch.manual_seed(0)
+    encoders = [QueryEncoder.for_model(vl, num_tokens=n, width=32, depth=1).eval() for n in (3, 1)]
+    found = look(encoders, images=12)
+    i, scene = look_scene(12)
+    assert list(found) == ["1", "3"] and len(scene.objects) == 3
+    maps = encoders[0].sentences(np.asarray(scenes.render(scene, i, 64))[None]).maps[0]
+    assert np.allclose(found["3"]["maps"], maps, atol=1e-4)
+    assert len(found["3"]["grounding"]) == len(found["3"]["elsewhere"]) == 3
+    with pytest.raises(ValueError, match=r"told apart by their number of tokens, and these have \[3, 3\]"):
+        look([encoders[0], encoders[0]])

@@ -1,0 +1,130 @@
+"""The sweep: its plan, what names a run, that it goes on, and that its record, table and figure say what the runs said."""
+
+import json
+
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from isa_lite import ablations, draw, sweep
+from isa_lite.mappings import MAPPINGS
+
+DEFAULTS = sweep.notebook_defaults(sweep.NOTEBOOK)
+
+
+def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
+    runs = ablations.plan(DEFAULTS)
+    assert runs[0]["shows"][0] == ("", "default") and ablations.changed(runs[0]["parameters"], DEFAULTS) == {}
+    assert all(not run["parameters"]["single_vector"] for run in runs)
+    keys = [json.dumps(run["parameters"], sort_keys=True) for run in runs]
+    assert len(set(keys)) == len(keys)
+    for run in runs:
+        different = set(ablations.changed(run["parameters"], DEFAULTS))
+        assert len(different) <= 1 or different == {"gcd_weight", "lar_weight"}
+    shown = {pair for run in runs for pair in run["shows"]}
+    assert {("tokens", str(n)) for n in (1, 2, 4, 8, 12, 16, 24)} <= shown
+    assert {("mapping", name) for name in MAPPINGS} <= shown
+    assert {("training images", n) for n in ("250", "32000")} <= shown
+    assert sum(name == "backbone" for name, _ in shown) >= 6
+    default = {name for name, _ in runs[0]["shows"]}
+    assert default == {"", *ablations.ablations(DEFAULTS)}  # every ablation holds the default as one of its values
+
+
+def test_the_losses_are_both_each_and_neither():
+    losses = ablations.ablations({**DEFAULTS, "lar_weight": 0.0})["losses"]
+    assert [tuple(bool(v) for v in changed.values()) for changed in losses.values()] == [
+        (True, True),
+        (True, False),
+        (False, True),
+        (False, False),
+    ]
+
+
+def test_an_ablation_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--only", "token", "--dry-run"])
+    assert "unknown ablation token; there are: losses, mapping" in capsys.readouterr().err
+
+
+def test_a_shortened_sweep_does_not_overwrite_the_committed_record(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--steps", "5"])
+    assert "say with --out where its record goes" in capsys.readouterr().err
+
+
+def test_a_run_is_named_by_what_its_result_depends_on():
+    first = sweep.key(DEFAULTS, "weights")
+    assert sweep.key({**DEFAULTS, "out_dir": "elsewhere", "device": "cuda", "num_workers": 3}, "weights") == first
+    assert len({first, sweep.key(DEFAULTS, "others"), sweep.key({**DEFAULTS, "seed": 1}, "weights")}) == 3
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """In the place of papermill: writes the metrics that notebook 02 would; `fail` names numbers of tokens that stop it."""
+    ran, fail = [], set()
+
+    def execute_notebook(path, output, parameters, **_):
+        ran.append(parameters)
+        if parameters["num_tokens"] in fail:
+            raise PapermillExecutionError(1, 1, "", "ValueError", "too many", [])
+        isa = {f"R@{k}": float(parameters["num_tokens"] + k + parameters["seed"]) for k in (1, 5, 10)}
+        found = {"methods": {"isa": isa, "composition ceiling": {"R@1": 50.0, "R@5": 60.0, "R@10": 70.0}}}
+        found |= {"intervals": {}, "training_seconds": {"isa": 7.0}, "queries": 30, "gallery": 150, "machine": "m"}
+        folder = output.parent
+        (folder / "metrics.json").write_text(json.dumps(found))
+        (folder / "cache").mkdir(exist_ok=True)
+        (folder / "isa.state.safetensors").write_text("")
+
+    monkeypatch.setattr(sweep.papermill, "execute_notebook", execute_notebook)
+    monkeypatch.setattr(sweep, "_attention", lambda *_: {})
+    return ran, fail
+
+
+def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path, notebook, capsys):
+    ran, fail = notebook
+    fail.add(24)
+    arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--seeds", "0,1"]
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(arguments)
+    assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 14
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert [entry["label"] for entry in record["missing"]] == ["24", "24"] and len(record["runs"]) == 14  # 12, and the default
+
+    fail.clear(), ran.clear()
+    sweep.main([*arguments, "--dry-run"])
+    assert not ran and "2 of 14 runs to go" in capsys.readouterr().out
+    sweep.main(arguments)
+    assert [parameters["num_tokens"] for parameters in ran] == [24, 24]
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert not record["missing"] and record["defaults"]["steps"] == DEFAULTS["steps"]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    left = [p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()]
+    assert set(left) == {"metrics.json", "result.json"}  # no targets, no training states
+
+    table = ablations.table(record)
+    assert table.loc[("tokens", "4"), "R@1"].startswith("5.5 [") and table.loc[("tokens", "4"), "seeds"] == 2
+    assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
+    axes = draw.ablations(record).axes[0]
+    assert axes.get_title() == "tokens"
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 24]
+    assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 25.5]
+
+
+def test_names_become_bars_and_the_default_is_said_in_words():
+    def entry(label, value, changed):
+        methods = {"isa": {"R@1": value}, "composition ceiling": {"R@1": 60.0}}
+        return {"ablation": "losses", "label": label, "seed": 0, "changed": changed, "methods": methods}
+
+    axes = draw.ablations({"runs": [entry("GCD", 40.0, {}), entry("neither", 3.0, {"gcd_weight": 0})]}).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [40, 3]
+    assert [text.get_text() for text in axes.texts] == ["40 default", "3"]
+    assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+
+
+def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):
+    arguments = ["--smoke", "--only", "captions of the VL model", "--runs", str(tmp_path / "runs")]
+    sweep.main([*arguments, "--out", str(tmp_path / "sweep.json")])
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    labels = [(entry["ablation"], entry["label"]) for entry in record["runs"]]
+    assert labels == [("", "default"), ("captions of the VL model", "with the language of change")]
+    assert record["runs"][0]["methods"]["isa"]["R@10"] > 0 and record["defaults"]["smoke"] is True
+    assert [entry["label"] for entry in record["missing"]] == ["without"]  # there is no such VL model here

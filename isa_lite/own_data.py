@@ -143,6 +143,11 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
     return captions
 
 
+def beside(images: ImageFolder, name: str) -> Path | None:
+    """The file `name` in a folder of images or, where there is none, right beside the folder; None where there is neither."""
+    return next((p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()), None)
+
+
 @dataclass
 class Triplets:
     """Composed queries over the images of a folder: query i is (reference[i], texts[i]), and any of targets[i] is right.

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite import scenes
-from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
+from isa_lite.checkpoint import load_run, read_tensors, save_run, write_tensors, write_text
 from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, commit, machine, plain_attention
 
 
@@ -256,10 +256,11 @@ def _train(
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
     settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
     if checkpoint and checkpoint.is_file():
-        info = load_run(checkpoint, modules, optimizer)
+        info = read_tensors(checkpoint)[1]
         changed = [k for k, v in settings.items() if info["config"].get(k) != v]
         if changed:
             raise ValueError(f"{checkpoint} belongs to a run with another {', '.join(changed)}; delete it or name another --run")
+        load_run(checkpoint, modules, optimizer)
         start, before = info["step"], info["seconds"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step, batch in zip(bar, _stream(source(purpose, start, steps), config.num_workers), strict=True):

@@ -88,7 +88,7 @@ WRONG = {
         ("return 100.0", "at K = 1"),
     ],
     "05 my_rank": [
-        ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "is the reference"),
+        ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
         ("return 5", "*any* of them"),
         ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
         ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
@@ -102,8 +102,8 @@ WRONG = {
     ],
     "05 my_twins": [
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
-        ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 6", "share of captions"),
-        ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "one image was missed"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 6", "of captions"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
         ("return 100.0", "50, not 100"),
     ],
     "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],

@@ -16,9 +16,12 @@ import pandas as pd
 from IPython.display import Image as Picture
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+from PIL import ImageOps
 
 from isa_lite.distill import History
 from isa_lite.evaluate import Benchmark, bootstrap_interval, recall, seed_interval
+from isa_lite.images import ImageFolder
+from isa_lite.own_data import Triplets
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 _STYLE = {
@@ -79,23 +82,45 @@ def contact_sheet(images: Sequence, titles: Sequence[str] = (), columns: int = 8
         return figure
 
 
+def _rankings(rows: Sequence[tuple], title: str) -> Figure:
+    """rows: of each query its reference, its words, and its answers, best first, each with whether it is right."""
+    with matplotlib.rc_context(_STYLE):
+        columns = len(rows[0][2])
+        figure = _figure(1.45 * (columns + 1.5), 1.95 * len(rows) + 0.35)
+        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns)
+        for axes, (reference, text, answers) in zip(grid, rows, strict=True):
+            _picture(axes[0], reference, "reference", size=10)
+            axes[0].set_xlabel(wrap(f"“{text}”", 26), fontsize=10)
+            for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
+                _picture(a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
+        figure.suptitle(title, fontsize=14, x=0.01, ha="left")
+        return figure
+
+
 def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
     """A row a query: the reference with its modifier, then the best images; `found`: gallery indices, one row of them a query.
 
     An image that shows the target scene has a green frame and the word "target" above it.
     """
-    with matplotlib.rc_context(_STYLE):
-        columns = found.shape[1]
-        figure = _figure(1.45 * (columns + 1.5), 1.95 * len(rows) + 0.35)
-        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns)
-        for axes, i, best in zip(grid, rows, found, strict=True):
-            _picture(axes[0], bench.images[bench.reference[i]], "reference", size=10)
-            axes[0].set_xlabel(wrap(f"“{bench.texts[i]}”", 26), fontsize=10)
-            for k, (a, j) in enumerate(zip(axes[1:], best, strict=True), 1):
-                hit = bench.labels[j] == bench.labels[bench.target[i]]
-                _picture(a, bench.images[j], f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
-        figure.suptitle(title, fontsize=14, x=0.01, ha="left")
-        return figure
+
+    def row(i: int, best: np.ndarray) -> tuple:
+        answers = [(bench.images[j], bench.labels[j] == bench.labels[bench.target[i]]) for j in best]
+        return bench.images[bench.reference[i]], bench.texts[i], answers
+
+    return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
+
+
+def own_retrieval(images: ImageFolder, queries: Triplets, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
+    """The same for queries over a folder of one's own, whose pictures are drawn at most 192 pixels wide and high."""
+
+    def picture(i: int):
+        return ImageOps.contain(images[int(i)], (192, 192)) if max(images[int(i)].size) > 192 else images[int(i)]
+
+    def row(i: int, best: np.ndarray) -> tuple:
+        answers = [(picture(j), int(j) in queries.targets[i]) for j in best]
+        return picture(queries.reference[i]), queries.texts[i], answers
+
+    return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
 
 
 def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: str, emphasis: str) -> Figure:

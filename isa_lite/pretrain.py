@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite import scenes
-from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
+from isa_lite.checkpoint import load_run, read_tensors, save_run, write_tensors, write_text
 from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, commit, machine, plain_attention
 
 
@@ -135,32 +136,36 @@ class SceneBatches(Dataset):
         return scenes.render_many(images, rng.integers(2**31, size=len(images)), c.image_size), texts, owner
 
 
-def _stream(config: PretrainConfig, purpose: int, start: int, stop: int) -> DataLoader:
-    data = SceneBatches(config, purpose, start, stop)
-    return DataLoader(data, batch_size=None, num_workers=config.num_workers, prefetch_factor=4 if config.num_workers else None)
+def scene_texts(seed: int) -> list[str]:
+    """Captions and edits of 4000 scenes: every word that `SceneBatches` may say."""
+    rng = np.random.default_rng((seed, 2))
+    texts = []
+    for _ in range(4000):
+        scene = scenes.sample_scene(rng)
+        texts += [scenes.caption(scene, rng), scenes.caption(scene, rng, False), scenes.modify(scene, rng)[1].text + ", but ."]
+    return texts
+
+
+#: Where batches come from: purpose, start and stop give a dataset that yields what `SceneBatches` yields.
+Source = Callable[[int, int, int], Dataset]
+
+
+def _stream(data: Dataset, num_workers: int) -> DataLoader:
+    return DataLoader(data, batch_size=None, num_workers=num_workers, prefetch_factor=4 if num_workers else None)
 
 
 # --------------------------------------------------------------------------------------------- training
 
 
 class _WordTable(torch.nn.Module):
-    """The rows of the word-embedding table that scene captions use, trained apart from the 49,408 others.
+    """The rows of the word-embedding table that `texts` use, trained apart from the 49,408 others.
 
     Words that never occur keep the zero vector: the model says nothing about what it has not seen, and the
     file of weights compresses well.
     """
 
-    def __init__(self, vl: VLModel, seed: int):
+    def __init__(self, vl: VLModel, texts: Sequence[str]):
         super().__init__()
-        rng = np.random.default_rng((seed, 2))
-        texts = []
-        for _ in range(4000):
-            scene = scenes.sample_scene(rng)
-            texts += [
-                scenes.caption(scene, rng),
-                scenes.caption(scene, rng, False),
-                scenes.modify(scene, rng)[1].text + ", but .",
-            ]
         table = vl._text.token_embedding.weight
         used = torch.unique(torch.cat([vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]))
         self.row = torch.zeros(table.shape[0], dtype=torch.long)
@@ -237,6 +242,7 @@ def _train(
     name: str,
     modules: dict[str, torch.nn.Module],
     loss_of: Callable[[tuple], tuple[Tensor, Tensor]],
+    source: Source,
     purpose: int,
     steps: int,
     config: PretrainConfig,
@@ -251,13 +257,14 @@ def _train(
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
     settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
     if checkpoint and checkpoint.is_file():
-        info = load_run(checkpoint, modules, optimizer)
+        info = read_tensors(checkpoint)[1]
         changed = [k for k, v in settings.items() if info["config"].get(k) != v]
         if changed:
             raise ValueError(f"{checkpoint} belongs to a run with another {', '.join(changed)}; delete it or name another --run")
+        load_run(checkpoint, modules, optimizer)
         start, before = info["step"], info["seconds"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-    for step, batch in zip(bar, _stream(config, purpose, start, steps), strict=True):
+    for step, batch in zip(bar, _stream(source(purpose, start, steps), config.num_workers), strict=True):
         loss, right = loss_of(batch)
         _step(loss, optimizer, _lr(step, steps, config))
         if (step + 1) % 100 == 0:
@@ -273,13 +280,21 @@ def _mixed(config: PretrainConfig) -> AbstractContextManager:
 
 
 def train_towers(
-    config: PretrainConfig, checkpoint: Path | None = None, log: Callable[[str], None] = tqdm.write
+    config: PretrainConfig,
+    checkpoint: Path | None = None,
+    log: Callable[[str], None] = tqdm.write,
+    source: Source | None = None,
+    texts: Sequence[str] | None = None,
 ) -> tuple[VLModel, float]:
-    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is saved there and resumed."""
+    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is saved there and resumed.
+
+    source: batches of other images than scenes; texts: then all that their captions may say.
+    """
+    source, texts = source or partial(SceneBatches, config), scene_texts(config.seed) if texts is None else texts
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)
     vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
-    modules = {"vl": vl, "table": _WordTable(vl, config.seed).to(config.device)}
+    modules = {"vl": vl, "table": _WordTable(vl, texts).to(config.device)}
     scale = vl.clip.logit_scale
 
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
@@ -294,7 +309,7 @@ def train_towers(
         right = ((text @ image.T).argmax(1) == owner).float().mean()  # captions nearest to their own image
         return contrastive_loss(image, text, owner, scale.exp()), right
 
-    seconds = _train("towers", modules, loss_of, 1, config.steps, config, checkpoint, log)
+    seconds = _train("towers", modules, loss_of, source, 1, config.steps, config, checkpoint, log)
     modules["table"].store(vl)
     return vl.eval().requires_grad_(False), seconds
 
@@ -333,12 +348,17 @@ def candidates_loss(
 
 
 def train_matcher(
-    vl: VLModel, config: PretrainConfig, checkpoint: Path | None = None, log: Callable[[str], None] = tqdm.write
+    vl: VLModel,
+    config: PretrainConfig,
+    checkpoint: Path | None = None,
+    log: Callable[[str], None] = tqdm.write,
+    source: Source | None = None,
 ) -> tuple[MatchingEncoder, float]:
     """The matching encoder on the frozen towers, own image against the three hardest others; also the seconds it took."""
+    source = source or partial(SceneBatches, config)
     torch.manual_seed(config.seed)
     with _mixed(config):
-        tokens, _, patches, _ = matching_inputs(vl, *SceneBatches(config, 3)[0])
+        tokens, _, patches, _ = matching_inputs(vl, *source(3, 0, 1)[0])
     matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(config.device)
 
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
@@ -347,7 +367,7 @@ def train_matcher(
             others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices  # B x 3
             return candidates_loss(matcher, tokens, mask, patches, others)
 
-    seconds = _train("matching encoder", {"matcher": matcher}, loss_of, 3, config.matching_steps, config, checkpoint, log)
+    seconds = _train("matching encoder", {"matcher": matcher}, loss_of, source, 3, config.matching_steps, config, checkpoint, log)
     return matcher.eval().requires_grad_(False), seconds
 
 
@@ -355,13 +375,17 @@ def train_matcher(
 
 
 def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
-    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder beside them."""
+    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if there is one, beside them."""
     write_text(
         folder / "open_clip_config.json",
         json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n",
     )
     half = {k: v.half() if v.is_floating_point() else v for k, v in vl.clip.state_dict().items()}
     write_tensors(folder / "open_clip_model.safetensors", half)
+    if vl.matcher is None:  # nor may one of an earlier model stay
+        for ending in ("json", "safetensors"):
+            (folder / f"matching_encoder.{ending}").unlink(missing_ok=True)
+        return
     write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
     write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
 

@@ -87,6 +87,25 @@ WRONG = {
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
         ("return 100.0", "at K = 1"),
     ],
+    "05 my_rank": [
+        ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
+        ("return 5", "*any* of them"),
+        ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
+        ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
+        ("return 9", "rank 3, not 9"),
+    ],
+    "05 my_difference": [
+        ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),
+        ("return sorted(set(a)), sorted(set(b))", "differ in red and blue"),
+        ("return [w for w in a if w not in b], [w for w in b if w not in a]", "must not share a word"),
+        ("return ([], []) if len(a) < 2 else (['red'], ['blue'])", "nothing is lost"),
+    ],
+    "05 my_twins": [
+        ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 6", "of captions"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
+        ("return 100.0", "50, not 100"),
+    ],
     "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
     "07 my_prompt": [
         ("return parts", "still in it"),

@@ -11,6 +11,10 @@ import execute
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from isa_lite.gallery import Gallery
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.vl_model import load_vl_model
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -57,6 +61,36 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
     assert (tmp_path / "out" / "query_encoder.safetensors").is_file()
 
 
+def test_a_folder_becomes_a_gallery_and_a_query_encoder_at_smoke_size(tmp_path):
+    made = papermill("05_your_images.ipynb", tmp_path, "-p", "smoke", "true", "-p", "out_dir", "out", "-p", "contrast", "false")
+    assert made.returncode == 0, made.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (found["queries"], found["gallery"], found["held_out"]) == (20, 120, 12)
+    assert set(found["methods"]) == {"isa", "image only", "text only", "image + text", "composition ceiling", "target ceiling"}
+    # What was made is a folder like a user's, and a model to take: the same again with both named, and without any queries.
+    own = [
+        "-p",
+        "images",
+        "out/icons/images",
+        "-p",
+        "vl_model",
+        "out/vl_model",
+        "-p",
+        "captions",
+        "none",
+        "-p",
+        "triplets",
+        "none",
+    ]
+    done = papermill("05_your_images.ipynb", tmp_path, *own, "-p", "smoke", "true", "-p", "out_dir", "mine")
+    assert done.returncode == 0, done.stderr[-3000:]
+    vl = load_vl_model(str(tmp_path / "out" / "vl_model"))
+    assert QueryEncoder.load(tmp_path / "mine", vl).config.num_tokens == 8
+    gallery = Gallery.load(tmp_path / "mine" / "gallery.safetensors")
+    assert len(gallery) == 120 and gallery.ids[0] == "icon_0000.png"
+    assert not (tmp_path / "mine" / "metrics.json").exists()
+
+
 @pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb", "07_deploy.ipynb"])
 def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
     done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
@@ -72,6 +106,10 @@ def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tm
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
         ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
         ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 2"),
+        ("05_your_images.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
+        ("05_your_images.ipynb", ("-p", "captions", "none"), "without captions no model can be trained"),
+        ("05_your_images.ipynb", ("-p", "captions", "my.csv", "-p", "smoke", "true"), "there is no file my.csv"),
+        ("05_your_images.ipynb", ("-p", "held_out", "0.7"), "held_out must be a share between 0 and 0.5"),
         ("01_token_learner.ipynb", ("-p", "word", "blu"), "parameter 'word' must be one of"),
         ("01_token_learner.ipynb", ("-p", "word", "red"), "parameter 'caption' must contain 'red' once"),
         ("07_deploy.ipynb", ("-p", "thread", "1"), "unknown parameter 'thread'; did you mean 'threads'?"),

@@ -1,0 +1,278 @@
+"""A folder of the user's own: captions and triplets as people write them, and what is said about those that cannot be used."""
+
+import json
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from isa_lite import draw, icons
+from isa_lite.images import ImageFolder, images_key
+from isa_lite.own_data import beside, composed, fingerprint, part, read_captions, read_triplets, unseen_words, untrained
+from isa_lite.query_encoder import QueryEncoder, compose
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four images (one in a subfolder, one with an accent in its name as macOS stores it), and a file that is no image."""
+    names = ["a.png", "b.png", "sub/c.png", unicodedata.normalize("NFD", "é.png")]
+    for i, name in enumerate(names):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (60 * i, 90, 250 - 60 * i)).save(path)
+    (tmp_path / "pictures" / "notes.txt").write_text("notes")
+    return ImageFolder(tmp_path / "pictures")
+
+
+def csv(folder: ImageFolder, content: str | bytes):
+    path = folder.folder.parent / "captions.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def captions(folder: ImageFolder, content: str | bytes) -> dict[str, list[str]]:
+    said = read_captions(csv(folder, content), folder)
+    return {f.relative_to(folder.folder).as_posix(): c for f, c in zip(folder.files, said, strict=True) if c}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_any_usual_table_is_read(folder, mark, delimiter, end):
+    rows = [["image", "caption"], ["a.png", "a cat"], ["b.png", '"one, two; three|four\tfive"'], ["sub/c.png", "a dog"]]
+    table = mark + end.join(delimiter.join(row) for row in rows) + end
+    assert captions(folder, table) == {"a.png": ["a cat"], "b.png": ["one, two; three|four five"], "sub/c.png": ["a dog"]}
+
+
+def test_columns_go_by_their_names_and_others_are_ignored(folder):
+    table = 'id, Caption ,author,IMAGE\n1,a cat,me,a.png\n\n2,"a\ndog",me,b.png\n,,,\n'
+    assert captions(folder, table) == {"a.png": ["a cat"], "b.png": ["a dog"]}
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "кошка на столе",
+        "赤い星、白い背景",
+        "नमस्ते दुनिया",
+        "قطة حمراء",
+        "☃ 👩🏽‍🚀 ½",
+        "null",
+        "NA",
+        "nan",
+        "3",
+        'a 5" disc',
+        "naïve — “café”",
+    ],
+)
+def test_any_unicode_is_a_caption_and_so_are_words_that_tables_take_for_gaps(folder, caption):
+    assert captions(folder, f"image,caption\na.png,{caption}\n") == {"a.png": [caption]}
+
+
+def test_several_captions_an_image_and_a_row_twice(folder):
+    table = "image,caption\na.png,a cat\na.png,a red cat\na.png,a  cat \n./b.png,a dog\nsub\\c.png,a cow\n"
+    assert captions(folder, table) == {"a.png": ["a cat", "a red cat"], "b.png": ["a dog"], "sub/c.png": ["a cow"]}
+
+
+def test_a_name_is_found_whichever_way_its_accent_is_stored(folder):
+    for form in ("NFC", "NFD"):
+        (said,) = captions(folder, f"image,caption\n{unicodedata.normalize(form, 'é.png')},x\n").values()
+        assert said == ["x"]
+
+
+def test_an_absolute_path_inside_the_folder_is_as_good_as_a_relative_one(folder):
+    assert captions(folder, f"image,caption\n{folder.folder.resolve() / 'sub/c.png'},x\n") == {"sub/c.png": ["x"]}
+
+
+def test_a_caption_cannot_end_the_text_early(folder, vl):
+    (said,) = captions(folder, "image,caption\na.png,one &lt;end_of_text> two\n")["a.png"]
+    ids = vl.tokenize([said])[0].tolist()
+    assert (
+        ids.count(vl.tokenizer.eot_token_id) == 1 and vl.tokenizer.encode("two")[0] in ids[: ids.index(vl.tokenizer.eot_token_id)]
+    )
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ("", "the first row must name the columns image and caption; it is ''"),
+        ("image,text\na.png,x\n", "the first row must name the columns image and caption; it is 'image,text'"),
+        ("image,caption,caption\na.png,x,y\n", "names a column twice"),
+        ("image,caption\n", "holds no caption"),
+        ("image,caption\na.png,\n", "1 of 1 rows cannot be used: row 2: 'a.png' has an empty caption; write one, or delete"),
+        ("image,caption\na.png,   \n", "row 2: 'a.png' has an empty caption"),
+        ("image,caption\na.png\n", "row 2: 'a.png' has an empty caption"),
+        ("image,caption\n,x\n", "row 2: names no image"),
+        ("image,caption\na.png,x\n\nd.png,x\n", r"row 4: 'd.png' is not in the folder pictures; did you mean"),
+        ("image,caption\nc.png,x\n", r"row 2: 'c.png' is not in the folder pictures; did you mean 'sub/c.png'\?"),
+        ("image,caption\nwww,x\n", "row 2: 'www' is not in the folder pictures; put it there, or delete the entry"),
+        ("image,caption\n../a.png,x\n", r"row 2: '\.\./a.png' lies outside the folder pictures; copy it into the folder"),
+        ("image,caption\n/etc/a.png,x\n", "row 2: '/etc/a.png' lies outside the folder pictures; copy it"),
+        ("image,caption\nnotes.txt,x\n", "row 2: 'notes.txt' is no image that Pillow reads"),
+        ("image,caption\na.png,one, two\n", "Expected 2 fields in line 2, saw 3; put a text that contains ',' or a line"),
+        ('image,caption\na.png,"open\n', "put a text that contains ',' or a line break in double quotes"),
+        ("image,caption\na.png,äx\n".encode("latin-1"), r"is not UTF-8 \(at byte 20\); save it as UTF-8"),
+        ("image,caption\na.png,x\n".encode("utf-16"), "is not UTF-8"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_used_is_refused_with_its_name_the_row_and_what_to_do(folder, table, message):
+    with pytest.raises(ValueError, match=message) as error:
+        captions(folder, table)
+    assert "captions.csv" in str(error.value)
+
+
+def test_all_rows_are_reported_at_once_the_first_five_in_words(folder):
+    with pytest.raises(ValueError, match=r"7 of 8 rows cannot be used: row 2: .*row 6: .* and 2 more") as error:
+        captions(folder, "image,caption\n" + "a.png,\n" * 7 + "a.png,x\n")
+    assert "row 7" not in str(error.value)
+
+
+def test_a_file_that_is_broken_or_not_there(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="skipped 1 of 2"):
+        images = ImageFolder(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\nb.png,x\n")
+    with pytest.raises(ValueError, match="row 2: 'b.png' cannot be read as an image .*; replace it, or delete the entry"):
+        read_captions(tmp_path / "captions.csv", images)
+    with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.csv; captions= names one"):
+        read_captions(tmp_path / "nowhere.csv", images)
+
+
+def test_a_file_is_found_in_the_folder_before_it_is_found_beside_it(folder):
+    assert beside(folder, "captions.csv") is None
+    outside = csv(folder, "image,caption\n")
+    assert beside(folder, "captions.csv") == outside.resolve()
+    (folder.folder / "captions.csv").write_text("")
+    assert beside(folder, "captions.csv") == folder.folder / "captions.csv"
+
+
+# ------------------------------------------------------------------------------------------------ triplets
+
+
+def triplets(folder: ImageFolder, content):
+    path = folder.folder.parent / "triplets.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return read_triplets(path, folder)
+
+
+GOOD = {"reference": "a.png", "modifier": " in  blue ", "targets": ["b.png", "sub/c.png", "b.png", "a.png"]}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_queries_are_read_and_a_reference_is_never_its_own_answer(folder, mark):
+    found = triplets(folder, mark + json.dumps([GOOD, GOOD | {"reference": "b.png", "targets": ["a.png"], "note": 1}]))
+    names = [f.relative_to(folder.folder).as_posix() for f in folder.files]
+    assert len(found) == 2 and found.texts == ["in blue"] * 2
+    assert [names[i] for i in found.reference] == ["a.png", "b.png"]
+    assert [[names[i] for i in t] for t in found.targets] == [["b.png", "sub/c.png"], ["a.png"]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[", "is not JSON: line 1, column 2"),
+        ({}, "must be a list of"),
+        ([], "must be a list of .* and not empty"),
+        (["a"], "entry 1: is 'a'; it must be an object with reference, modifier and targets"),
+        ([GOOD, {"reference": "a.png"}], "1 of 2 entries cannot be used: entry 2: lacks modifier, targets"),
+        ([GOOD | {"modifier": 3}], "entry 1: reference and modifier must be texts"),
+        ([GOOD | {"targets": "b.png"}], "entry 1: targets must be a list of files, also where there is only one"),
+        ([GOOD | {"targets": [3]}], "entry 1: targets must be a list of files"),
+        ([GOOD | {"modifier": " "}], "entry 1: has an empty modifier; say what should be different"),
+        ([GOOD | {"targets": []}], "entry 1: has no target but its own reference"),
+        ([GOOD | {"targets": ["a.png"]}], "entry 1: has no target but its own reference"),
+        ([GOOD | {"reference": "x"}], "entry 1: 'x' is not in the folder"),
+        ([GOOD | {"targets": ["../b.png"]}], r"entry 1: '\.\./b.png' lies outside the folder"),
+    ],
+)
+def test_triplets_that_cannot_be_used_are_refused(folder, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        triplets(folder, content)
+    assert "triplets.json" in str(error.value)
+
+
+def test_the_rank_is_that_of_the_best_target_with_the_reference_left_out(folder):
+    found = triplets(folder, [GOOD, GOOD | {"targets": ["sub/c.png"]}])  # files sort to a, b, é, c
+    order = [f.name for f in folder.files]
+    angle = {"a.png": 0.0, "b.png": 0.3, "c.png": 0.2}
+    gallery = torch.tensor([[np.cos(angle.get(n, 0.1)), np.sin(angle.get(n, 0.1))] for n in order], dtype=torch.float32)
+    query = torch.tensor([[1.0, 0.0]] * 2)
+    # By the angle: a (the reference), é (wrong), c, b. In the first query c is the best of two targets.
+    assert found.ranks(query, gallery).tolist() == [2, 2]
+    assert triplets(folder, [GOOD | {"targets": ["b.png"]}]).ranks(query[:1], gallery).tolist() == [3]
+
+
+def test_simple_methods_and_ceilings_are_what_their_words_say(folder, vl):
+    found = triplets(folder, [GOOD, GOOD | {"reference": "b.png", "targets": ["sub/c.png"]}])
+    gallery = vl.encode_images(list(folder))
+    said = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\nb.png,big dog\nsub/c.png,cow\n"), folder)
+    vectors = untrained(found, vl, gallery, said)
+    assert torch.equal(vectors["image only"], gallery[found.reference])
+    assert torch.allclose(vectors["text only"], vl.encode_text(["in blue"] * 2))
+    assert torch.allclose(
+        vectors["image + text"], F.normalize(gallery[found.reference] + vl.encode_text(["in blue"] * 2), dim=-1)
+    )
+    assert torch.allclose(vectors["composition ceiling"], vl.encode_text(["cat, in blue", "dog, in blue"]))
+    assert torch.allclose(vectors["target ceiling"], vl.encode_text(["dog", "cow"]))
+    uncaptioned = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\n"), folder)
+    assert list(untrained(found, vl, gallery, uncaptioned)) == ["image only", "text only", "image + text", "composition ceiling"]
+    assert list(untrained(found, vl, gallery, None)) == ["image only", "text only", "image + text"]
+
+
+def test_a_query_encoder_writes_the_sentence_of_each_querys_own_reference(folder, vl):
+    found = triplets(folder, [GOOD | {"reference": "sub/c.png", "targets": ["a.png"]}, GOOD, GOOD | {"modifier": "red"}])
+    encoder = QueryEncoder.for_model(vl, width=32, num_tokens=2).eval()
+    template = "{sentence} {modifier}"
+    tokens = encoder.sentences([folder[int(i)] for i in found.reference]).tokens
+    assert torch.allclose(composed(found, folder, vl, encoder, template), compose(vl, tokens, found.texts, template), atol=1e-5)
+
+
+def test_words_that_a_model_has_never_read_are_named(vl):
+    vl.clip.token_embedding.weight.zero_()
+    vl.clip.token_embedding.weight[vl.tokenizer.encode("red star")] = 1.0
+    assert unseen_words(vl, ["Red, star!", "make it RED", ""]) == ["it", "make"]
+
+
+def test_a_part_of_a_folder_is_a_folder_with_its_own_key(folder):
+    some = part(folder, [2, 0])
+    assert [f for f in some.files] == [folder.files[2], folder.files[0]] and len(folder) == 4
+    assert np.array_equal(some[0], folder[2])
+    assert len({images_key(f) for f in (folder, some, part(folder, [0, 2]))}) == 3
+
+
+def test_the_digest_changes_with_a_caption(folder):
+    none = [[]] * 4
+    assert fingerprint(folder, none) == fingerprint(folder, none) != fingerprint(folder, [["a"], [], [], []])
+
+
+# ------------------------------------------------------------------------------------------- example, figure
+
+
+def test_the_example_folder_is_one_that_a_user_could_have_made(tmp_path):
+    folder = icons.write_icons(tmp_path / "x", 120, 30, seed=3, size=32)
+    images = ImageFolder(folder / "images")
+    said, queries = read_captions(folder / "captions.csv", images), read_triplets(folder / "triplets.json", images)
+    assert len(images) == 120 and all(said) and len(queries) == 30 and max(map(len, queries.targets)) > 1
+    values = {v for values in icons._VALUES.values() for v in values}
+    for i, text, targets in zip(queries.reference, queries.texts, queries.targets, strict=True):
+        before, asked = values & set(said[i][0].replace(",", "").split()), values & set(text.split())
+        for target in targets:  # one value is exchanged for the one that the words name
+            after = values & set(said[target][0].replace(",", "").split())
+            assert after - before == asked and len(asked) == 1 and len(before - after) == 1
+    again = ImageFolder(icons.write_icons(tmp_path / "y", 120, 30, seed=3, size=32) / "images")
+    assert again.key == images.key
+    with pytest.raises(ValueError, match="count must be at least 100"):
+        icons.write_icons(tmp_path, 99)
+
+
+def test_a_figure_marks_every_target_of_a_query(folder):
+    found = triplets(folder, [GOOD])
+    shown = np.array([[i for i in range(4) if i != found.reference[0]]])
+    figure = draw.own_retrieval(folder, found, [0], shown)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "reference" and figure.axes[0].get_xlabel() == "“in blue”"
+    assert [t.endswith("target") for t in titles[1:]] == [int(i) in found.targets[0] for i in shown[0]]

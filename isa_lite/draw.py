@@ -189,7 +189,7 @@ def token_bars(scores: Mapping[str, Sequence[float]], ylabel: str, title: str = 
             axes.axhline(level, color="black", linestyle="--", linewidth=1.5)
         axes.set_xticks(range(len(values)), [str(i + 1) for i in range(len(values))])
         axes.set(xlabel="token", ylabel=ylabel, title=title)
-        axes.legend(frameon=False, fontsize=12)
+        figure.legend(frameon=False, fontsize=12, loc="outside lower center", ncols=len(scores))
         return figure
 
 
@@ -345,9 +345,8 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
         axes.scatter(summary["kept"], rows, s=110, color=BLUE, marker="o", label="kept of the image", zorder=2)
         axes.scatter(summary["followed"], rows, s=110, color=ORANGE, marker="^", label="followed of the words", zorder=2)
         axes.set_yticks(rows, [f"{kind} ({count} wrong)" for kind, count in zip(summary.index, summary["wrong"], strict=True)])
-        axes.invert_yaxis()
-        axes.set(xlim=(-3, 103), xlabel="mean over the wrong first answers, in %", title=title)
-        axes.legend(frameon=False, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.22 - 0.3 / len(summary)), ncols=2)
+        axes.set(xlim=(-3, 103), ylim=(len(summary) - 0.5, -0.5), xlabel="mean over the wrong first answers, in %", title=title)
+        figure.legend(frameon=False, fontsize=12, loc="outside lower center", ncols=2)
         return figure
 
 
@@ -366,7 +365,7 @@ def latency(table: pd.DataFrame, title: str = "") -> Figure:
         axes.set_yticks(range(len(table.columns)), list(table.columns))
         axes.invert_yaxis()
         axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.15 * float(table.sum().max())))
-        axes.legend(frameon=False, fontsize=11, loc="upper center", bbox_to_anchor=(0.45, -0.32), ncols=3)
+        figure.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=3)
         return figure
 
 

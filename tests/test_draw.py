@@ -101,4 +101,4 @@ def test_the_parts_of_a_querys_time_are_stacked():
     axes = draw.latency(table).axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1), (1, 2), (0, 4), (4, 2)]
     assert [text.get_text().strip() for text in axes.texts] == ["3.0 ms", "6.0 ms"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(table.index)
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(table.index)

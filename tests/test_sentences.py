@@ -137,7 +137,7 @@ def test_several_encoders_look_at_the_same_scenes(vl):
     found = look(encoders, images=12)
     i, scene = look_scene(12)
     assert list(found) == ["1", "3"] and len(scene.objects) == 3
-    maps = encoders[0].sentences(np.asarray(scenes.render(scene, i, 64))[None]).maps[0]
+    maps = encoders[0].sentences(scenes.render_many([scene], [i], 64)).maps[0]
     assert np.allclose(found["3"]["maps"], maps, atol=1e-4)
     assert len(found["3"]["grounding"]) == len(found["3"]["elsewhere"]) == 3
     with pytest.raises(ValueError, match=r"told apart by their number of tokens, and these have \[3, 3\]"):

@@ -104,7 +104,7 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     assert table.loc[("tokens", "4"), "R@1"].startswith("5.5 [") and table.loc[("tokens", "4"), "seeds"] == 2
     assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
     axes = draw.ablations(record).axes[0]
-    assert axes.get_title() == "tokens"
+    assert axes.get_title(loc="left") == "tokens"
     assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 24]
     assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 25.5]
 

@@ -34,7 +34,7 @@ class DistillConfig:
     the recall; dtype: of the matrix products (autocast).
     """
 
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 128
     lr: float = 3e-3
     warmup: int = 50
@@ -43,7 +43,7 @@ class DistillConfig:
     gcd_weight: float = 1.0
     lar_weight: float = 0.1
     negatives: int = 8192
-    word_noise: float = 0.7
+    word_noise: float = 1.0
     validation: int = 500
     validate_every: int = 100
     template: str = TEMPLATE

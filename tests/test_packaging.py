@@ -13,9 +13,9 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters checkpoint images scenes vl_model token_learner query_encoder losses distill embed gallery evaluate baselines
-    fusion inversion sentences spaces compare growth benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr
-    benchmarks.circo benchmarks.tiny benchmarks.run benchmarks.__main__ pretrain cards bench draw widgets
+    parameters checkpoint images scenes vl_model token_learner backbones query_encoder losses distill embed gallery evaluate
+    baselines fusion inversion sentences spaces compare growth benchmarks.common benchmarks.submission benchmarks.fashioniq
+    benchmarks.cirr benchmarks.circo benchmarks.tiny benchmarks.run benchmarks.__main__ pretrain cards bench draw widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

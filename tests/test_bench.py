@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from isa_lite.bench import multiply_adds, side_by_side
+from isa_lite.bench import backbones, multiply_adds, side_by_side
 
 
 def test_multiply_adds_of_layers_that_one_can_count_by_hand():
@@ -23,3 +23,12 @@ def test_calls_are_timed_in_turn():
     order = []
     times = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4)
     assert order == ["a", "b"] * 7 and set(times) == {"a", "b"} and min(times.values()) >= 0
+
+
+def test_the_table_of_backbones(vl):
+    table = backbones(vl, 64, ("resnet18", "vit_tiny_patch16_224"), rounds=1)
+    assert list(table.index) == ["VL image tower", "resnet18", "vit_tiny_patch16_224"]
+    assert list(table["map"][1:]) == ["256 x 4 x 4", "192 x 4 x 4"] and list(table["stride"][1:]) == [16, 16]
+    blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)  # weights and biases of attention, MLP, norms
+    assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18  # patches; positions and class
+    assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (table[["multiply-adds", "ms"]] > 0).all().all()

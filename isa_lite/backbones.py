@@ -16,6 +16,7 @@ from typing import NamedTuple
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 #: One light backbone of each family; tested, and measured by `python -m isa_lite.bench backbones`.
 LIGHT = {
@@ -84,6 +85,17 @@ def _create(name: str, image_size: int, **settings) -> nn.Module:
         return timm.create_model(name, features_only=True, **settings)
 
 
+class _Subsampled(nn.Conv2d):
+    """A 1x1 convolution with a stride, computed as what it is: take every second pixel, then mix the channels.
+
+    In channels_last, PyTorch 2.14's backward pass of such a convolution on 3 channels writes past its memory on a CPU. MobileOne
+    and FastViT begin with one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
 def build_backbone(
     name: str, image_size: int, stride: int | None = None, pretrained: bool = False, weights: str = ""
 ) -> tuple[nn.Module, int, tuple[int, int, int]]:
@@ -113,6 +125,9 @@ def build_backbone(
         raise ValueError(f"timm has no weights for backbone {name!r}; set pretrained to False, or take another backbone")
     # 'getter' drops the layers behind the map that is used, so that nothing is computed in vain.
     backbone = _create(name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,)).eval()
+    for layer in backbone.modules():
+        if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (3, (1, 1), (0, 0)):
+            layer.__class__ = _Subsampled  # the same weights under the same name
     if ready:
         backbone.model.load_state_dict({key: ready[key] for key in backbone.model.state_dict()})
     try:

@@ -157,9 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
     parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
-    parser.add_argument(
-        "--image-size", type=int, default=None, help="of the light backbones, in pixels; else that of the VL model"
-    )
+    parser.add_argument("--image-size", type=int, default=None, help="of the light backbones; else the VL model's")
     parser.add_argument("--rounds", type=int, default=10, help="of the timing of backbones and embed")
     args = parser.parse_args(argv)
     if args.rounds < 1 or (args.image_size is not None and args.image_size < 1):

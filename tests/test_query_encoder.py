@@ -307,6 +307,17 @@ def test_a_position_of_the_map_of_a_transformer_is_a_place_in_the_image(vl):
     assert torch.allclose(plain, backbone.model.forward_intermediates(pixels, [-1], intermediates_only=True)[0])
 
 
+def test_mobileone_computes_what_timms_does(vl, images):
+    """Its first layer goes another way (`_Subsampled`)."""
+    encoder = fresh(vl, backbone="mobileone_s0")
+    theirs = timm.create_model("mobileone_s0", features_only=True, feature_cls="getter", out_indices=(3,)).eval()
+    theirs.load_state_dict(encoder.backbone.state_dict())
+    pixels = encoder.pixels(images)
+    assert any(isinstance(m, backbones._Subsampled) for m in encoder.backbone.modules())
+    with torch.no_grad():
+        assert torch.allclose(encoder.backbone(pixels)[0], theirs(pixels)[0], atol=1e-5)
+
+
 def test_the_default_stride_leaves_four_positions_a_side():
     assert [default_stride([2, 4, 8, 16, 32], size) for size in (4, 16, 32, 64, 96, 127, 128, 224)] == [
         2,

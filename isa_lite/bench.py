@@ -1,4 +1,5 @@
-"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... embed` (a gallery).
+"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... embed` (a gallery),
+`... backbones` (light encoders).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -10,7 +11,8 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,14 @@ import open_clip
 import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from isa_lite.backbones import LIGHT, build_backbone
 from isa_lite.embed import embed_files
 from isa_lite.gallery import Gallery
 from isa_lite.images import read_image
@@ -215,6 +218,33 @@ def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, 
     return table
 
 
+def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.values()), rounds: int = 10) -> pd.DataFrame:
+    """Light backbones up to the map that a query encoder would use, beside the VL image tower, one image at a time.
+
+    Columns: parameters and multiply-adds in millions; the map's stride, in pixels, and its C x H x W; milliseconds; and how many
+    times more the VL image tower (at its own size) takes. Random weights: they cost as much as trained ones.
+    """
+    pixels, large = torch.randn(1, 3, image_size, image_size), torch.randn(1, 3, vl.image_size, vl.image_size)
+    networks: dict[str, nn.Module] = {"VL image tower": vl.clip.visual}
+    calls, maps = {"VL image tower": lambda: vl.encode_pixels(large)}, {"VL image tower": ("", "")}
+    for name in names:
+        networks[name], stride, shape = build_backbone(name, image_size)
+        calls[name], maps[name] = partial(networks[name], pixels), (stride, " x ".join(map(str, shape)))
+    table = pd.DataFrame({"parameters": {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in networks.items()}})
+    table["multiply-adds"] = pd.Series({n: multiply_adds(call) for n, call in calls.items()})
+    table["stride"], table["map"] = pd.Series({n: m[0] for n, m in maps.items()}), pd.Series({n: m[1] for n, m in maps.items()})
+    table["ms"] = pd.Series(side_by_side(calls, rounds))
+    for column in ("multiply-adds", "ms"):
+        table[f"VL tower / {column}"] = table.loc["VL image tower", column] / table[column]
+    return table
+
+
+def random_model(name: str) -> VLModel:
+    """A model of open_clip with random weights, for timing."""
+    clip, _, preprocess = open_clip.create_model_and_transforms(name)
+    return VLModel(clip, preprocess, open_clip.get_tokenizer(name), name=f"{name}, random weights")
+
+
 def peak_memory() -> float:
     """The most memory that this process has held so far, in GiB; not a number where the system does not tell (Windows)."""
     try:
@@ -227,25 +257,33 @@ def peak_memory() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "embed", "split"])
+    parser.add_argument("what", choices=["cost", "embed", "split", "backbones"])
     logging.getLogger().addFilter(lambda record: "No pretrained weights" not in record.getMessage())  # on purpose here
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
     parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
+    parser.add_argument("--image-size", type=int, default=None, help="of the light backbones; else the VL model's")
+    parser.add_argument("--rounds", type=int, default=10, help="of the timing of backbones and embed")
     args = parser.parse_args(argv)
+    if args.rounds < 1 or (args.image_size is not None and args.image_size < 1):
+        parser.error(f"--rounds and --image-size must be at least 1, not {args.rounds} and {args.image_size}")
+    if args.what == "backbones":
+        untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
+        vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)
+        print(f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
+        print("parameters and multiply-adds in millions")
+        print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())
+        return
     if args.what == "embed":
-        bare = open_clip.create_model_and_transforms("ViT-B-32")  # random weights: they cost as much as trained ones
         for name, vl, images, side in (
             ("the shipped model", load_vl_model(), 2048, 0),
-            ("ViT-B-32, random weights", VLModel(bare[0], bare[2], open_clip.get_tokenizer("ViT-B-32")), 256, 320),
+            ("ViT-B-32, random weights", random_model("ViT-B-32"), 128, 320),
         ):
             print(f"\n{name}: {images} JPEG files of {side or vl.image_size} px; {machine()}")
-            print(embedding(vl, images, side=side).round(2).to_string())
+            print(embedding(vl, images, side=side, rounds=args.rounds).round(2).to_string())
         return
     if args.what == "split":
-        bare = open_clip.create_model_and_transforms("ViT-B-32")
-        large = VLModel(bare[0], bare[2], open_clip.get_tokenizer("ViT-B-32"))
-        own = load_vl_model()
+        large, own = random_model("ViT-B-32"), load_vl_model()
         for name, vl, encoder in (
             ("the shipped models", own, QueryEncoder.load(args.encoder, own)),
             ("ViT-B-32 and a light encoder at its size, random weights", large, QueryEncoder.for_model(large)),

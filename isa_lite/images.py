@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+#: A picture that is longer than this many times its short side is refused: resized, it would fill the memory.
+LONGEST = 1000
+
 
 class ImageFolder(Sequence):
-    """The images below a folder, as RGB pictures: any size, mode and format that Pillow reads.
+    """The images below a folder, as RGB pictures: any size, mode and format that Pillow reads (see `decode`).
 
-    Every file is decoded once at the start, so that nothing can fail later; what cannot be read is left out and
-    listed in `broken`. Pictures are turned upright (EXIF), transparent ones are laid on white, the first
-    frame of an animation is taken, 16-bit grey is scaled to 8.
+    Every file is decoded once at the start, so that nothing can fail later; what cannot be read is left out and listed in
+    `broken`, with the reason. `duplicates` gives, for a file with the same bytes as one before it, that one. They are left
+    out unless `keep_duplicates`: in a training a second copy in the batch would count as a wrong answer, and in a search
+    the copy of a reference would be found first. A warning counts what was left out.
     Raises FileNotFoundError for a missing folder, ValueError where no image is left.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, keep_duplicates: bool = False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"there is no folder {self.folder}; images= names a folder of images")
@@ -33,15 +38,25 @@ class ImageFolder(Sequence):
         found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
         self.files: list[Path] = []
         self.broken: dict[Path, str] = {}
+        self.duplicates: dict[Path, Path] = {}
+        seen: dict[bytes, Path] = {}
         digest = hashlib.sha256()
         for path in tqdm(found, desc="checking images", disable=len(found) < 500):
             try:
                 data = path.read_bytes()
-                decode(data)
+                own = hashlib.sha256(data).digest()
+                if own not in seen:
+                    with quiet():
+                        decode(data)
             except Exception as error:  # whatever a decoder throws at a broken file
                 self.broken[path] = f"{type(error).__name__}: {error}"
                 continue
-            digest.update(hashlib.sha256(data).digest())
+            if own in seen:
+                self.duplicates[path] = seen[own]
+                if not keep_duplicates:
+                    continue
+            seen.setdefault(own, path)
+            digest.update(own)
             self.files.append(path)
         if not self.files:
             raise ValueError(
@@ -53,33 +68,80 @@ class ImageFolder(Sequence):
                 f"skipped {len(self.broken)} of {len(found)} files in {self.folder}: {next(iter(self.broken.items()))} ...",
                 stacklevel=2,
             )
+        if self.duplicates:
+            copy, first = next(iter(self.duplicates.items()))
+            done = "kept" if keep_duplicates else "left out"
+            warnings.warn(
+                f"{done} {len(self.duplicates)} of {len(found)} files in {self.folder} that are copies of others, the first: "
+                f"{copy} is {first}",
+                stacklevel=2,
+            )
         self.key = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> Image.Image:
-        return read_image(self.files[i])
+        with quiet():
+            return read_image(self.files[i])
 
 
-def decode(data: bytes) -> Image.Image:
-    """The bytes of an image file -> an upright RGB picture, as `ImageFolder` describes. Raises what Pillow raises."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Pillow's remarks on odd metadata; a file that cannot be read still raises.
+
+    To be entered in the main thread only: Python's list of warning filters belongs to all threads.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; a file that cannot be read still raises
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-            values = np.asarray(image, dtype=np.float32)
-            top = values.max()
-            values = values / 257 if top > 255 else values * 255 if image.mode == "F" and top <= 1 else values
-            image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it becomes an error in `decode`
+        yield
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as an upright RGB picture."""
-    return decode(Path(path).read_bytes())
+def decode(data: bytes, at_least: int = 0) -> Image.Image:
+    """The bytes of an image file -> an upright RGB picture.
+
+    at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, with no side below this (0: whole).
+
+    Pictures are turned upright (EXIF), transparent ones are laid on white, palettes and CMYK become RGB, the first frame of
+    an animation is taken, 16-bit grey is scaled to 8. Raises what Pillow raises for a file that it cannot read, and ValueError
+    for a picture of more pixels than PIL.Image.MAX_IMAGE_PIXELS (Pillow itself only warns up to twice that), or longer
+    than `LONGEST` times its short side.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        most, count = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height}"
+        bomb = most is not None and image.width * image.height > most
+    except Image.DecompressionBombError as error:
+        bomb, count, most = True, str(error), Image.MAX_IMAGE_PIXELS
+    if bomb:
+        raise ValueError(f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}")
+    if max(image.size) > LONGEST * min(image.size):
+        raise ValueError(f"{count} pixels is more than {LONGEST} times as long as wide; crop it")
+    if at_least:
+        image.draft(None, (at_least, at_least))  # only the JPEG decoder listens
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
+        values = np.asarray(image, dtype=np.float32)
+        top = values.max()
+        wide = image.mode.startswith("I;16") or top > 255
+        values = values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path, data: bytes | None = None, at_least: int = 0) -> Image.Image:
+    """An image file as an upright RGB picture. data: its bytes, where they are known; at_least: see `decode`.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    data = Path(path).read_bytes() if data is None else data
+    try:
+        return decode(data, at_least)
+    except Exception as error:  # whatever a decoder throws at a broken file
+        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 #: What training and embedding take: uint8 N x H x W x 3, a folder, or pictures.

@@ -5,20 +5,19 @@ Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E emb
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
+from isa_lite.backbones import build_backbone, check_backbone, data_config
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
 from isa_lite.mappings import MAPPINGS
 from isa_lite.symmetric import LARGE_TOWER, LargeTower
@@ -34,10 +33,14 @@ class QueryEncoderConfig:
     """Everything that is needed to build a query encoder again.
 
     backbone: any timm model with feature maps, or "vl" for the VL model's own image tower, frozen (symmetric ISA);
-    stride: of the map that is used, in pixels (the large tower gives its last one); mapping: a name of
-    `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real words;
-    start_words: a text whose words the sentence is before training ("": none); word_width, word_norm: of the VL model
-    whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
+    pretrained: start from timm's weights of it (downloaded); backbone_weights: "lite0" to start from the weights of
+    EfficientNet-Lite0 in the extra isa_lite[lite0]; stride: of the map that is used, in pixels (the large tower gives its
+    last one); mapping: a name of `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real
+    words; start_words: a text whose words the sentence is before training ("": none); word_width, word_norm: of the VL
+    model whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
+
+    None is replaced when the encoder is built, and the value is what is saved. image_size, mean, std: those of the weights'
+    own training (timm's data config), or 96 pixels and 0.5 with random weights; stride: `backbones.default_stride`.
     """
 
     word_width: int
@@ -45,32 +48,41 @@ class QueryEncoderConfig:
     vl_model: str = ""
     backbone: str = "mobilenetv4_conv_small_050"
     pretrained: bool = False
-    image_size: int = 96
-    stride: int = 16
+    backbone_weights: str = ""
+    image_size: int | None = None
+    stride: int | None = None
     mapping: str = "adaptive"
     norm_matching: bool = True
     start_words: str = ""
     num_tokens: int = 12
     width: int = 128
     depth: int = 2
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
 
-def _backbone(name: str, pretrained: bool, stride: int) -> nn.Module:
-    if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"unknown backbone {name!r}; timm has {', '.join(near) if near else 'no name near it'}")
-    try:
-        info = timm.create_model(name, features_only=True).feature_info
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"backbone {name!r} gives no feature maps: {error}") from error
-    strides = info.reduction()
-    if stride not in strides:
-        raise ValueError(f"backbone {name!r} has no feature map of stride {stride}; its strides are {sorted(set(strides))}")
-    index = len(strides) - 1 - strides[::-1].index(stride)
-    # 'getter' drops the layers behind the map that is used, so that nothing is computed in vain.
-    return timm.create_model(name, pretrained=pretrained, features_only=True, feature_cls="getter", out_indices=(index,))
+def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
+    """The settings with image_size, mean and std in place of None. Raises ValueError for a value that cannot work."""
+    for name in ("num_tokens", "image_size", "stride", "width"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if config.mapping not in MAPPINGS:
+        raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
+    if config.backbone != LARGE_TOWER:
+        check_backbone(config.backbone)
+    size, mean, std = 96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    if config.pretrained or config.backbone_weights:
+        size, mean, std = data_config(config.backbone)
+    config = replace(
+        config,
+        image_size=config.image_size or size,
+        mean=mean if config.mean is None else config.mean,
+        std=std if config.std is None else config.std,
+    )
+    if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
+        raise ValueError(f"mean and std are three numbers each, std above 0; not {config.mean} and {config.std}")
+    return config
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -78,25 +90,21 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 class QueryEncoder(nn.Module):
-    """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it.
+    """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it."""
 
-    vl: needed for the backbone "vl" only.
-    """
-
-    def __init__(self, config: QueryEncoderConfig, vl: VLModel | None = None):
+    def __init__(self, config: QueryEncoderConfig, vl: VLModel | None = None, initial_weights: bool = True):
+        """vl: needed for the backbone "vl" only. initial_weights: False where those that `config` names would be replaced
+        anyway: nothing is fetched."""
         super().__init__()
-        for name in ("num_tokens", "image_size", "stride", "width"):
-            if getattr(config, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-        if config.mapping not in MAPPINGS:
-            raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
-        self.config = config
+        config = _filled(config)
         if config.backbone == LARGE_TOWER:
-            self.backbone = LargeTower(vl)
+            self.backbone, stride = LargeTower(vl), config.stride
+            with torch.no_grad():
+                _, channels, *grid = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
         else:
-            self.backbone = _backbone(config.backbone, config.pretrained, config.stride)
-        with torch.no_grad():
-            _, channels, *grid = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
+            start = (config.pretrained, config.backbone_weights) if initial_weights else (False, "")
+            self.backbone, stride, (channels, *grid) = build_backbone(config.backbone, config.image_size, config.stride, *start)
+        self.config = config = replace(config, stride=stride)
         self.mapping = MAPPINGS[config.mapping](
             channels,
             tuple(grid),
@@ -118,8 +126,12 @@ class QueryEncoder(nn.Module):
 
     @classmethod
     def for_model(cls, vl: VLModel, **settings) -> QueryEncoder:
-        """A fresh query encoder whose words fit `vl`; `settings` are fields of `QueryEncoderConfig`."""
-        settings = {"image_size": vl.image_size} | settings
+        """A fresh query encoder whose words fit `vl`; `settings` are fields of `QueryEncoderConfig`.
+
+        With random weights its images are as large as those of `vl`, unless `settings` say otherwise.
+        """
+        if not (settings.get("pretrained") or settings.get("backbone_weights")):
+            settings = {"image_size": vl.image_size} | settings
         if settings.get("backbone") == LARGE_TOWER:  # its pictures are the VL model's
             visual = vl.clip.visual
             settings |= {"image_size": vl.image_size, "mean": tuple(visual.image_mean), "std": tuple(visual.image_std)}
@@ -165,13 +177,12 @@ class QueryEncoder(nn.Module):
         if not (folder / "query_encoder.json").is_file():
             raise FileNotFoundError(f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote")
         config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
-        config.pretrained = False  # the weights follow; nothing is to be downloaded
         if vl is not None and config.vl_model != vl.fingerprint:
             raise ValueError(
                 f"the query encoder in {folder} belongs to VL model {config.vl_model}, not {vl.fingerprint} ({vl.name}); "
                 "its sentences mean nothing to another model: load that one, or distill again"
             )
-        encoder = cls(config, vl)
+        encoder = cls(config, vl, initial_weights=False)  # the weights follow; nothing is to be downloaded
         try:
             encoder.load_state_dict(read_tensors(folder / "query_encoder.safetensors")[0])
         except RuntimeError as error:

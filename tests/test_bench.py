@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from isa_lite.bench import multiply_adds, peak_activations, side_by_side, split
+from isa_lite.bench import backbones, multiply_adds, peak_activations, side_by_side, split
 from isa_lite.query_encoder import QueryEncoder
 
 
@@ -56,3 +56,12 @@ def test_a_query_is_split_into_parts_that_add_up(vl):
     text = sum(p.numel() for p in vl.clip.parameters()) * 4 / 2**20 - own
     assert abs(weights.loc["text tower", "asymmetric"] - text) < 1e-6
     assert (table["activations, MiB"].loc["whole query"] > 0).all()
+
+
+def test_the_table_of_backbones(vl):
+    table = backbones(vl, 64, ("resnet18", "vit_tiny_patch16_224"), rounds=1)
+    assert list(table.index) == ["VL image tower", "resnet18", "vit_tiny_patch16_224"]
+    assert list(table["map"][1:]) == ["256 x 4 x 4", "192 x 4 x 4"] and list(table["stride"][1:]) == [16, 16]
+    blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)  # weights and biases of attention, MLP, norms
+    assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18  # patches; positions and class
+    assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (table[["multiply-adds", "ms"]] > 0).all().all()

@@ -447,7 +447,7 @@ def zoo(folder: Path) -> dict[str, tuple[np.ndarray, int]]:
 
     three = np.repeat(grey[..., None], 3, 2)  # grey as RGB
     add("rgb.png", picture, rgb)
-    add("sub/UPPER.PNG", picture, rgb)
+    add("sub/UPPER.PNG", picture, rgb, compress_level=0)  # other bytes than rgb.png: copies are left out
     add("rgb.bmp", picture, rgb)
     add("rgb.tiff", picture, rgb)
     add("rgb.jpg", picture.resize((64, 64)), picture.resize((64, 64)), 90)

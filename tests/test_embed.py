@@ -92,3 +92,19 @@ def test_work_is_done_ahead_by_two_a_thread_and_no_further():
     assert next(results) == 0
     assert set(started) <= set(range(5))  # four in advance, one more when the first was taken
     assert list(results) == [i * i for i in range(1, 10)]
+
+
+def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(vl, tmp_path):
+    """Nearly the same embeddings, filed apart; no side falls below twice the tower's, and other formats stay whole."""
+    coarse = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    picture = Image.fromarray(coarse).resize((1200, 1000), Image.Resampling.BICUBIC)
+    files = [tmp_path / "a.jpg", tmp_path / "a.png"]
+    for file in files:
+        picture.save(file)
+    exact = embed_files(files, vl, tmp_path / "cache", progress=False)
+    fast = embed_files(files, vl, tmp_path / "cache", draft=True, progress=False)
+    assert (
+        not torch.equal(exact[0], fast[0]) and torch.allclose(exact[1], fast[1], atol=1e-6) and (exact * fast).sum(1).min() > 0.99
+    )
+    assert read_image(files[0], at_least=126).size == (300, 250) and read_image(files[1], at_least=126).size == (1200, 1000)
+    assert read_image(files[0]).size == (1200, 1000)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters checkpoint images scenes icons vl_model symmetric token_learner mappings query_encoder losses distill embed
-    gallery evaluate baselines fusion inversion sentences spaces ablations compare growth benchmarks.common
+    parameters checkpoint images scenes icons vl_model symmetric token_learner mappings backbones query_encoder losses distill
+    embed gallery evaluate baselines fusion inversion sentences spaces ablations compare growth benchmarks.common
     benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny benchmarks.run
     benchmarks.__main__ own_data pretrain folder_batches pretrain_folder cards bench client export latency draw sweep failures
     widgets

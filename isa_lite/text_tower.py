@@ -35,6 +35,7 @@ class OpenClipText:
         if self.pool_type not in _POOLS and not self.appends:
             raise ValueError(f"{name}: its text tower pools by {self.pool_type!r}, which gives no text embedding to search with")
         self.context_length: int = text.positional_embedding.shape[0] - self.appends
+        self.reserved = [i for i in (self.eos_id, getattr(text, "pad_id", 0)) if i is not None]
         # A causal tower that pools at the end of text never looks past it, so the rest need not be computed.
         causal = text.attn_mask is not None and not self.appends and not getattr(text, "use_pad_mask", False)
         self.can_cut = causal and self.pool_type in ("argmax", "eos")
@@ -83,7 +84,7 @@ class HuggingFaceText:
     def __init__(self, text: HFTextEncoder, name: str):
         if type(text.pooler).__name__ == "MaxPooler":
             raise ValueError(f"{name}: its text tower pools by 'max_pooler', with which open_clip itself fails")
-        self.module, self.pad = text, text.config.pad_token_id
+        self.module, self.pad, self.reserved = text, text.config.pad_token_id, [text.config.pad_token_id]
         self.context_length = 0  # the tokenizer's; positions of these models reach further or have no end
 
     @property

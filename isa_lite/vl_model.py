@@ -76,7 +76,7 @@ class VLModel(nn.Module):
     def __init__(self, clip: nn.Module, preprocess, tokenizer, matcher: Callable | None = None, name: str = ""):
         super().__init__()
         self.tower = text_tower(clip, name)
-        self.words = Words(tokenizer, name or type(clip).__name__)
+        self.words = Words(tokenizer, name or type(clip).__name__, self.tower.reserved)
         self.context_length: int = self.words.context_length
         if self.tower.context_length not in (0, self.context_length):
             raise ValueError(

@@ -29,11 +29,12 @@ class Words:
     """Text -> ids without a frame (`ids`), ids -> a whole row of the text tower (`frame`), an id -> its text (`word`).
 
     prefix, suffix: ids before and behind the text; pad: fills the row; room: how many ids fit between; placeholder: an id
-    that no pooling and no mask takes for something else, for the places of pseudo-words.
+    that no pooling and no mask takes for something else, for the places of pseudo-words (`reserved`: ids that the text tower
+    itself reads as padding or end).
     Raises ValueError for a tokenizer of neither kind, and for one that pads on the left.
     """
 
-    def __init__(self, tokenizer, name: str = ""):
+    def __init__(self, tokenizer, name: str = "", reserved: Sequence[int] = ()):
         self.tokenizer, self.context_length = tokenizer, getattr(tokenizer, "context_length", None)
         self._known: dict[tuple[str, str], list[int]] = {}
         self.inner = None if hasattr(tokenizer, "eot_token_id") else getattr(tokenizer, "tokenizer", None)
@@ -49,7 +50,7 @@ class Words:
                 f"{name or 'the model'}: prompts are composed for open_clip's own tokenizer (SimpleTokenizer) and for its "
                 f"wrapper of one of transformers (HFTokenizer), and this model has a {type(tokenizer).__name__}"
             )
-        taken = self.special | {0, self.pad, *self.prefix, *self.suffix}
+        taken = self.special | {0, self.pad, *self.prefix, *self.suffix, *reserved}
         self.placeholder = next(i for i in range(1, len(taken) + 2) if i not in taken)
 
     def _read_frame(self, name: str) -> None:
@@ -123,7 +124,7 @@ def load_tokenizer(source: str, text: dict, name: str, folder: Path | None = Non
     if not text.get("hf_tokenizer_name"):
         return open_clip.get_tokenizer(source)
     own = folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return open_clip.HFTokenizer(
+    return open_clip.tokenizer.HFTokenizer(
         str(folder if own else tokenizer_folder(text["hf_tokenizer_name"], name)),
         context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
         tokenizer_mode=text.get("tokenizer_mode"),

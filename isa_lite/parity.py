@@ -90,7 +90,7 @@ def family(name: str, config: dict) -> str:
 
 
 def small(name: str, folder: Path) -> VLModel:
-    """The model with a stub of an image tower and random weights; see the head of this module. `folder`: for what it needs on disk."""
+    """The model with a stub of an image tower and random weights, see the head of this module; folder: for its files."""
     config = open_clip.get_model_config(name)
     text = config["text_cfg"]
     if text.get("hf_model_name"):
@@ -134,7 +134,7 @@ def differences(vl: VLModel, num_tokens: int = 5) -> dict[str, float]:
     ids = vl.tokenize(texts)
     theirs, short = vl.clip.encode_text(ids, normalize=True), vl.cut(ids)
     words, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
-    rows, places = prompt_ids(vl, num_tokens, MODIFIERS)
+    rows, places = prompt_ids(vl, num_tokens, MODIFIERS, truncate=True)
     missing = vl.context_length - rows.shape[1]
     rows, places = nn.functional.pad(rows, (0, missing), value=vl.words.pad), nn.functional.pad(places, (0, missing))
     tokens = torch.randn(len(MODIFIERS), num_tokens, vl.word_width, generator=torch.Generator().manual_seed(1))
@@ -147,12 +147,12 @@ def differences(vl: VLModel, num_tokens: int = 5) -> dict[str, float]:
     hook = vl.tower.table.register_forward_hook(put_in)
     hooked = vl.clip.encode_text(rows, normalize=True)
     hook.remove()
-    off = {"words": words - theirs, "cut": cut - theirs, "pseudo-words": compose(vl, tokens, MODIFIERS) - hooked}
+    off = {"words": words - theirs, "cut": cut - theirs, "pseudo-words": compose(vl, tokens, MODIFIERS, truncate=True) - hooked}
     return {key: float(d.abs().max()) for key, d in off.items()} | {"moved": float((hooked - before).abs().amax(1).min())}
 
 
 def parity(names: list[str], progress: bool = True) -> pd.DataFrame:
-    """One row a model: family, `differences`, whether all are within TOLERANCE and the pseudo-words count, and else the reason."""
+    """One row a model: its family, `differences`, whether all are within TOLERANCE (`equal`), and if not, the reason."""
     found = {}
     for name in tqdm(names, desc="models", disable=not progress):
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -178,18 +178,12 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"open_clip has no model {', '.join(unknown)}")
     table = parity(names)
-    print(
-        f"{machine()}; open_clip {open_clip.__version__}, torch {torch.__version__}; largest differences of normalised embeddings\n"
-    )
+    print(f"{machine()}; open_clip {open_clip.__version__}, torch {torch.__version__}")
+    print("largest differences of normalised embeddings\n")
     columns = {c: (c, "max") for c in ("words", "cut", "pseudo-words")} | {"moved, least": ("moved", "min")}
-    print(
-        table.groupby("family")
-        .agg(models=("equal", "size"), equal=("equal", "sum"), **columns)
-        .to_string(float_format="{:.1e}".format)
-    )
-    print(
-        f"\n{table['equal'].sum()} of {len(table)} models equal to {TOLERANCE:g} (text towers of {LAYERS} layers, random weights)"
-    )
+    by_family = table.groupby("family").agg(models=("equal", "size"), equal=("equal", "sum"), **columns)
+    print(by_family.to_string(float_format="{:.1e}".format))
+    print(f"\n{table['equal'].sum()} of {len(table)} models equal to {TOLERANCE:g} (at most {LAYERS} layers, random weights)")
     for name, reason in table.loc[~table["equal"], "reason"].items():
         print(f"  {name}: {reason}")
 

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters checkpoint images scenes hub words text_tower matching_encoder blip vl_model token_learner query_encoder parity losses distill embed gallery evaluate baselines
+    parameters checkpoint images scenes hub words text_tower matching_encoder blip vl_model token_learner query_encoder fold
+    parity losses distill embed gallery evaluate baselines
     fusion inversion sentences spaces compare growth benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr
     benchmarks.circo benchmarks.tiny benchmarks.run benchmarks.__main__ pretrain cards bench draw widgets
 """.split()
@@ -85,9 +86,9 @@ def extras() -> set[str]:
 
 
 def at_the_top(tree: ast.Module) -> set[str]:
-    return {
-        i.split(".")[0] for i in imported(ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], []))
-    }
+    """What is imported as soon as the module is."""
+    statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for name in imported(ast.Module(statements, []))}
 
 
 def test_what_an_extra_brings_is_imported_only_where_it_is_used():

@@ -5,7 +5,7 @@ Every model that open_clip knows by name is built with random weights and compar
 hook puts into open_clip's route and `compose` into ours.
 
 What is smaller than in the real models, and takes no part in the comparison: the image tower is a stub, text towers have
-at most `LAYERS` layers, tables of words at most `VOCABULARY` rows. Width, heads, context, mask, pooling, normalisation and
+at most `LAYERS` layers, tables of words for tokenizers of `transformers` at most `VOCABULARY` rows. Width, heads, context, mask, pooling, normalisation and
 projection are the model's own. Tokenizers of `transformers` live on the network, so here a word-level one takes their
 place, which frames and pads a text as they do. Ours.
 """
@@ -122,6 +122,8 @@ def small(name: str, folder: Path) -> VLModel:
     for key, parameter in vl.named_parameters():
         if key.endswith(("positional_embedding", "cls_emb")):
             nn.init.normal_(parameter)
+        elif config["text_cfg"].get("hf_model_name") and parameter.ndim == 2 and parameter is not vl.tower.table.weight:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     return vl
 
 

@@ -101,7 +101,7 @@ def query_cost(
     the text; "uncut": all its positions, as open_clip does it. Preparing the picture is on neither side.
     """
     encoder = folded(encoder)
-    light = torch.randn(1, 3, encoder.config.image_size, encoder.config.image_size).to(memory_format=torch.channels_last)
+    light = torch.randn(1, 3, encoder.config.image_size, encoder.config.image_size)
     large = torch.randn(1, 3, vl.image_size, vl.image_size)
     tokens = encoder(light).tokens
     found = Gallery(F.normalize(torch.randn(gallery, vl.encode_pixels(large).shape[1]), dim=1), list(range(gallery)))

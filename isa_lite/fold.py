@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.token_learner import Sentence
 
 
 def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -39,14 +40,32 @@ def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.Batch
     return [(c, n) for c, n in found if convs.count(id(c)) == norms.count(id(n)) == 1 and n.track_running_stats]
 
 
+class FoldedEncoder(QueryEncoder):
+    """What `folded` makes. Like the encoder that it was made from, but it can be neither trained nor saved."""
+
+    def __init__(self, encoder: QueryEncoder):
+        nn.Module.__init__(self)  # no fresh weights: everything is the encoder's
+        self.config, self.preprocess = encoder.config, encoder.preprocess
+        self.backbone, self.mapping = copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.mapping)
+        self.backbone.to(memory_format=torch.channels_last)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Sentence:
+        """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
+        pixels = pixels.to(next(self.parameters()).device, memory_format=torch.channels_last)
+        return self.mapping(self.backbone(pixels)[0].contiguous())  # attention, in turn, is slow on channels-last
+
+    def save(self, folder, info=None) -> None:
+        raise ValueError("a folded encoder cannot be saved; save the encoder that it was made from")
+
+
 @torch.no_grad()
-def folded(encoder: QueryEncoder) -> QueryEncoder:
+def folded(encoder: QueryEncoder) -> FoldedEncoder:
     """A copy of the encoder, frozen, for answering queries: the same sentences (to rounding), sooner.
 
     Raises ValueError where the copy's sentences differ from the encoder's, which a backbone that shares layers could bring about.
     """
-    quick = copy.deepcopy(encoder).eval().requires_grad_(False)
-    size = encoder.config.image_size
+    quick, size = FoldedEncoder(encoder), encoder.config.image_size
     example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(next(quick.parameters()))
     names = {id(m): name for name, m in quick.backbone.named_modules()}
     for conv, norm in _pairs(quick.backbone, example):
@@ -54,9 +73,9 @@ def folded(encoder: QueryEncoder) -> QueryEncoder:
         for old, new in ((conv, fuse_conv_bn_eval(conv, norm)), (norm, nn.Sequential(*after))):
             parent, _, leaf = names[id(old)].rpartition(".")
             setattr(quick.backbone.get_submodule(parent), leaf, new)
-    quick = quick.to(memory_format=torch.channels_last)
+    quick.backbone.to(memory_format=torch.channels_last)
     was_training = encoder.training
-    before, after = encoder.eval()(example).tokens, quick(example.contiguous(memory_format=torch.channels_last)).tokens
+    before, after = encoder.eval()(example).tokens, quick(example).tokens
     encoder.train(was_training)
     if not torch.allclose(before, after, atol=1e-3 * float(before.abs().max())):
         raise ValueError(f"the batch normalisation of backbone {encoder.config.backbone!r} cannot be folded; use it as it is")

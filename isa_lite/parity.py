@@ -5,8 +5,8 @@ Every model that open_clip knows by name is built with random weights and compar
 hook puts into open_clip's route and `compose` into ours.
 
 What is smaller than in the real models, and takes no part in the comparison: the image tower is a stub, text towers have
-at most `LAYERS` layers, tables of words for tokenizers of `transformers` at most `VOCABULARY` rows. Width, heads, context, mask, pooling, normalisation and
-projection are the model's own. Tokenizers of `transformers` live on the network, so here a word-level one takes their
+at most `LAYERS` layers, tables of words for tokenizers of `transformers` at most `VOCABULARY` rows. Width, heads, context,
+mask, pooling, normalisation and projection are the model's own. Tokenizers of `transformers` live on the network, so here a word-level one takes their
 place, which frames and pads a text as they do. Ours.
 """
 
@@ -106,10 +106,9 @@ def small(name: str, folder: Path) -> VLModel:
         frame = next(f for key, f in FRAMES.items() if key in text["hf_tokenizer_name"])
         stand_in_tokenizer(folder, *frame)
     text = text_config(config, name)
-    text["layers"], text["vocab_size"] = (
-        min(LAYERS, text.get("layers", LAYERS)),
-        min(VOCABULARY, text.get("vocab_size", VOCABULARY)),
-    )
+    text["layers"] = min(LAYERS, text.get("layers", LAYERS))
+    if text.get("hf_tokenizer_name"):
+        text["vocab_size"] = min(VOCABULARY, text.get("vocab_size", VOCABULARY))
     kind = open_clip.CustomTextCLIP if config.get("custom_text") or text.get("hf_model_name") else open_clip.CLIP
     more = {key: config[key] for key in ("quick_gelu", "nonscalar_logit_scale") if key in config}
     if "multimodal_cfg" in config and kind is not open_clip.CLIP:

@@ -42,7 +42,9 @@ def test_a_text_tower_of_each_family_equals_open_clips(name, tmp_path):
 
 def test_every_model_that_open_clip_knows_has_a_family_and_a_stand_in():
     families = {parity.family(name, open_clip.get_model_config(name)) for name in open_clip.list_models()}
-    assert families == {parity.family(name, open_clip.get_model_config(name)) for name in [*MODELS, "MobileCLIP-S1", "MobileCLIP2-B"]}
+    assert families == {
+        parity.family(name, open_clip.get_model_config(name)) for name in [*MODELS, "MobileCLIP-S1", "MobileCLIP2-B"]
+    }
 
 
 def test_a_model_that_fails_is_a_row_with_its_reason_and_not_the_end(monkeypatch):
@@ -78,7 +80,10 @@ def test_towers_that_do_not_are_cut_at_the_longest_text(name, tmp_path):
     "text, message",
     [
         ({"pool_type": "none"}, "a model: its text tower pools by 'none'"),
-        ({"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"}, "pools by 'max_pooler', with which open_clip itself fails"),
+        (
+            {"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"},
+            "pools by 'max_pooler', with which open_clip itself fails",
+        ),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_by_its_settings(text, message, monkeypatch):
@@ -116,7 +121,7 @@ IMAGES = {
     "ModifiedResNet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}, 4),
     "CoCa": (COCA, 16),
     "ConvNeXt": (timm("convnext_atto", 64, ""), 4),
-    "Swin": (timm("swin_s3_tiny_224", 224), 49),
+    "Swin": (timm("swin_tiny_patch4_window7_224", 224), 49),
     "SigLIP": (timm("vit_tiny_patch16_224", 224, "map", "none"), 196),
     "EVA": (timm("eva02_tiny_patch14_224", 224, "token", "linear"), 256),
     "MobileCLIP-S": (timm("fastvit_t8", 64), 4),
@@ -146,7 +151,7 @@ def test_local_tokens_of_each_image_tower_come_with_its_own_embedding(kind):
         assert torch.allclose(embedding, own, atol=1e-5)
         assert torch.allclose(vl.encode_pixels(pixels), own, atol=1e-5)
     assert patches.ndim == 3 and patches.shape[:2] == (2, count)
-    assert (patches[0] - patches[0].mean(0)).abs().max() > 1e-3  # they differ from place to place
+    assert (patches[0] - patches[0].mean(0)).abs().max() > 1e-2 * patches[0].abs().max()  # they differ from place to place
     try:
         vl.check_lar()
         assert torch.allclose(vl.project_patches(patches).norm(dim=-1), torch.ones(2, count))

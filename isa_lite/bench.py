@@ -1,5 +1,5 @@
-"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... embed` (a gallery),
-`... backbones` (light encoders).
+"""Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... query` (a query end
+to end, cut and uncut), `... embed` (a gallery), `... backbones` (light encoders).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isa_lite.backbones import LIGHT, build_backbone
 from isa_lite.embed import embed_files
+from isa_lite.fold import folded
 from isa_lite.gallery import Gallery
 from isa_lite.images import read_image
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids, splice
@@ -197,6 +198,61 @@ class _TextWeights:
         return self._parameters
 
 
+def query_cost(
+    vl: VLModel, encoder: QueryEncoder, rounds: int = 30, modifier: str = "make the circle red", gallery: int = 10_000
+) -> tuple[pd.Series, pd.Series]:
+    """Milliseconds of one query end to end and of its parts, batch 1; and the ratios of symmetric to light queries.
+
+    A light query: pixels to sentence (encoder of fold.py), prompt, text tower, search. A symmetric one: the large image tower on
+    the same picture, tokenizer and text tower on the modifier, sum, search. "Cut": the text tower reads up to the end of
+    the text; "uncut": all its positions, as open_clip does it. Preparing the picture is on neither side.
+    """
+    encoder = folded(encoder)
+    light = torch.randn(1, 3, encoder.config.image_size, encoder.config.image_size)
+    large = torch.randn(1, 3, vl.image_size, vl.image_size)
+    tokens = encoder(light).tokens
+    found = Gallery(F.normalize(torch.randn(gallery, vl.encode_pixels(large).shape[1]), dim=1), list(range(gallery)))
+
+    def composed(sentence: Tensor, cut: bool) -> Tensor:
+        ids, places = prompt_ids(vl, sentence.shape[1], [modifier])
+        if not cut:
+            missing = vl.context_length - ids.shape[1]
+            ids, places = F.pad(ids, (0, missing), value=vl.words.pad), F.pad(places, (0, missing))
+        return vl.encode_vectors(splice(vl, sentence, ids, places), ids)
+
+    def said(cut: bool) -> Tensor:
+        ids = vl.tokenize([modifier])
+        ids = vl.cut(ids) if cut else ids
+        return vl.encode_vectors(vl.word_vectors(ids), ids)
+
+    def light_query(cut: bool) -> tuple:
+        return found.search(composed(encoder(light).tokens, cut), 10)
+
+    def symmetric_query(cut: bool) -> tuple:
+        return found.search(F.normalize(vl.encode_pixels(large) + said(cut), dim=-1), 10)
+
+    calls: dict[str, Callable[[], object]] = {
+        "image to sentence": lambda: encoder(light),
+        "large image tower": lambda: vl.encode_pixels(large),
+        "prompt and text tower, cut": lambda: composed(tokens, True),
+        "prompt and text tower, uncut": lambda: composed(tokens, False),
+        "modifier through the text tower, cut": lambda: said(True),
+        "modifier through the text tower, uncut": lambda: said(False),
+        f"search in {gallery} images": lambda: found.search(said_once, 10),
+        "light query, cut": lambda: light_query(True),
+        "light query, uncut": lambda: light_query(False),
+        "symmetric query, cut": lambda: symmetric_query(True),
+        "symmetric query, uncut": lambda: symmetric_query(False),
+    }
+    said_once = said(True)
+    ms = pd.Series(side_by_side(calls, rounds), name="ms")
+    ratios = {
+        f"symmetric {other} / light {own}": ms[f"symmetric query, {other}"] / ms[f"light query, {own}"]
+        for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut"))
+    }
+    return ms, pd.Series(ratios, name="ratio")
+
+
 def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, rounds: int = 5) -> pd.DataFrame:
     """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors of the same images.
 
@@ -259,7 +315,7 @@ def peak_memory() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "embed", "split", "backbones"])
+    parser.add_argument("what", choices=["cost", "query", "split", "embed", "backbones"])
     logging.getLogger().addFilter(lambda record: "No pretrained weights" not in record.getMessage())  # on purpose here
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
@@ -275,6 +331,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
         print("parameters and multiply-adds in millions")
         print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())
+        return
+    if args.what == "query":
+        large = random_model("ViT-B-32")
+        own = QueryEncoder.load(DATA / "scenes-query-encoder")
+        lite = [QueryEncoder.for_model(large, backbone="tf_efficientnet_lite0", image_size=224, stride=s) for s in (32, 16)]
+        for name, vl, encoder in (
+            (
+                "ViT-B-32 (random weights), tf_efficientnet_lite0 at 224 px (random weights), all of it (stride 32)",
+                large,
+                lite[0],
+            ),
+            ("ViT-B-32 (random weights), tf_efficientnet_lite0 at 224 px (random weights), up to stride 16", large, lite[1]),
+            ("the shipped models", load_vl_model(), own),
+        ):
+            ms, ratios = query_cost(vl, encoder)
+            print(f"\n{name}; batch 1; {machine()}\n{ms.round(1).to_string()}\n{ratios.round(2).to_string()}")
         return
     if args.what == "embed":
         for name, vl, images, side in (

@@ -180,11 +180,15 @@ def learning_rate(step: int, config: DistillConfig) -> float:
 
 
 def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Sentences B x L x D without a modifier -> embeddings B x E, contextual tokens B x T x width, places B x T."""
+    """Sentences B x L x D without a modifier -> embeddings B x E, what LAR reads B x T x width, places B x T.
+
+    LAR reads contextual tokens, except where the VL model's matching encoder wants the word vectors (BLIP's).
+    """
     ids, places = prompt_ids(vl, tokens.shape[1], [""], template)
     ids, places = ids.expand(len(tokens), -1), places.expand(len(tokens), -1)
-    context = vl.text_tokens(splice(vl, tokens, ids, places), ids)
-    return vl.pool(context, ids), context, places
+    vectors = splice(vl, tokens, ids, places)
+    context = vl.text_tokens(vectors, ids)
+    return vl.pool(context, ids), vectors if vl.matcher_reads_words else context[:, : ids.shape[1]], places
 
 
 def _lar(
@@ -220,6 +224,8 @@ def distill(
         raise ValueError(
             f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
         )
+    if config.lar_weight > 0:
+        vl.check_lar()
     device, began = torch.device(config.device), time.perf_counter()
     vl.to(device), encoder.to(device, memory_format=torch.channels_last)
     known = targets(images, vl, config.lar_weight > 0, cache, config.num_workers)

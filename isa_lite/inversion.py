@@ -136,7 +136,7 @@ def optimize_words(
     cosine of the word with the nearest real word, which keeps it among words that the text tower knows. Ours, for SEARLE's
     pull towards phrases that GPT wrote.
     """
-    table = vl.word_vectors(torch.arange(vl._text.token_embedding.weight.shape[0], device=vl.device)).detach()
+    table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()
     known = F.normalize(table[table.norm(dim=1) > 0].float(), dim=-1)  # W x D
     torch.manual_seed(seed)
     start = F.normalize(torch.randn(len(images), vl.word_width), dim=-1)
@@ -195,8 +195,8 @@ def keyword_prompt(vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WO
     """
     ids: list[int] = []
     marks: list[bool] = []
-    for piece in vl.tokenizer.encode(caption):
-        word = vl.tokenizer.decode([piece]).strip()
+    for piece in vl.words.ids(caption):
+        word = vl.words.word(piece)
         if word in keep or not any(c.isalnum() for c in word):
             ids.append(piece), marks.append(False)
         elif not (marks and marks[-1]):

@@ -138,7 +138,7 @@ class QueryEncoder(nn.Module):
         config = QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings)
         encoder = cls(config, vl)
         if config.start_words:
-            words = vl.word_vectors(torch.tensor(_ids(vl, config.start_words), device=vl.device)).detach().float().cpu()
+            words = vl.word_vectors(torch.tensor(vl.words.ids(config.start_words), device=vl.device)).detach().float().cpu()
             if unknown := int((words.norm(dim=1) == 0).sum()):
                 raise ValueError(f"start_words: {vl.name} has never seen {unknown} of the tokens of {config.start_words!r}")
             encoder.mapping.to_word.start_from(words)
@@ -193,17 +193,6 @@ class QueryEncoder(nn.Module):
 # ------------------------------------------------------------------------------------------ composition
 
 
-def _ids(vl: VLModel, text: str) -> list[int]:
-    """Token ids of a piece of text, without start and end."""
-    tokenizer = vl.tokenizer
-    while (clean := tokenizer.clean_fn(text)) != text:  # cleaning turns "&lt;" into "<", and "&amp;lt;" on the second go
-        text = clean
-    ids = tokenizer.encode(text)
-    if any(i in (tokenizer.sot_token_id, tokenizer.eot_token_id) for i in ids):  # somebody typed "<end_of_text>"
-        ids = tokenizer.encode(text.replace("<", "< "))
-    return ids
-
-
 def check_template(template: str) -> None:
     """Raises ValueError for a template without its two fields."""
     if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
@@ -220,28 +209,30 @@ def prompt_ids(
     two fields, and for a modifier that does not fit, unless `truncate` allows cutting its end.
     """
     check_template(template)
-    tokenizer = vl.tokenizer
-    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    words = vl.words
     rows, marks = [], []
     for modifier in modifiers:
         wanted = template if modifier.strip() else template.replace("{modifier}", "").rstrip(" ,.;:")
         pieces = [p for p in re.split(r"(\{sentence\}|\{modifier\})", wanted) if p]
-        said = _ids(vl, modifier)
-        parts = {p: said if p == "{modifier}" else [1] * num_tokens if p == "{sentence}" else _ids(vl, p) for p in pieces}
-        over = 2 + sum(len(parts[p]) for p in pieces) - vl.context_length
+        parts, before = {}, ""  # what stands before a piece: nothing, a space, or a word that it is glued to
+        for p in pieces:
+            text = modifier if p == "{modifier}" else "*" if p == "{sentence}" else p
+            before = "space" if before and text[:1].isspace() else before
+            parts[p] = [words.placeholder] * num_tokens if p == "{sentence}" else words.ids(text, before)
+            before = "space" if text[-1:].isspace() else "word"
+        over = sum(len(parts[p]) for p in pieces) - words.room
         if over > 0:
-            if not truncate or over > len(said):
+            said = len(parts.get("{modifier}", []))
+            if not truncate or over > said:
                 raise ValueError(
                     f"the prompt is {over} token(s) too long for the text tower's {vl.context_length}; "
-                    f"shorten the modifier {modifier!r} ({len(said)} tokens) or pass truncate=True"
+                    f"shorten the modifier {modifier!r} ({said} tokens) or pass truncate=True"
                 )
-            parts["{modifier}"] = said[: len(said) - over]
-        ids, mark = [start], [False]
-        for p in pieces:
-            ids += parts[p]
-            mark += [p == "{sentence}"] * len(parts[p])
-        rows.append([*ids, end] + [0] * (vl.context_length - len(ids) - 1))
-        marks.append(mark + [False] * (vl.context_length - len(mark)))
+            parts["{modifier}"] = parts["{modifier}"][: said - over]
+        row = words.frame([i for p in pieces for i in parts[p]])
+        mark = [False] * len(words.prefix) + [p == "{sentence}" for p in pieces for _ in parts[p]]
+        rows.append(row)
+        marks.append(mark + [False] * (len(row) - len(mark)))
     ids = vl.cut(torch.tensor(rows, device=vl.device))
     return ids, torch.tensor(marks, device=vl.device)[:, : ids.shape[1]]
 

@@ -82,12 +82,12 @@ def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
 
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
     """For each vector of ... x D the k nearest words that the model has met, with their cosines, best first (flattened)."""
-    table = vl.word_vectors(torch.arange(vl._text.token_embedding.weight.shape[0], device=vl.device)).detach().float().cpu()
+    table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach().float().cpu()
     met = (table.norm(dim=1) > 0).nonzero().flatten()  # words without training keep the zero vector in our own models
     likeness = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float().cpu(), dim=1) @ F.normalize(table[met], dim=1).T
     found = likeness.topk(k)
     return [
-        [(vl.tokenizer.decode([int(met[i])]).strip(), float(c)) for i, c in zip(row, cosines, strict=True)]
+        [(vl.words.word(met[i]), float(c)) for i, c in zip(row, cosines, strict=True)]
         for row, cosines in zip(found.indices, found.values, strict=True)
     ]
 
@@ -107,8 +107,8 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     """
     pieces = {}
     for word, kind in WORD_KINDS.items():
-        for i in vl.tokenizer.encode(word):
-            pieces[vl.tokenizer.decode([i]).strip()] = kind
+        for i in vl.words.ids(word):
+            pieces[vl.words.word(i)] = kind
     kinds = ["background", "style", "color", "shape", "other"]
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]

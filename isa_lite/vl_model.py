@@ -1,8 +1,8 @@
 """The frozen vision-language (VL) model: image tower, text tower, and a matching encoder where there is one.
 
-Everything that a query or a gallery needs from a CLIP of open_clip, with one addition to what open_clip
-offers: the text tower can be entered with *word vectors* instead of token ids, which is how pseudo-words get
-in. The small model that we ship and ViT-L-14 go through the same code.
+Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one addition to what they
+offer: the text tower can be entered with *word vectors* instead of token ids, which is how pseudo-words get
+in (text_tower.py). The small model that we ship and ViT-L-14 go through the same code.
 
 Shapes: B batch, T text positions, N patches, D word-embedding width, E embedding width.
 """
@@ -23,12 +23,17 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from open_clip.transformer import text_global_pool
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from isa_lite.blip import is_blip, load_blip
+from isa_lite.hub import WEIGHTS, repository, weights_file
+from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.text_tower import text_config, text_tower
+from isa_lite.words import Words, load_tokenizer
 
 _HERE = Path(__file__).resolve().parent
 #: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
@@ -60,66 +65,31 @@ def to_pixels(
     return torch.stack([preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
 
 
-class MatchingEncoder(nn.Module):
-    """Does this text belong to this image? Text tokens look at patch tokens; a two-class head answers.
-
-    The image-text matching branch of ALBEF/BLIP in small (paper: "matching encoder"; its size is ours): `depth`
-    blocks of self-attention among text tokens, cross-attention to patch tokens and an MLP. The mean over the
-    text positions goes to a linear head of two classes: 0 = no match, 1 = match.
-    """
-
-    def __init__(self, text_width: int, patch_width: int, patches: int, width: int = 128, depth: int = 2, heads: int = 4):
-        super().__init__()
-        self.config = dict(text_width=text_width, patch_width=patch_width, patches=patches, width=width, depth=depth, heads=heads)
-        self.text_in = nn.Linear(text_width, width)
-        self.patch_in = nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, width))
-        self.patch_position = nn.Parameter(0.5 * torch.randn(patches, width))  # about as large as what it is added to
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-            for _ in range(depth)
-        )
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
-
-    def forward(self, text: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        """text: B x T x text_width, mask: B x T (true = a word), patches: B x N x patch_width. Returns B x 2 logits."""
-        x = self.text_in(text)  # B x T x width
-        memory = self.patch_in(patches) + self.patch_position  # B x N x width
-        for block in self.blocks:
-            x = block(x, memory, tgt_key_padding_mask=~mask)
-        weight = mask.unsqueeze(-1).to(x.dtype)
-        return self.head((x * weight).sum(1) / weight.sum(1))  # B x width -> B x 2
-
-
 class VLModel(nn.Module):
-    """A CLIP of open_clip, frozen unless you unfreeze it, with what ISA asks of it.
+    """A model of open_clip (or a `Blip`), frozen unless you unfreeze it, with what ISA asks of it.
 
-    clip: the open_clip model; preprocess: PIL image -> 3 x H x W; tokenizer: list of texts -> B x T ids;
-    matcher: a `MatchingEncoder` or None; name: for messages and cards.
+    clip: the model; preprocess: PIL image -> 3 x H x W; tokenizer: list of texts -> B x T ids; matcher: a
+    `MatchingEncoder`, the matching head of a BLIP, or None; name: for messages and cards.
     Raises ValueError for a text tower that cannot be entered with word vectors.
     """
 
-    def __init__(self, clip: nn.Module, preprocess, tokenizer, matcher: MatchingEncoder | None = None, name: str = ""):
+    def __init__(self, clip: nn.Module, preprocess, tokenizer, matcher: Callable | None = None, name: str = ""):
         super().__init__()
-        text = getattr(clip, "text", clip)  # CustomTextCLIP keeps the text tower apart, CLIP keeps its parts itself
-        if not hasattr(text, "token_embedding") or getattr(text, "cls_emb", None) is not None:
+        self.tower = text_tower(clip, name)
+        self.words = Words(tokenizer, name or type(clip).__name__, self.tower.reserved)
+        self.context_length: int = self.words.context_length
+        if self.tower.context_length not in (0, self.context_length):
             raise ValueError(
-                f"{name or type(clip).__name__}: its text tower ({type(text).__name__}) cannot be entered with word vectors; "
-                "take a CLIP-like model whose text tower pools a token, for example ViT-B-32"
-            )
-        if not hasattr(tokenizer, "eot_token_id"):
-            raise ValueError(
-                f"{name or type(clip).__name__}: prompts are composed for open_clip's own tokenizer (SimpleTokenizer), "
-                f"and this model has a {type(tokenizer).__name__}"
+                f"{name or type(clip).__name__}: its tokenizer makes rows of {self.context_length} ids, "
+                f"and its text tower reads {self.tower.context_length}"
             )
         self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
-        self.pool_type = getattr(text, "text_pool_type", None) or text.pool_type
-        self.eos_id = getattr(text, "text_eos_id", None) if text is clip else text.eos_id
-        self.word_width: int = text.token_embedding.weight.shape[1]
-        self.context_length: int = text.positional_embedding.shape[0]
+        #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
+        self.matcher_reads_words: bool = getattr(clip, "matcher_reads_words", False)
+        self.word_width: int = self.tower.table.weight.shape[1]
+        self.vocab_size: int = self.tower.table.weight.shape[0]
         size = clip.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
-        # A causal tower that pools at the end-of-text token never looks past it, so the rest need not be computed.
-        self.can_cut = text.attn_mask is not None and self.pool_type == "argmax" and not getattr(text, "use_pad_mask", False)
         self.eval().requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------- text
@@ -130,7 +100,7 @@ class VLModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._text.token_embedding.weight.device
+        return self.tower.table.weight.device
 
     @property
     def word_norm(self) -> float:
@@ -138,43 +108,35 @@ class VLModel(nn.Module):
 
         Our pre-training leaves the vectors of words it never saw at zero; those do not count.
         """
-        norms = self._text.token_embedding.weight.detach().float().norm(dim=1)
-        return float(norms[norms > 0].median())
+        norms = self.tower.table.weight.detach().float().norm(dim=1)
+        return float(norms[norms > 0].median() * getattr(self.tower.table, "embed_scale", 1))  # NLLB's table scales its output
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> B x context_length ids, with open_clip's own tokenizer (which cuts what is too long)."""
+        """Texts -> B x context_length ids, with the model's own tokenizer (which cuts what is too long)."""
         return self.tokenizer(list(texts)).to(self.device)
 
     def word_vectors(self, ids: Tensor) -> Tensor:
         """B x T ids -> B x T x D vectors of the word-embedding table."""
-        return self._text.token_embedding(ids)
+        return self.tower.table(ids)
 
     def text_tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        """Contextual tokens: B x T x D word vectors and B x T ids (for the padding) -> B x T x width, before pooling."""
-        text = self._text
-        length = vectors.shape[1]
-        mask = text.attn_mask
-        if mask is not None:
-            mask = mask[:length, :length]
-        if getattr(text, "use_pad_mask", False):
-            mask = text._build_additive_mask(ids, length, vectors.dtype) + (0 if mask is None else mask)
-        x = vectors + text.positional_embedding[:length].to(vectors.dtype)
-        return text.ln_final(text.transformer(x, attn_mask=mask))
+        """Contextual tokens: B x T x D word vectors and B x T ids (for the padding) -> B x T x width, before pooling.
+
+        A CoCa appends a token of its own: it gives B x (T + 1) x width.
+        """
+        return self.tower.tokens(vectors, ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Contextual tokens B x T x width -> L2-normalised text embeddings B x E."""
-        return self.project_tokens(text_global_pool(tokens, ids, self.pool_type, eos_token_id=self.eos_id))
+        return self.project_tokens(self.tower.pool(tokens, ids))
 
     def project_tokens(self, tokens: Tensor) -> Tensor:
         """Contextual text tokens ... x width -> L2-normalised in the joint space, ... x E."""
-        projection = self._text.text_projection
-        if projection is not None:
-            tokens = projection(tokens) if isinstance(projection, nn.Linear) else tokens @ projection
-        return F.normalize(tokens.float(), dim=-1)
+        return F.normalize(self.tower.project(tokens).float(), dim=-1)
 
     def cut(self, ids: Tensor) -> Tensor:
-        """B x T ids without the columns past the longest end-of-text, where the tower allows that."""
-        return ids[:, : int(ids.argmax(1).max()) + 1] if self.can_cut else ids
+        """B x T ids without the columns past the longest text, where the tower never looks at those."""
+        return self.tower.cut(ids)
 
     def encode_vectors(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x E."""
@@ -201,7 +163,8 @@ class VLModel(nn.Module):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> L2-normalised image embeddings B x E."""
-        return F.normalize(self.clip.encode_image(pixels.to(self.device)).float(), dim=-1)
+        out = self.clip.encode_image(pixels.to(self.device))
+        return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)  # some give their tokens as well
 
     def encode_pixels_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens B x N x width."""
@@ -221,14 +184,26 @@ class VLModel(nn.Module):
         An attention pool projects each position as if it had all the attention (as MaskCLIP does). Raises
         ValueError for a tower that has no such projection.
         """
+        project = self._patch_projection()
+        if project is None:
+            raise ValueError(f"{self.name}: a {type(self.clip.visual).__name__} does not project patches; set lar_weight to 0")
+        return F.normalize(project(patches).float(), dim=-1)
+
+    def _patch_projection(self) -> Callable[[Tensor], Tensor] | None:
         visual = self.clip.visual
-        if hasattr(visual, "ln_post") and getattr(visual, "proj", None) is not None:
-            patches = visual.ln_post(patches) @ visual.proj
-        elif hasattr(getattr(visual, "attnpool", None), "c_proj"):
-            patches = visual.attnpool.c_proj(visual.attnpool.v_proj(patches))
-        else:
-            raise ValueError(f"{self.name}: a {type(visual).__name__} does not project patches; set lar_weight to 0")
-        return F.normalize(patches.float(), dim=-1)
+        if hasattr(visual, "project_patches"):
+            return visual.project_patches
+        parts = [getattr(visual, part, None) is not None for part in ("ln_post", "proj", "attn_pool")]
+        if parts == [True, True, False]:  # CoCa's pooler stands between patches and projection
+            return lambda patches: visual.ln_post(patches) @ visual.proj
+        if hasattr(getattr(visual, "attnpool", None), "c_proj"):
+            return lambda patches: visual.attnpool.c_proj(visual.attnpool.v_proj(patches))
+        return None
+
+    def check_lar(self) -> None:
+        """Raises ValueError for a model with which LAR cannot work: one without matching encoder and projection of patches."""
+        if self.matcher is None and self._patch_projection() is None:
+            self.project_patches(torch.empty(0))
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:
@@ -253,39 +228,73 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
 
 
+def _open_clip_folder(folder: Path, name: str, device: str) -> VLModel:
+    """A model of open_clip in its local-dir layout, with our matching encoder where one lies beside it."""
+    if not (folder / "open_clip_config.json").is_file():
+        raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
+    source, config = f"local-dir:{folder}", json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    text = text_config(config.get("model_cfg", config), name)
+    tokenizer = load_tokenizer(source, text, name, folder)  # before the weights: it is small, and may be out of reach
+    changed = {"text_cfg": text} if text.get("hf_model_name") else {}
+    try:
+        clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds no weights that fit its open_clip_config.json: {error}") from error
+    matcher, settings = None, folder / "matching_encoder.json"
+    if settings.is_file():
+        matcher = MatchingEncoder(**json.loads(settings.read_text()))
+        matcher.load_state_dict({k: v.float() for k, v in load_file(folder / "matching_encoder.safetensors").items()})
+        matcher.to(device)
+    return VLModel(clip, preprocess, tokenizer, matcher, name)
+
+
 def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu") -> VLModel:
     """Load a VL model, frozen and in evaluation mode.
 
-    name: `scenes-clip` (shipped), a folder in open_clip's local-dir layout, or the name of any open_clip model.
-    pretrained: for an open_clip model, the tag of its weights (downloaded by open_clip) or a file of weights.
-    Raises ValueError for an unknown name or tag (with the nearest ones), or a model without weights.
+    name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of transformers; the name of any
+    open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub; `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
+    pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file.
+    Raises ValueError for an unknown name or tag (with the nearest ones), a model without weights, or one that cannot be
+    entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what you named is
+    neither on this machine nor within reach.
     """
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
+    if name.startswith("blip:") or is_blip(folder):
+        clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)
+        return VLModel(clip, preprocess, tokenizer, clip.match, name)
+    if name.startswith("hf-hub:"):
+        folder = repository(name.removeprefix("hf-hub:"), "a model of open_clip", "open_clip_config.json", WEIGHTS)
     if folder.is_dir():
-        if not (folder / "open_clip_config.json").is_file():
-            raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
-        source = f"local-dir:{folder}"
-        try:
-            clip, preprocess = open_clip.create_model_from_pretrained(source, device=device)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} holds no weights that fit its open_clip_config.json: {error}") from error
-        tokenizer = open_clip.get_tokenizer(source)
-        matcher, config = None, folder / "matching_encoder.json"
-        if config.is_file():
-            matcher = MatchingEncoder(**json.loads(config.read_text()))
-            matcher.load_state_dict({k: v.float() for k, v in load_file(folder / "matching_encoder.safetensors").items()})
-            matcher.to(device)
-        return VLModel(clip, preprocess, tokenizer, matcher, name)
+        return _checked(_open_clip_folder(folder, name, device))
     if name not in open_clip.list_models():
         raise _unknown("VL model", name, [SCENES_CLIP, *open_clip.list_models()])
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
         raise ValueError(f"{name} needs weights: give pretrained= a file or one of the tags {', '.join(tags) or '(none known)'}")
-    if not Path(pretrained).is_file() and pretrained not in open_clip.list_pretrained_tags_by_model(name):
-        raise _unknown(f"tag of weights for {name}:", pretrained, open_clip.list_pretrained_tags_by_model(name))
+    if not Path(pretrained).is_file() and pretrained not in tags:
+        raise _unknown(f"tag of weights for {name}:", pretrained, tags)
+    text = text_config(open_clip.get_model_config(name), name)
+    tokenizer = load_tokenizer(name, text, name)
     logging.getLogger(__name__).info("loading %s with weights %s", name, pretrained)
-    clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
-    return VLModel(clip, preprocess, open_clip.get_tokenizer(name), None, f"{name}/{pretrained}")
+    more = {"text_cfg": text} if text.get("hf_model_name") else {}
+    if not Path(pretrained).is_file():
+        look = open_clip.get_pretrained_cfg(name, pretrained)  # how images are to be prepared goes with the weights
+        more |= {f"image_{key}": look[key] for key in ("mean", "std", "interpolation", "resize_mode") if look.get(key)}
+    file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
+    clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)
+    return _checked(VLModel(clip, preprocess, tokenizer, None, f"{name}/{pretrained}"))
+
+
+@torch.no_grad()
+def _checked(vl: VLModel) -> VLModel:
+    """The model, if its text tower gives the same from word vectors as from ids (tried on one text); ValueError otherwise."""
+    ids = vl.tokenize(["a photo of a cat"])
+    short = vl.cut(ids)
+    ours, theirs = vl.encode_vectors(vl.word_vectors(short), short), vl.clip.encode_text(ids, normalize=True).float()
+    if not torch.allclose(ours, theirs, atol=1e-2):
+        off = float((ours - theirs).abs().max())
+        raise ValueError(f"{vl.name}: its text tower gives something else from word vectors than from ids (off by {off:.2g})")
+    return vl
 
 
 def machine() -> str:

@@ -1,7 +1,10 @@
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from isa_lite.bench import backbones, multiply_adds, peak_activations, side_by_side, split
+from isa_lite.bench import backbones, multiply_adds, peak_activations, query_cost, side_by_side, split
+from isa_lite.fold import _pairs, folded
 from isa_lite.query_encoder import QueryEncoder
 
 
@@ -65,3 +68,44 @@ def test_the_table_of_backbones(vl):
     blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)  # weights and biases of attention, MLP, norms
     assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18  # patches; positions and class
     assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (table[["multiply-adds", "ms"]] > 0).all().all()
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "resnet18"])
+def test_a_folded_encoder_says_the_same_without_batch_normalisation(vl, backbone):
+    torch.manual_seed(0)
+    encoder = QueryEncoder.for_model(vl, backbone=backbone, num_tokens=3, width=32, depth=1)
+    for norm in (m for m in encoder.backbone.modules() if isinstance(m, nn.BatchNorm2d)):  # as after training
+        nn.init.normal_(norm.running_mean, std=0.1), nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 2), nn.init.normal_(norm.bias, std=0.1)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    quick = folded(encoder.train())
+    assert encoder.training and not quick.training  # the original is left as it was
+    assert any(isinstance(m, nn.BatchNorm2d) for m in encoder.backbone.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.backbone.modules())
+    for one, other in zip(encoder.sentences(images), quick.sentences(images), strict=True):
+        assert torch.allclose(one, other, atol=1e-3 * float(one.abs().max()))
+    with pytest.raises(ValueError, match="save the encoder that it was made from"):
+        quick.save("nowhere")
+
+
+def test_a_normalisation_is_folded_only_into_the_convolution_right_before_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.na, self.nb = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.shared, self.n1, self.n2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.shared(x)
+            return self.na(self.a(x)) + self.nb(self.b(x).relu()) + self.n1(y) + self.n2(y)
+
+    net = Net().eval()
+    assert [(c is net.a, n is net.na) for c, n in _pairs(net, torch.randn(1, 3, 4, 4))] == [(True, True)]
+
+
+def test_a_query_is_timed_end_to_end_and_its_ratios_are_of_those_times(vl):
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    ms, ratios = query_cost(vl, encoder, rounds=3, gallery=100)
+    assert list(ms[ms > 0].index) == list(ms.index) and len(ratios) == 3
+    whole = ms["symmetric query, uncut"] / ms["light query, cut"]
+    assert ratios["symmetric uncut / light cut"] == pytest.approx(whole)

@@ -13,11 +13,11 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters checkpoint images scenes icons vl_model symmetric token_learner mappings backbones query_encoder losses distill
-    embed gallery evaluate baselines fusion inversion sentences spaces ablations compare growth benchmarks.common
-    benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny benchmarks.run
-    benchmarks.__main__ own_data pretrain folder_batches pretrain_folder cards bench client export latency draw sweep failures
-    widgets
+    parameters checkpoint images scenes icons hub words text_tower matching_encoder blip vl_model symmetric token_learner mappings
+    backbones query_encoder fold parity losses distill embed gallery evaluate baselines fusion inversion sentences spaces
+    ablations compare growth benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo
+    benchmarks.tiny benchmarks.run benchmarks.__main__ own_data pretrain folder_batches pretrain_folder cards bench client export latency draw
+    sweep failures widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.
@@ -81,8 +81,25 @@ def test_a_requirement_has_a_lower_bound_and_a_reason(line):
     assert re.fullmatch(r"[A-Za-z0-9_.-]+>=\d+(\.\d+)*  # \S.*", line)
 
 
+def extras() -> set[str]:
+    """Packages of the optional extras; modules that need one import it inside a function and say so where it is missing."""
+    block = re.search(r"^\[project.optional-dependencies\]\n(.*?)(?=^\[)", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    return {name.lower() for name in re.findall(r'"([A-Za-z0-9_.-]+)>=', block[1])}
+
+
+def at_the_top(tree: ast.Module) -> set[str]:
+    """What is imported as soon as the module is."""
+    statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {name.split(".")[0] for name in imported(ast.Module(statements, []))}
+
+
+def test_what_an_extra_brings_is_imported_only_where_it_is_used():
+    for name, tree in modules().items():
+        assert not extras() & at_the_top(tree), f"isa_lite/{name}.py cannot be imported without an extra"
+
+
 def test_what_the_package_imports_is_required():
-    required = {re.split("[>=]", r)[0].lower() for r in requirements()}
+    required = {re.split("[>=]", r)[0].lower() for r in requirements()} | extras()
     for name, tree in modules().items():
         tops = {i.split(".")[0] for i in imported(tree)} - set(sys.stdlib_module_names) - {"isa_lite"}
         missing = {top for top in tops if DISTRIBUTION.get(top, top).lower() not in required}

@@ -37,6 +37,7 @@ TOWERS = {
     "plain, both ways": (open_clip.CLIP, {"no_causal_mask": True}),
     "both ways, padding masked": (open_clip.CustomTextCLIP, {"no_causal_mask": True, "use_pad_mask": True}),
     "no projection": (open_clip.CustomTextCLIP, {"proj_type": "none"}),
+    "class token behind the text": (open_clip.CustomTextCLIP, {"embed_cls": True}),
 }
 
 
@@ -104,7 +105,8 @@ def test_what_is_cut_changes_nothing(tower):
         whole, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
     assert torch.allclose(whole, cut, atol=1e-6)
     end = max(len(vl.tokenizer.encode(t)) for t in TEXTS[:3]) + 2  # with start and end
-    assert short.shape[1] == (end if tower in ("plain", "quick gelu", "custom", "no projection") else 20)
+    causal = ("plain", "quick gelu", "custom", "no projection", "custom, end by its id", "plain, end by its id")
+    assert short.shape[1] == (end if tower in causal else 20)
     assert vl.cut(vl.tokenize(TEXTS)).shape[1] == 20  # a text that fills the tower
 
 
@@ -123,21 +125,22 @@ def test_word_norm_leaves_out_words_that_were_never_seen(vl):
     assert vl.word_norm == 3
 
 
-@pytest.mark.parametrize("what", ["a text tower that appends a class token", "a text tower of another make", "another tokenizer"])
+@pytest.mark.parametrize("what", ["a text tower of another make", "another tokenizer"])
 def test_refused_models(what):
     vl = build(open_clip.CustomTextCLIP)
     tokenizer = vl.tokenizer
     if what.startswith("another"):
         tokenizer, message = (lambda texts: None), "SimpleTokenizer.*has a function"
-    elif "class token" in what:  # CoCa
-        vl, message = None, "TextTransformer.*cannot be entered with word vectors"
     else:
         vl.clip.text, message = nn.Linear(2, 2), "Linear.*cannot be entered with word vectors"
     with pytest.raises(ValueError, match=message):
-        if vl is None:
-            build(open_clip.CustomTextCLIP, embed_cls=True)
-        else:
-            VLModel(vl.clip, vl.preprocess, tokenizer)
+        VLModel(vl.clip, vl.preprocess, tokenizer)
+
+
+def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(vl_folder, monkeypatch):
+    monkeypatch.setattr("isa_lite.text_tower.OpenClipText.pool", lambda self, tokens, ids: tokens[:, 0])
+    with pytest.raises(ValueError, match="something else from word vectors than from ids"):
+        load_vl_model(str(vl_folder))
 
 
 # ------------------------------------------------------------------------------------------------ images

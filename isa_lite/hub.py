@@ -1,0 +1,119 @@
+"""What lives on the network: taken from the cache of this machine, else fetched, else refused at once with what to do.
+
+Nothing is fetched that the user did not name. Before anything is fetched the server is asked for a sign of life, within
+`PATIENCE` seconds: the libraries underneath try for minutes and end in a stack trace. Ours.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+from huggingface_hub import constants, hf_hub_download, list_repo_files, try_to_load_from_cache
+
+#: How long a server may take to answer, in seconds.
+PATIENCE = 5.0
+#: Weights of an open_clip model in a repository, best first (open_clip's own order).
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+#: Weights of a model of transformers.
+HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+_TOKENIZER += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def no_answer(url: str, seconds: float | None = None) -> str:
+    """Why `url` cannot be reached, or "" if something answers there; after `seconds` (PATIENCE) at most, look-up included."""
+    seconds = PATIENCE if seconds is None else seconds
+    found: list[str] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            found.append("")
+        except urllib.error.HTTPError:  # also an answer
+            found.append("")
+        except Exception as error:
+            found.append(str(getattr(error, "reason", error)) or type(error).__name__)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"no answer within {seconds:g} seconds"
+
+
+def _reach(url: str, what: str, advice: str) -> None:
+    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached."""
+    hub = url.startswith(constants.ENDPOINT)
+    reason = "HF_HUB_OFFLINE is set" if hub and constants.HF_HUB_OFFLINE else no_answer(url)
+    if reason:
+        cache = f"{constants.HF_HUB_CACHE}, which HF_HOME moves" if hub else "~/.cache/clip"
+        raise ConnectionError(
+            f"{what} is not on this machine (looked in {cache}), and {url} cannot be reached: {reason}. "
+            f"Load it once where there is a network and copy that folder here, or {advice}"
+        ) from None
+
+
+def _cached(repo: str, names: Sequence[str]) -> Path | None:
+    """The first of these files of a repository that is in the cache."""
+    found = (try_to_load_from_cache(repo, name) for name in names)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def weights_file(model: str, tag: str) -> Path:
+    """The file of weights of an open_clip model's tag: from the cache, or fetched. Raises ConnectionError at once if offline."""
+    config = open_clip.get_pretrained_cfg(model, tag)
+    what, advice = f"the weights {tag} of {model}", "download the file of weights yourself and pass pretrained='FILE'"
+    if config.get("hf_hub"):
+        repo, name = os.path.split(config["hf_hub"])
+        names = [os.path.splitext(name)[0] + ".safetensors", name] if name else WEIGHTS
+        found, url = _cached(repo, names), constants.ENDPOINT
+        what = f"{what} ({repo} on the hub)"
+    else:
+        found, url = Path("~/.cache/clip").expanduser() / os.path.basename(config["url"]), config["url"]
+    if found is None or not found.is_file():
+        _reach(url, what, advice)
+        found = Path(open_clip.download_pretrained(config))
+    return found
+
+
+def repository(repo: str, what: str, must: str, weights: Sequence[str] = (), extra: Sequence[str] = ()) -> Path:
+    """A local folder with what we need of a repository of the hub: `must`, one file of `weights`, `extra`, and the tokenizer.
+
+    A folder's path is returned as it is. Files in the cache are taken as they are, without asking the hub. Raises
+    ConnectionError at once if offline, and ValueError for a repository without `must` or without weights.
+    """
+    if Path(repo).is_dir():
+        return Path(repo)
+    advice = "give a local folder with its files"
+    first = _cached(repo, [must])
+    if first is not None and (not weights or any((first.parent / name).exists() for name in weights)):
+        return first.parent
+    _reach(constants.ENDPOINT, f"{what} ({repo} on the hub)", advice)
+    try:
+        there = set(list_repo_files(repo))
+    except Exception as error:
+        raise ValueError(f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?") from error
+    chosen = next((name for name in weights if name in there), None)
+    if must not in there or (weights and chosen is None):
+        missing = must if must not in there else f"weights (one of {', '.join(weights)})"
+        raise ValueError(f"{repo} on the hub holds no {missing}, so it is not {what}")
+    wanted = [must, *(name for name in (*extra, *_TOKENIZER) if name in there)] + ([chosen] if chosen else [])
+    return [Path(hf_hub_download(repo, name)).parent for name in wanted][0]
+
+
+def tokenizer_folder(repo: str, model: str) -> Path:
+    """A local folder with the files of a tokenizer of `transformers`. Raises ConnectionError at once if offline."""
+    if Path(repo).is_dir():
+        return Path(repo)
+    found = _cached(repo, _TOKENIZER)
+    if found is None:
+        what, advice = f"the tokenizer of {model} ({repo} on the hub)", "give the model as a local folder that holds its files"
+        _reach(constants.ENDPOINT, what, advice)
+        there = [name for name in list_repo_files(repo) if name in (*_TOKENIZER, "config.json")]
+        found = [Path(hf_hub_download(repo, name)) for name in there][0]
+    return found.parent

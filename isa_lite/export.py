@@ -128,6 +128,8 @@ def tokenizer_of(vl: VLModel) -> Tokenizer:
     that cleans text in another way than by lower-casing.
     """
     ours = vl.tokenizer
+    if not hasattr(ours, "bpe_ranks"):
+        raise ValueError(f"{vl.name}: only open_clip's own tokenizer can be exported, and this model has a {type(ours).__name__}")
     if ours.clean_fn("An  Ä, b") != "an ä, b":
         raise ValueError(f"{vl.name}: its tokenizer cleans texts in a way of its own, which isa_lite.client does not know")
     merges = [pair for pair, _ in sorted(ours.bpe_ranks.items(), key=lambda item: item[1])]
@@ -202,7 +204,7 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
     pixels = torch.zeros(2, 3, config.image_size, config.image_size)
     tokens, ids = encoder(pixels).tokens.detach(), torch.full((2, vl.context_length), PLACEHOLDER)
     axes = {0: batch}
-    if vl.can_cut:
+    if vl.tower.can_cut:
         ids, axes = ids[:, : vl.context_length // 2], {0: batch, 1: torch.export.Dim("length", min=2, max=vl.context_length)}
     with tempfile.TemporaryDirectory(dir=folder) as part:
         part = Path(part)
@@ -217,7 +219,7 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
             "num_tokens": tokens.shape[1],
             "word_width": tokens.shape[2],
             "context_length": vl.context_length,
-            "can_cut": vl.can_cut,
+            "can_cut": vl.tower.can_cut,
             "pad_id": 0,
             "placeholder": PLACEHOLDER,
             "template": template,

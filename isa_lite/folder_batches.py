@@ -5,7 +5,8 @@ Two captions are *relatives* when they differ in one short run of words, as "man
 
 - *Families*: a batch holds images together with relatives of theirs, as hard negatives of one another.
 - *The language of change*: the second of two relatives is also described from the first, "man student, but a woman". The words
-  come from the two captions and from `CHANGES`, a list of plain phrases; no query is read, so evaluation stays zero-shot.
+  come from the two captions and from `CHANGES`, a list of plain phrases; no query is read, so evaluation stays zero-shot. Where
+  the phrases resemble the words of the queries ("with {b}"), composing gains more than elsewhere: write them before you look.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pict
     torch.manual_seed(0)
     clip = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
     both_ways = VLModel(clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="both ways")
-    assert not both_ways.can_cut
+    assert not both_ways.tower.can_cut
     encoder = fresh(both_ways)
     export(encoder, both_ways, tmp_path)
     client = QueryClient(tmp_path)

@@ -40,6 +40,7 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
     """Of every ablation its values: a label, and the parameters of notebook 02 that it sets."""
     lar = defaults["lar_weight"] or 0.1
     numbers = {"tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)), "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2))}
+    numbers["noise on words"] = "word_noise", (0.0, 0.5, 1.0, 1.5)
     numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
     found: dict[str, dict[str, dict]] = {
         "losses": {
@@ -49,6 +50,7 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
             "neither (untrained)": {"gcd_weight": 0.0, "lar_weight": 0.0},
         },
         "mapping": {name: {"mapping": name} for name in MAPPINGS},
+        "start words": {"a description": {"start_words": defaults["start_words"]}, "none": {"start_words": ""}},
         "norm matching": {"on": {"norm_matching": True}, "off": {"norm_matching": False}},
         "backbone": {name: {"backbone": name} for name in BACKBONES} | {"large tower (symmetric)": {"backbone": LARGE_TOWER}},
         "prompt": {template: {"template": template} for template in TEMPLATES},

@@ -85,13 +85,15 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--seeds", "0,1"]
     with pytest.raises(SystemExit) as stopped:
         sweep.main(arguments)
-    assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 14
+    assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 16
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert [entry["label"] for entry in record["missing"]] == ["24", "24"] and len(record["runs"]) == 14  # 12, and the default
+    assert [entry["label"] for entry in record["missing"]] == ["24", "24"] and len(
+        record["runs"]
+    ) == 16  # seven lengths and the default
 
     fail.clear(), ran.clear()
     sweep.main([*arguments, "--dry-run"])
-    assert not ran and "2 of 14 runs to go" in capsys.readouterr().out
+    assert not ran and "2 of 16 runs to go" in capsys.readouterr().out
     sweep.main(arguments)
     assert [parameters["num_tokens"] for parameters in ran] == [24, 24]
     record = json.loads((tmp_path / "sweep.json").read_text())

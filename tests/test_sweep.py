@@ -87,9 +87,8 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
         sweep.main(arguments)
     assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 16
     record = json.loads((tmp_path / "sweep.json").read_text())
-    assert [entry["label"] for entry in record["missing"]] == ["24", "24"] and len(
-        record["runs"]
-    ) == 16  # seven lengths and the default
+    assert [entry["label"] for entry in record["missing"]] == ["24", "24"]
+    assert len(record["runs"]) == 16  # seven numbers of tokens, and the default once more
 
     fail.clear(), ran.clear()
     sweep.main([*arguments, "--dry-run"])
@@ -107,8 +106,8 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
     axes = draw.ablations(record).axes[0]
     assert axes.get_title(loc="left") == "tokens"
-    assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 24]
-    assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 25.5]
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 20, 24]
+    assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5]
 
 
 def test_names_become_bars_and_the_default_is_said_in_words():

@@ -225,12 +225,12 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
 def test_with_several_encoders_the_tokens_follow_the_length_of_the_sentence(world):
     bench, vl, encoder, _ = world
     single = QueryEncoder.for_model(vl, mapping="single vector").eval()
-    panel = widgets.token_panel(bench.images[:2], vl, {"twelve": encoder, "one": single})
+    panel = widgets.token_panel(bench.images[:2], vl, {"many": encoder, "one": single})
     assert not panel.controls["encoder"].disabled and "encoder “one”" in message(panel)  # the shorter one is the first
     assert panel.controls["token"].max == 1 and "evenly" in message(panel)
     panel.controls["encoder slider"].value = 2
     panel.controls["token slider"].value = 7
-    assert panel.controls["token"].value == 7 and "Token 7 of 12, encoder “twelve”" in message(panel)
+    assert panel.controls["token"].value == 7 and f"Token 7 of {encoder.config.num_tokens}, encoder “many”" in message(panel)
     panel.controls["encoder"].value = 1
     assert panel.controls["token"].value == panel.controls["token slider"].max == 1 and "Token 1 of 1" in message(panel)
 

@@ -135,3 +135,22 @@ def test_a_hub_repository_in_the_cache_loads_without_a_network(own_cache, vl_fol
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
     texts = ["a red circle", "zebra"]
     assert torch.equal(load_vl_model("hf-hub:me/model").encode_text(texts), load_vl_model(str(vl_folder)).encode_text(texts))
+
+
+def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(server, vl_folder, own_cache):
+    address, asked = server
+    texts = ["a red circle", "zebra"]
+    first = load_vl_model("hf-hub:me/model").encode_text(texts)
+    assert sorted(asked) == ["open_clip_config.json", "open_clip_model.safetensors"]  # and not the pickled weights
+    asked.clear()
+    assert torch.equal(load_vl_model("hf-hub:me/model").encode_text(texts), first) and asked == []
+    assert torch.equal(first, load_vl_model(str(vl_folder)).encode_text(texts))
+
+
+def test_a_repository_that_is_no_model_of_open_clip_says_what_it_lacks(server):
+    with pytest.raises(ValueError, match="me/model on the hub holds no config.json, so it is not a BLIP"):
+        hub.repository("me/model", "a BLIP", "config.json", hub.HF_WEIGHTS)
+    with pytest.raises(ValueError, match=r"holds no weights \(one of x.safetensors\), so it is not a thing"):
+        hub.repository("me/model", "a thing", "open_clip_config.json", ["x.safetensors"])
+    with pytest.raises(ValueError, match="nobody/nothing on the hub cannot be listed: .*is the name right"):
+        hub.repository("nobody/nothing", "a model", "open_clip_config.json")

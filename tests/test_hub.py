@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import threading
 import time
 
@@ -12,8 +13,6 @@ from huggingface_hub import constants
 
 from isa_lite import hub
 from isa_lite.vl_model import load_vl_model
-
-HEADERS = {"ETag": '"0"', "X-Repo-Commit": "0" * 40}
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +60,7 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
     with pytest.raises(ConnectionError, match=f"(?s){message}") as caught:
         load_vl_model(name, tag)
     assert time.perf_counter() - began < 5  # seconds, where the libraries underneath take minutes
-    assert __import__("re").search(reason, str(caught.value)) and str(own_cache) in str(caught.value)
+    assert re.search(reason, str(caught.value)) and str(own_cache) in str(caught.value)
 
 
 def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, monkeypatch):
@@ -97,9 +96,7 @@ def server(vl_folder, monkeypatch):
         def do_GET(self):
             path = self.path.split("?")[0].strip("/")
             body = files.get(path.rpartition("/")[2])
-            if path == "api/models/me/model":
-                body = json.dumps({"id": "me/model", "sha": "0" * 40, "siblings": [{"rfilename": n} for n in files]}).encode()
-            elif path == "api/models/me/model/revision/main":
+            if path in ("api/models/me/model", "api/models/me/model/revision/main"):
                 body = json.dumps({"id": "me/model", "sha": "0" * 40, "siblings": [{"rfilename": n} for n in files]}).encode()
             elif path.startswith("api/models/me/model/tree"):
                 entries = [{"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in files.items()]
@@ -107,8 +104,8 @@ def server(vl_folder, monkeypatch):
             elif body is not None and self.command == "GET":
                 asked.append(path.rpartition("/")[2])
             self.send_response(404 if body is None else 200)
-            for key, value in HEADERS.items():
-                self.send_header(key, value)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{sum(path.encode())}"')  # one a file: the cache goes by it
             self.send_header("Content-Length", str(len(body or b"")))
             self.end_headers()
             if self.command == "GET":
@@ -121,6 +118,8 @@ def server(vl_folder, monkeypatch):
     threading.Thread(target=running.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{running.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"  # the client reads its address once, at import
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     yield address, asked
     running.shutdown()
 

@@ -50,7 +50,7 @@ def made(kind: str, folder, side: str = "right", **settings) -> HFTokenizer:
     names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>", cls_token="<s>", unk_token="<unk>")
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=own, padding_side=side, **names)
     wrapped.save_pretrained(folder)
-    return HFTokenizer(str(folder), context_length=24, **settings)
+    return HFTokenizer(str(folder), context_length=48, **settings)
 
 
 KINDS = ["word pieces", "byte pairs", "sentence pieces", "spaces marked"]
@@ -68,7 +68,7 @@ def framed(words: Words, pieces: list[str]) -> list[int]:
 @pytest.mark.parametrize("kind", [*KINDS, "open_clip's own"])
 @pytest.mark.parametrize("text, pieces", WHOLE)
 def test_pieces_in_a_frame_are_the_row_of_the_whole_text(kind, text, pieces, tmp_path):
-    tokenizer = open_clip.SimpleTokenizer(context_length=24) if kind.startswith("open_clip") else made(kind, tmp_path)
+    tokenizer = open_clip.SimpleTokenizer(context_length=48) if kind.startswith("open_clip") else made(kind, tmp_path)
     words = Words(tokenizer)
     assert framed(words, pieces) == tokenizer([text])[0].tolist()
 
@@ -85,7 +85,7 @@ def test_a_frame_is_read_off_the_tokenizer(kind, settings, tmp_path):
     for text in ("red", "a photo of the large star", "make it blue without the circle"):
         assert words.frame(words.ids(text)) == tokenizer([text])[0].tolist()
     full = words.frame([words.placeholder] * words.room)
-    assert len(full) == 24 and words.pad not in full[len(words.prefix) : len(words.prefix) + words.room]
+    assert len(full) == 48 and words.pad not in full[len(words.prefix) : len(words.prefix) + words.room]
     assert words.placeholder not in (*words.prefix, *words.suffix, words.pad, 0)
 
 
@@ -94,7 +94,7 @@ def test_padding_that_is_also_the_end_is_told_from_it(tmp_path):
     tokenizer = made("sentence pieces", tmp_path)
     tokenizer.tokenizer.pad_token = "</s>"
     words = Words(tokenizer)
-    assert words.pad == words.suffix[0] == 2 and words.room == 23
+    assert words.pad == words.suffix[0] == 2 and words.room == 47
     assert words.frame(words.ids("red star")) == tokenizer(["red star"])[0].tolist()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
-from huggingface_hub import constants, hf_hub_download, list_repo_files, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
 #: How long a server may take to answer, in seconds.
 PATIENCE = 5.0
@@ -81,6 +81,15 @@ def weights_file(model: str, tag: str) -> Path:
     return found
 
 
+def _listed(repo: str) -> set[str]:
+    return set(HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo))
+
+
+def _fetched(repo: str, names: Sequence[str]) -> Path:
+    """Files of a repository into the cache; returns the folder that holds them."""
+    return [Path(hf_hub_download(repo, name, endpoint=constants.ENDPOINT)).parent for name in names][0]
+
+
 def repository(repo: str, what: str, must: str, weights: Sequence[str] = (), extra: Sequence[str] = ()) -> Path:
     """A local folder with what we need of a repository of the hub: `must`, one file of `weights`, `extra`, and the tokenizer.
 
@@ -95,7 +104,7 @@ def repository(repo: str, what: str, must: str, weights: Sequence[str] = (), ext
         return first.parent
     _reach(constants.ENDPOINT, f"{what} ({repo} on the hub)", advice)
     try:
-        there = set(list_repo_files(repo))
+        there = _listed(repo)
     except Exception as error:
         raise ValueError(f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?") from error
     chosen = next((name for name in weights if name in there), None)
@@ -103,7 +112,7 @@ def repository(repo: str, what: str, must: str, weights: Sequence[str] = (), ext
         missing = must if must not in there else f"weights (one of {', '.join(weights)})"
         raise ValueError(f"{repo} on the hub holds no {missing}, so it is not {what}")
     wanted = [must, *(name for name in (*extra, *_TOKENIZER) if name in there)] + ([chosen] if chosen else [])
-    return [Path(hf_hub_download(repo, name)).parent for name in wanted][0]
+    return _fetched(repo, wanted)
 
 
 def tokenizer_folder(repo: str, model: str) -> Path:
@@ -114,6 +123,5 @@ def tokenizer_folder(repo: str, model: str) -> Path:
     if found is None:
         what, advice = f"the tokenizer of {model} ({repo} on the hub)", "give the model as a local folder that holds its files"
         _reach(constants.ENDPOINT, what, advice)
-        there = [name for name in list_repo_files(repo) if name in (*_TOKENIZER, "config.json")]
-        found = [Path(hf_hub_download(repo, name)) for name in there][0]
+        return _fetched(repo, [name for name in (*_TOKENIZER, "config.json") if name in _listed(repo)])
     return found.parent

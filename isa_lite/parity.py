@@ -6,9 +6,8 @@ hook puts into open_clip's route and `compose` into ours.
 
 What is smaller than in the real models, and takes no part in the comparison: the image tower is a stub, text towers have
 at most `LAYERS` layers, tables of words for tokenizers of `transformers` at most `VOCABULARY` rows. Width, heads, context,
-mask, pooling, normalisation and projection are the model's own. Tokenizers of `transformers` live
-on the network, so here a word-level one takes their
-place, which frames and pads a text as they do. Ours.
+mask, pooling, normalisation and projection are the model's own. Tokenizers of `transformers` live on the network, so here
+a word-level one takes their place, which frames and pads a text as they do. Ours.
 """
 
 from __future__ import annotations

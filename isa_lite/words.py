@@ -93,7 +93,7 @@ class Words:
         if before and text:  # as the tokenizer writes it within a text, not at its start
             anchor, whole = self._encode(ANCHOR), self._encode(ANCHOR + " " * (before == "space") + text)
             ids = whole[len(anchor) :] if whole[: len(anchor)] == anchor else ids
-        return [i for i in ids if i not in self.special]
+        return [i for i in ids if i not in self.special]  # should one have got through all the same
 
     def ids(self, text: str, before: str = "") -> list[int]:
         """Ids of a piece of text, without a frame. before: what stands before it: nothing (""), a "space" or a "word"."""

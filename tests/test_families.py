@@ -1,5 +1,7 @@
 """Every family of text and image towers that open_clip has, small and with random weights, against open_clip's own results."""
 
+import sys
+
 import open_clip
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_a_family_that_cannot_work_is_refused_by_its_settings(text, message, mon
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     for config in ({"hf_tokenizer_name": "timm/x"}, {"hf_model_name": "roberta-base"}):
         with pytest.raises(ImportError, match=r"pip install 'isa_lite\[blip\]'"):
             text_config({"text_cfg": config}, "a model")

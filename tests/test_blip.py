@@ -1,0 +1,144 @@
+"""BLIP with random weights: its own forward passes, prompts, loading, and a few steps of distillation."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from isa_lite.blip import load_blip
+from isa_lite.distill import DistillConfig, distill
+from isa_lite.parity import stand_in_tokenizer
+from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids, splice
+from isa_lite.vl_model import load_vl_model
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
+TEXTS = ["a photo of a red cat", "a picture , make it blue at the top left"]
+
+
+def tiny(kind=None):
+    text = dict(vocab_size=1100, hidden_size=32, encoder_hidden_size=48, num_hidden_layers=2, num_attention_heads=2)
+    text |= dict(intermediate_size=64, max_position_embeddings=90, pad_token_id=0, bos_token_id=101, sep_token_id=102)
+    vision = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16, projection_dim=16)
+    torch.manual_seed(0)
+    model = (kind or transformers.BlipForImageTextRetrieval)(config).eval()
+    for parameter in model.parameters():  # large enough for texts and images to differ
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blip")
+    tiny().save_pretrained(folder)
+    stand_in_tokenizer(folder, [101], [102], 0)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}))
+    return folder
+
+
+@pytest.fixture
+def vl(folder):
+    return load_vl_model(str(folder))
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+
+
+@torch.no_grad()
+def test_embeddings_are_those_of_its_own_forward_pass(vl, folder, images):
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    pixels, ids = vl.pixels(images[:2]), vl.tokenize(TEXTS)
+    theirs = model(ids, pixels, use_itm_head=False, attention_mask=(ids != 0).long()).itm_score  # images x texts
+    image, patches = vl.encode_pixels_and_patches(pixels)
+    for text in (vl.encode_text(TEXTS), vl.encode_vectors(vl.word_vectors(ids), ids)):
+        assert torch.allclose(image @ text.T, theirs, atol=1e-5)
+    assert torch.allclose(vl.encode_images(images[:2]), image, atol=1e-5)
+    assert patches.shape == (2, 1 + 16, 48) and (theirs[0] - theirs[1]).abs().max() > 1e-3
+    assert torch.allclose(vl.project_patches(patches)[:, 0], image, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_matching_head_is_its_own(vl, folder, images):
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    pixels, ids = vl.pixels(images[:2]), vl.tokenize(TEXTS)
+    theirs = model(ids, pixels, attention_mask=(ids != 0).long()).itm_score
+    vectors, patches = vl.word_vectors(ids), vl.encode_pixels_and_patches(pixels)[1]
+    before = vectors.clone()
+    assert torch.allclose(vl.matcher(vectors, ids != 0, patches), theirs, atol=1e-5)
+    assert torch.equal(vectors, before)  # transformers adds positions in place
+    assert (vl.matcher(vectors, ids != 0, patches.flip(0)) - theirs).abs().max() > 1e-3  # the image matters
+    assert vl.matcher_reads_words
+
+
+@torch.no_grad()
+def test_composition_against_a_hook_on_the_word_table(vl):
+    tokens = torch.randn(2, 4, vl.word_width)
+    modifiers = ["make it blue", "with a large star at the top left"]
+    ids, places = prompt_ids(vl, 4, modifiers)
+    assert ids.shape[1] < vl.context_length and (ids[0] == 101).sum() == (ids[0] == 102).sum() == 1
+    hook = vl.tower.table.register_forward_hook(lambda m, i, out: out.masked_scatter(places.unsqueeze(-1), tokens))
+    theirs = vl.clip.encode_text(ids, normalize=True)
+    hook.remove()
+    assert torch.allclose(compose(vl, tokens, modifiers), theirs, atol=1e-5)
+    assert (theirs - vl.clip.encode_text(ids, normalize=True)).abs().max() > 1e-2
+    assert splice(vl, tokens, ids, places).shape == (*ids.shape, 32)
+
+
+def test_pictures_are_prepared_as_transformers_does_it(vl, folder):
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), np.uint8))
+    settings = dict(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    theirs = transformers.BlipImageProcessor(**settings)(picture, return_tensors="pt").pixel_values
+    assert (vl.pixels([picture]) - theirs).abs().max() < 0.05  # a grey level is 1/255/0.2 = 0.02; two resizers round apart
+
+
+@pytest.mark.parametrize("lar_weight", [0.0, 0.5])
+def test_distillation_runs_end_to_end_and_trains_the_encoder_alone(vl, images, lar_weight):
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    before, frozen = encoder.mapping.to_word.direction.weight.clone(), vl.fingerprint
+    config = DistillConfig(steps=3, batch_size=4, warmup=1, validation=2, validate_every=3, lar_weight=lar_weight)
+    history = distill(images, vl, encoder, config, progress=False)
+    assert len(history.gcd) == 3 and np.isfinite(history.gcd + history.lar).all()
+    assert len(history.lar) == (3 if lar_weight else 0) and not np.isnan(history.matched).any()
+    assert not torch.equal(before, encoder.mapping.to_word.direction.weight) and vl.fingerprint == frozen
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+
+def test_a_blip_loads_from_a_folder_frozen(folder):
+    for name in (f"blip:{folder}", str(folder)):
+        vl = load_vl_model(name)
+        assert not any(p.requires_grad for p in vl.parameters()) and not vl.training
+        assert vl.context_length == 77 and vl.image_size == 32 and vl.word_width == 32
+    assert load_vl_model(str(folder)).fingerprint == vl.fingerprint
+
+
+def test_without_transformers_the_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'isa_lite\[blip\]'"):
+        load_vl_model(f"blip:{folder}")
+
+
+def test_a_blip_for_captions_is_refused(tmp_path):
+    tiny(transformers.BlipForConditionalGeneration).save_pretrained(tmp_path)
+    stand_in_tokenizer(tmp_path, [101], [102], 0)
+    with pytest.raises(ValueError, match="is not a BLIP for image-text retrieval: .* of its weights are missing"):
+        load_blip(str(tmp_path))
+
+
+def test_folders_without_a_blip(tmp_path, folder):
+    with pytest.raises(ValueError, match="holds no BLIP: its config.json is missing"):
+        load_vl_model(f"blip:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="holds no BLIP: its config.json says 'bert'"):
+        load_vl_model(f"blip:{tmp_path}")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="holds no weights; one of model.safetensors"):
+        load_vl_model(f"blip:{tmp_path}")

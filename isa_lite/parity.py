@@ -162,9 +162,8 @@ def parity(names: list[str], progress: bool = True) -> pd.DataFrame:
             try:
                 row |= differences(small(name, Path(folder)))
                 off = max(row[key] for key in ("words", "cut", "pseudo-words"))
-                row["reason"] = (
-                    f"off by {off:.1g}" if not off <= TOLERANCE else "" if row["moved"] > 10 * TOLERANCE else "insensitive"
-                )
+                told = "" if row["moved"] > 10 * TOLERANCE else "insensitive"
+                row["reason"] = told if off <= TOLERANCE else f"off by {off:.1g}"
             except Exception as error:  # a table of many: one model's failure is its row, not the end
                 row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             found[name] = row | {"equal": not row["reason"]}

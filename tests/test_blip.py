@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 from isa_lite.blip import load_blip
-from isa_lite.distill import DistillConfig, distill
+from isa_lite.distill import DistillConfig, distill, sentence_embeddings
 from isa_lite.parity import stand_in_tokenizer
-from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids, splice
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids, splice
 from isa_lite.vl_model import load_vl_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
@@ -107,6 +107,14 @@ def test_distillation_runs_end_to_end_and_trains_the_encoder_alone(vl, images, l
     assert len(history.gcd) == 3 and np.isfinite(history.gcd + history.lar).all()
     assert len(history.lar) == (3 if lar_weight else 0) and not np.isnan(history.matched).any()
     assert not torch.equal(before, encoder.mapping.to_word.direction.weight) and vl.fingerprint == frozen
+
+
+@torch.no_grad()
+def test_lar_reads_the_words_and_not_what_the_text_tower_made_of_them(vl):
+    tokens = torch.randn(2, 3, vl.word_width)
+    query, read, places = sentence_embeddings(vl, tokens, TEMPLATE)
+    assert torch.equal(read[places].unflatten(0, (2, 3)), tokens)
+    assert torch.allclose(query, compose(vl, tokens, ["", ""]), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- loading

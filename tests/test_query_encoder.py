@@ -543,3 +543,15 @@ def test_weights_that_do_not_fit_their_settings(vl, tmp_path, changed):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="do not fit its query_encoder.json"):
         QueryEncoder.load(tmp_path, vl)
+
+
+def test_a_sentence_starts_from_words_that_the_text_tower_knows():
+    shipped = load_vl_model()
+    torch.manual_seed(0)
+    encoder = QueryEncoder.for_model(shipped, num_tokens=3, start_words="large red circle")
+    start = encoder.sentences(np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)).tokens  # 8 x 3 x D
+    real = words(shipped, "large red circle")
+    cosine = torch.nn.functional.cosine_similarity(start[:, :, None], real[None, None], dim=-1)  # 8 x 3 x 3
+    assert (cosine.argmax(-1) == torch.arange(3)).all() and cosine.diagonal(dim1=1, dim2=2).min() > 0.8
+    with pytest.raises(ValueError, match="start_words: .* has never seen 1 of the tokens of 'red zebra'"):
+        QueryEncoder.for_model(shipped, start_words="red zebra")

@@ -45,7 +45,7 @@ class ToWords(nn.Module):
         idea of a prompt that starts from words is CoOp's (Zhou et al., IJCV 2022); that a sentence about an image may, ours.
         """
         self.start.copy_(words[torch.arange(len(self.start)) % len(words)])
-        width = self.direction.in_features  # its input has been through a layer norm: a vector of length sqrt(width)
+        width = self.direction.in_features  # most mappings end in a layer norm: vectors of length sqrt(width)
         nn.init.normal_(self.direction.weight, std=seen * float(words.norm(dim=-1).mean()) / (words.shape[-1] * width) ** 0.5)
         nn.init.zeros_(self.direction.bias)
 

@@ -2,14 +2,14 @@
 
 With `--symmetric`, symmetric ISA beside it: runs of notebook 02 with `-p backbone vl`, the large image tower on the query side.
 For each folder with a query encoder (notebook 02 writes one into its out_dir): the benchmark of its seed, late fusion with
-weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings. One file a
-seed, so that an interrupted comparison goes on where it was; at the end all of them in one, for notebook 03.
+weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings. All but ISA
+do not depend on the query encoder: one file a seed keeps them, so that an interrupted comparison goes on where it was and a new
+query encoder is compared in seconds. At the end all seeds are in one file, for notebook 03. `--rivals 0 1` makes only the former.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,16 @@ import torch
 from isa_lite import scenes
 from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.checkpoint import write_text
-from isa_lite.evaluate import KS, benchmark_ranks, benchmark_score_ranks, make_benchmark, recall, runs_table, seed_interval
+from isa_lite.evaluate import (
+    KS,
+    Benchmark,
+    benchmark_ranks,
+    benchmark_score_ranks,
+    make_benchmark,
+    recall,
+    runs_table,
+    seed_interval,
+)
 from isa_lite.fusion import FUSIONS, calibrated, choose_weight
 from isa_lite.inversion import lincir_like, optimize_words, pic2word_like, searle_like
 from isa_lite.query_encoder import QueryEncoder
@@ -37,7 +46,7 @@ class CompareConfig:
 
     num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
     inverted: int = 1000  # of these images, those for which SEARLE-like first optimises a word
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 128
     queries: int = 1000
     gallery: int = 5000
@@ -45,24 +54,21 @@ class CompareConfig:
     chosen_gallery: int = 2000
 
 
-def compare(
-    vl: VLModel,
-    encoder: QueryEncoder,
-    seed: int,
-    config: CompareConfig,
-    progress: bool = True,
-    symmetric: QueryEncoder | None = None,
-) -> dict:
-    """Recall@K of every method on the benchmark of `seed`, in percent, with the seconds that each training took.
+def _recalls(ranks: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {name: {f"R@{k}": round(recall(rank, k), 2) for k in KS} for name, rank in ranks.items()}
 
-    symmetric: a query encoder on the large image tower, reported as "symmetric isa".
-    """
+
+def query_encoders(bench: Benchmark, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> dict[str, dict[str, float]]:
+    """Recall@K in percent of each trained query encoder on the benchmark, by its name."""
+    gallery = vl.encode_images(bench.images)
+    return _recalls({name: benchmark_ranks(bench, composed(bench, vl, encoder), gallery) for name, encoder in encoders.items()})
+
+
+def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True) -> dict:
+    """Recall@K of every other method on the benchmark of `seed`, in percent, with the seconds that each training took."""
     bench = make_benchmark(config.queries, config.gallery, seed, vl.image_size)
     gallery = vl.encode_images(bench.images)
-    ranks = {"isa": benchmark_ranks(bench, composed(bench, vl, encoder), gallery)}
-    if symmetric is not None:
-        ranks["symmetric isa"] = benchmark_ranks(bench, composed(bench, vl, symmetric), gallery)
-    ranks |= {name: benchmark_ranks(bench, method(bench, vl, gallery), gallery) for name, method in UNTRAINED.items()}
+    ranks = {name: benchmark_ranks(bench, method(bench, vl, gallery), gallery) for name, method in UNTRAINED.items()}
 
     image, text = gallery[torch.from_numpy(bench.reference)], vl.encode_text(bench.texts)
     chosen_on = make_benchmark(config.chosen_queries, config.chosen_gallery, seed + CHOSEN_ON, vl.image_size)
@@ -101,20 +107,30 @@ def compare(
         "params": asdict(config),
         "weights": weights,
         "training_seconds": seconds,
-        "methods": {name: {f"R@{k}": round(recall(rank, k), 2) for k in KS} for name, rank in ranks.items()},
+        "methods": _recalls(ranks),
     }
 
 
-def _encoders(folders: Sequence[Path], vl: VLModel) -> dict[int, tuple[QueryEncoder, str]]:
-    """By the seed that each run names: its query encoder, and a digest of the weights. Raises ValueError for a seed twice."""
-    found: dict[int, tuple[QueryEncoder, str]] = {}
+def _encoders(folders: Sequence[Path], vl: VLModel) -> dict[int, QueryEncoder]:
+    """The query encoders by the seed that each run names. Raises ValueError for a seed twice."""
+    found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl)
         seed = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]["seed"]
         if seed in found:
             raise ValueError(f"{folder} is a second run with seed {seed}; give one a seed")
-        found[seed] = encoder, hashlib.sha256((folder / "query_encoder.safetensors").read_bytes()).hexdigest()[:16]
+        found[seed] = encoder
     return found
+
+
+def kept_rivals(vl: VLModel, seed: int, config: CompareConfig, folder: Path) -> dict:
+    """`rivals`, or what an earlier call with the same model, seed and settings left in `folder`."""
+    path = folder / f"{vl.fingerprint}-{seed}.json"
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    if done.get("params") != asdict(config):
+        done = rivals(vl, seed, config)
+        write_text(path, json.dumps(done, indent=1) + "\n")
+    return done
 
 
 def relative(runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: str = "symmetric isa") -> np.ndarray:
@@ -126,12 +142,19 @@ def relative(runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: st
 def main(argv: list[str] | None = None) -> None:
     """Compare for each query encoder given, and gather."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", type=Path, nargs="+", required=True, help="out_dir of a run of notebook 02, one a seed")
+    parser.add_argument("--isa", type=Path, nargs="+", default=[], help="out_dir of a run of notebook 02, one a seed")
     parser.add_argument("--symmetric", type=Path, nargs="+", default=[], help="the same of runs with -p backbone vl, same seeds")
+    parser.add_argument("--rivals", type=int, nargs="+", default=[], help="only measure all other methods, for these seeds")
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
     parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
     args = parser.parse_args(argv)
     config, vl = CompareConfig(), load_vl_model()
+    if bool(args.isa) == bool(args.rivals):
+        parser.error("give either --isa with folders of query encoders, or --rivals with seeds")
+    for seed in args.rivals:
+        kept_rivals(vl, seed, config, args.run)
+    if args.rivals:
+        return
     try:  # all of them, before any work is done
         encoders, symmetric = _encoders(args.isa, vl), _encoders(args.symmetric, vl)
     except ValueError as error:
@@ -139,14 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     if symmetric and set(symmetric) != set(encoders):
         parser.error(f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they must be the same")
     runs = []
-    for seed, (encoder, key) in encoders.items():
-        other, other_key = symmetric.get(seed, (None, ""))
-        path = args.run / f"{key}{'-' if other else ''}{other_key}.json"
-        done = json.loads(path.read_text()) if path.is_file() else {}
-        if done.get("params") != asdict(config):
-            done = compare(vl, encoder, seed, config, symmetric=other)
-            write_text(path, json.dumps(done, indent=1) + "\n")
-        runs.append(done)
+    for seed in sorted(encoders):
+        found = kept_rivals(vl, seed, config, args.run)
+        named = {"isa": encoders[seed]} | ({"symmetric isa": symmetric[seed]} if symmetric else {})
+        measured = query_encoders(make_benchmark(config.queries, config.gallery, seed, vl.image_size), vl, named)
+        runs.append({**found, "methods": {**measured, **found["methods"]}})
     record = {"machine": machine(), "commit": commit(), "runs": runs}
     write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(runs_table(record["runs"], None).to_string())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from isa_lite import compare
+from isa_lite import compare, sweep
 from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.compare import CompareConfig
 from isa_lite.evaluate import benchmark_ranks, make_benchmark, recall
@@ -23,12 +23,13 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     monkeypatch.setattr(compare, "choose_weight", lambda fuse, bench, vl, gallery: chosen_on.append(bench) or 0.5)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     symmetric = QueryEncoder.for_model(vl, backbone="vl", num_tokens=2)
-    found = compare.compare(vl, encoder, 7, TINY, progress=False, symmetric=symmetric)
+    found = compare.rivals(vl, 7, TINY, progress=False)
     trained = {"Pic2Word-like", "SEARLE-like", "LinCIR-like"}
-    assert set(found["methods"]) == {"isa", "symmetric isa", "BASIC-like", *UNTRAINED, *FUSIONS, *trained}
+    assert set(found["methods"]) == {"BASIC-like", *UNTRAINED, *FUSIONS, *trained}
     assert set(found["training_seconds"]) == trained and set(found["weights"]) == set(FUSIONS)
     bench = make_benchmark(20, 100, 7)
     assert chosen_on and all(not set(other.texts) & set(bench.texts) or other.scenes[0] != bench.scenes[0] for other in chosen_on)
+    measured = found["methods"] | compare.query_encoders(bench, vl, {"isa": encoder, "symmetric isa": symmetric})
     gallery = vl.encode_images(bench.images)
     for name, queries in (
         ("isa", composed(bench, vl, encoder)),
@@ -36,7 +37,7 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
         ("text only", vl.encode_text(bench.texts)),
     ):
         expected = recall(benchmark_ranks(bench, queries, gallery), 10)
-        assert found["methods"][name]["R@10"] == pytest.approx(expected, abs=0.01)
+        assert measured[name]["R@10"] == pytest.approx(expected, abs=0.01)
 
 
 @pytest.fixture
@@ -47,51 +48,78 @@ def folders(tmp_path):
     return [str(tmp_path / str(seed)) for seed in (0, 1)]
 
 
-def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, monkeypatch, capsys):
-    done = []
+@pytest.fixture
+def counted(monkeypatch):
+    """`rivals` and the benchmark replaced by what costs nothing; the list of the seeds that `rivals` was asked for."""
+    asked = []
 
-    def counted(vl, encoder, seed, config, symmetric):
-        done.append(seed)
-        if done == [0, 1]:
+    def rivals(vl, seed, config):
+        asked.append(seed)
+        if asked == [0, 1]:
             raise KeyboardInterrupt
-        recalls = {f"R@{k}": 10.0 * seed + k for k in (1, 5, 10)}
-        return {"seed": seed, "params": vars(config), "methods": {"isa": recalls}}
+        return {"seed": seed, "params": vars(config), "methods": {"text only": dict.fromkeys(("R@1", "R@5", "R@10"), 1.0)}}
 
-    monkeypatch.setattr(compare, "compare", counted)
+    def query_encoders(bench, vl, encoders):
+        light = {"isa": 30.0, "symmetric isa": 40.0 + bench}
+        assert {name: encoder.config.backbone == "vl" for name, encoder in encoders.items()} == {
+            name: name != "isa" for name in encoders
+        }
+        return {name: dict.fromkeys(("R@1", "R@5", "R@10"), light[name]) for name in encoders}
+
+    monkeypatch.setattr(compare, "rivals", rivals)
+    monkeypatch.setattr(compare, "query_encoders", query_encoders)
+    monkeypatch.setattr(compare, "make_benchmark", lambda queries, gallery, seed, size: seed)
+    return asked
+
+
+def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, counted, monkeypatch, capsys):
     arguments = ["--isa", *folders, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")]
     with pytest.raises(KeyboardInterrupt):
         compare.main(arguments)
     compare.main(arguments)
-    assert done == [0, 1, 1]  # seed 0 was kept
-    assert [run["seed"] for run in json.loads((tmp_path / "out.json").read_text())["runs"]] == [0, 1]
+    assert counted == [0, 1, 1]  # seed 0 was kept
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [(run["seed"], set(run["methods"])) for run in runs] == [(0, {"isa", "text only"}), (1, {"isa", "text only"})]
     assert "isa (2 seeds)" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "CompareConfig", lambda: TINY)
+    compare.main(arguments)
+    assert counted == [0, 1, 1, 0, 1]  # other settings: measured again
 
 
-def test_two_runs_of_one_seed_are_refused(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "compare", None)  # refused before any work
+def test_the_other_methods_can_be_measured_beforehand(folders, tmp_path, counted, capsys):
+    compare.main(["--rivals", "1", "--run", str(tmp_path / "run")])
+    compare.main(["--isa", folders[1], "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    assert counted == [1]
+    with pytest.raises(SystemExit):
+        compare.main(["--run", str(tmp_path / "run")])
+    assert "either --isa" in capsys.readouterr().err
+
+
+def test_two_runs_of_one_seed_are_refused(folders, tmp_path, counted, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--isa", folders[0], folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
-    assert "second run with seed 0" in capsys.readouterr().err
+    assert "second run with seed 0" in capsys.readouterr().err and not counted
 
 
-def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, monkeypatch, capsys):
-    vl, seen = load_vl_model(), []
+def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
+    vl = load_vl_model()
     for seed in (0, 1):
         encoder = QueryEncoder.for_model(vl, backbone="vl", num_tokens=1)
         encoder.save(tmp_path / f"s{seed}", {"parameters": {"seed": seed}})
-
-    def counted(vl, encoder, seed, config, symmetric):
-        seen.append((encoder.config.backbone, symmetric.config.backbone))
-        recalls = {name: {f"R@{k}": value for k in (1, 5, 10)} for name, value in (("isa", 30.0), ("symmetric isa", 40.0 + seed))}
-        return {"seed": seed, "params": vars(config), "methods": recalls}
-
-    monkeypatch.setattr(compare, "compare", counted)
-    arguments = ["--isa", *folders, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json"), "--symmetric"]
+    arguments = ["--isa", *reversed(folders), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json"), "--symmetric"]
     with pytest.raises(SystemExit):
         compare.main([*arguments, str(tmp_path / "s1")])
-    assert "--symmetric has the seeds [1], and --isa [0, 1]" in capsys.readouterr().err and not seen
+    assert "--symmetric has the seeds [1], and --isa [0, 1]" in capsys.readouterr().err and not counted
+    counted.append(9)
     compare.main([*arguments, str(tmp_path / "s1"), str(tmp_path / "s0")])
-    assert [other for _, other in seen] == ["vl", "vl"] and all(light != "vl" for light, _ in seen)
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert compare.relative(runs).tolist() == pytest.approx([30 / 40, 30 / 41])
     assert "R@1 of asymmetric / symmetric ISA: 0.741" in capsys.readouterr().out
+
+
+def test_the_budget_is_that_of_notebook_02():
+    notebook = sweep.notebook_defaults(sweep.NOTEBOOK)
+    config = CompareConfig()
+    assert (config.num_images, config.steps, config.batch_size) == tuple(
+        notebook[n] for n in ("num_images", "steps", "batch_size")
+    )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 import pandas as pd
+import PIL.Image
 from IPython.display import Image as Picture
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
@@ -38,15 +39,17 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """A figure as the bytes of a PNG file, cut to what is drawn: no title is clipped, and no empty border is kept."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.savefig(data, format="png", bbox_inches="tight", pad_inches=0.06)
     return data.getvalue()
 
 
 def show(figure: Figure, caption: str, alt: str) -> None:
     """Display a figure with its alternative text (for a screen reader), and its caption below."""
-    display(Picture(png(figure), format="png", alt=alt, width=int(figure.get_figwidth() * 90)))
+    data = png(figure)
+    width = PIL.Image.open(io.BytesIO(data)).width * 90 // int(figure.dpi)  # 90 pixels of the page to an inch
+    display(Picture(data, format="png", alt=alt, width=width))
     display(Markdown(f"*{caption}*"))
 
 
@@ -86,11 +89,14 @@ def _rankings(rows: Sequence[tuple], title: str) -> Figure:
     """rows: of each query its reference, its words, and its answers, best first, each with whether it is right."""
     with matplotlib.rc_context(_STYLE):
         columns = len(rows[0][2])
-        figure = _figure(1.45 * (columns + 1.5), 1.95 * len(rows) + 0.35)
+        figure = _figure(1.45 * (columns + 1.5), 2.05 * len(rows) + 0.35)
+        figure.get_layout_engine().set(h_pad=0.08)  # so that words stay with the picture above them, not the one below
         grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns)
         for axes, (reference, text, answers) in zip(grid, rows, strict=True):
             _picture(axes[0], reference, "reference", size=10)
             axes[0].set_xlabel(wrap(f"“{text}”", 26), fontsize=10)
+            if not any(hit for _, hit in answers):
+                axes[-1].set_xlabel("no target so far", fontsize=10, color=GREY)
             for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
                 _picture(a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
         figure.suptitle(title, fontsize=14, x=0.01, ha="left")
@@ -169,7 +175,7 @@ def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[floa
         for (name, found), (color, line, mark) in zip(recalls.items(), styles, strict=False):
             axes.plot(weights, found, color=color, linestyle=line, label=name, linewidth=2)
             best = int(np.argmax(found))
-            axes.plot(weights[best], found[best], color=color, marker=mark, markersize=10)
+            axes.plot(weights[best], found[best], color=color, marker=mark, markersize=12, fillstyle="none", markeredgewidth=2)
         axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
         axes.legend(frameon=False, fontsize=12)
         return figure
@@ -203,8 +209,10 @@ def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
         middle = (values.min() + values.max()) / 2
         for y, x in np.ndindex(*values.shape):
             ink = "white" if values[y, x] < middle else "black"
-            axes.text(x, y, f"{values[y, x]:.0f}", ha="center", va="center", color=ink, fontsize=12)
-        axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=25, ha="right")
+            number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]  # an int knows no "-0"
+            axes.text(x, y, f"{number}", ha="center", va="center", color=ink, fontsize=12)
+        turned = {"rotation": 25, "ha": "right"} if max(len(str(c)) for c in table.columns) > 8 else {}
+        axes.set_xticks(range(values.shape[1]), list(table.columns), **turned)
         axes.set_yticks(range(values.shape[0]), list(table.index))
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -219,9 +227,11 @@ def maps(panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[st
     ties: pairs of names whose points belong together one by one; a thin grey line joins them.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.2 * len(panels), 5)
+        columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+        figure = _figure(5.2 * columns, 4.6 * rows + 0.4)
         styles = [(BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (PURPLE, "D"), (RED, "v")]
-        for axes, (title, sets) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for (title, sets), axes in zip(panels.items(), grid, strict=False):
             for a, b in ties:
                 if a in sets and b in sets:
                     for p, q in zip(sets[a], sets[b], strict=True):
@@ -230,7 +240,10 @@ def maps(panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[st
                 axes.scatter(*points.T, s=22, color=color, marker=mark, alpha=0.75, linewidths=0, label=name)
             axes.set_xticks([]), axes.set_yticks([])
             axes.set_title(title)
-            axes.legend(frameon=False, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, handletextpad=0.1)
+        for axes in grid:  # the place beside an odd last panel
+            axes.axis("off")
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, frameon=False, fontsize=12, loc="outside lower center", ncols=3, handletextpad=0.1)
         return figure
 
 
@@ -443,9 +456,13 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
         for name in times:
             if name not in line:
                 axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
-            below = found[name] > 90
-            shift = {"xytext": (0, -18 if below else 8), "textcoords": "offset points", "ha": "center", "fontsize": 11}
-            axes.annotate(name, (times[name], found[name]), **shift)
+            above = name in line and found[name] <= 90  # right of a steep curve, below a flat one
+            shift = {"xytext": (9, -5) if above else (0, -18), "ha": "left" if above else "center"}
+            axes.annotate(name, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
         axes.set(xscale="log", xlabel="one search, ms", ylabel="exact answers found, %", ylim=(0, 108), title=title)
         axes.margins(x=0.12)
+        low, high = axes.get_xlim()
+        marks = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes.minorticks_off()
         return figure

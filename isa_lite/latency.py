@@ -115,5 +115,10 @@ def latency(
 
 
 def search_times(galleries: dict[str, Gallery], queries: Tensor, k: int = 10, rounds: int = 30) -> dict[str, float]:
-    """Median ms of one search for one query, a number a gallery; they take turns."""
-    return side_by_side({name: lambda g=g: g.search(queries[:1], k) for name, g in galleries.items()}, rounds)
+    """Median ms of one search for one query, a number a gallery. They take turns, in this order and in the reverse one.
+
+    A search after one of the whole gallery finds nothing of its own in the processor's cache; the better of two orders counts.
+    """
+    calls = {name: lambda g=g: g.search(queries[:1], k) for name, g in galleries.items()}
+    there, back = (side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items())))
+    return {name: min(there[name], back[name]) for name in calls}

@@ -1,7 +1,10 @@
 """What the figures draw; nbval does not compare images."""
 
+import io
+
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from isa_lite import draw, evaluate
 from isa_lite.distill import History
@@ -21,6 +24,11 @@ def test_a_retrieved_target_is_marked_in_words_and_colour_and_nothing_else_is():
     assert frames[1] != frames[2] == frames[3]
     assert " ".join(figure.axes[0].get_xlabel().split()) == f"“{BENCH.texts[1]}”"
     assert np.array_equal(figure.axes[3].images[0].get_array(), BENCH.images[BENCH.target[0]])
+
+
+def test_a_query_whose_target_is_not_among_the_answers_says_so():
+    figure = draw.retrieval(BENCH, [1, 1], np.array([[BENCH.target[1], 0], [BENCH.reference[0], 0]]))
+    assert [axes.get_xlabel() for axes in figure.axes][2::3] == ["", "no target so far"]
 
 
 def test_bars_show_recall_and_its_interval():
@@ -81,6 +89,38 @@ def test_a_heatmap_says_its_numbers_in_legible_ink():
     assert texts == {(0, 0): ("0", "white"), (1, 0): ("40", "white"), (0, 1): ("100", "black"), (1, 1): ("60", "black")}
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
     assert figure.axes[1].get_ylabel() == "percent"
+    assert [label.get_rotation() for label in figure.axes[0].get_xticklabels()] == [0, 0]
+
+
+def test_a_heatmap_knows_no_minus_zero():
+    figure = draw.heatmap(pd.DataFrame({"without the change": [-0.4, 0.4, -0.6]}), "points")
+    assert [t.get_text() for t in figure.axes[0].texts] == ["0", "0", "-1"]
+    assert figure.axes[0].get_xticklabels()[0].get_rotation() == 25
+
+
+def test_a_png_holds_all_that_is_drawn_and_no_more():
+    figure = draw.contact_sheet(list(BENCH.images[:2]), ["one line", "a title that needs several lines " * 3], columns=2)
+    pixels = np.asarray(Image.open(io.BytesIO(draw.png(figure))).convert("L"))
+    border = round(0.06 * figure.dpi) - 2
+    for edge in (pixels[:border], pixels[-border:], pixels[:, :border], pixels[:, -border:]):
+        assert edge.min() == 255  # nothing is cut
+    drawn = np.flatnonzero((pixels < 255).any(1))
+    assert drawn[0] <= border + 4 and drawn[-1] >= len(pixels) - border - 5  # and nothing but the border is empty
+
+
+def test_panels_of_maps_share_one_legend():
+    points = {name: np.random.default_rng(0).random((3, 2)) for name in ("images", "texts")}
+    figure = draw.maps({"before": points, "after": points, "later": points}, [("images", "texts")])
+    assert [axes.get_title("left") for axes in figure.axes[:3]] == ["before", "after", "later"] and not figure.axes[3].axison
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
+    assert not any(axes.get_legend() for axes in figure.axes) and len(figure.axes[2].lines) == 3
+
+
+def test_a_search_curve_has_plain_numbers_of_milliseconds():
+    times, found = {"exact": 1.1, "IVF, 1": 0.04, "IVF, 2": 0.06}, {"exact": 100.0, "IVF, 1": 50.0, "IVF, 2": 95.0}
+    axes = draw.search_curve(times, found, ["IVF, 1", "IVF, 2"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.05", "0.1", "0.2", "0.5", "1"]
+    assert [t.get_text() for t in axes.texts] == list(times) and list(axes.lines[0].get_ydata()) == [50, 95]
 
 
 def test_text_is_wrapped_at_spaces():

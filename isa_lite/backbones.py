@@ -1,8 +1,8 @@
 """Light image backbones from timm, as one feature map: which map, at which input size, with which weights.
 
 Any model of timm that gives feature maps will do, convolutional or transformer: the map is always B x C x H x W, and
-a transformer's class token is not in it. Weights are random, timm's own (downloaded), or EfficientNet-Lite0's from a
-Python package, for a machine without a network.
+a transformer's class token is not in it. So will, for comparison, the VL model's own tower, under the name "vl". Weights
+are random, timm's own (downloaded), or EfficientNet-Lite0's from a Python package, for a machine without a network.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from isa_lite.symmetric import LARGE_TOWER, LargeTower
+from isa_lite.vl_model import VLModel
 
 #: One light backbone of each family; tested, and measured by `python -m isa_lite.bench backbones`.
 LIGHT = {
@@ -54,6 +57,8 @@ class DataConfig(NamedTuple):
 
 def check_backbone(name: str) -> None:
     """Raises ValueError, with the names nearest to it, for what timm does not have. `name` may carry timm's tag of weights."""
+    if name == LARGE_TOWER:
+        return
     model, _, tag = name.partition(".")
     if model not in timm.list_models():
         near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.4)
@@ -97,13 +102,22 @@ class _Subsampled(nn.Conv2d):
 
 
 def build_backbone(
-    name: str, image_size: int, stride: int | None = None, pretrained: bool = False, weights: str = ""
-) -> tuple[nn.Module, int, tuple[int, int, int]]:
+    name: str,
+    image_size: int,
+    stride: int | None = None,
+    pretrained: bool = False,
+    weights: str = "",
+    vl: VLModel | None = None,
+) -> tuple[nn.Module, int | None, tuple[int, int, int]]:
     """A backbone whose forward gives a list of one map; the map's stride, in pixels; and its C, H and W at `image_size`.
 
     stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded; weights: "lite0" for
-    `lite0_weights`. Raises ValueError for what cannot work, naming it, and ModuleNotFoundError where "lite0" is not installed.
+    `lite0_weights`; vl: the model whose image tower is meant by the name "vl", which gives its last map, whatever the stride.
+    Raises ValueError for what cannot work, naming it, and ModuleNotFoundError where "lite0" is not installed.
     """
+    if name == LARGE_TOWER:
+        tower = LargeTower(vl)
+        return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
     if weights not in ("", LITE0):
         raise ValueError(f"unknown backbone_weights {weights!r}; there is {LITE0!r}")

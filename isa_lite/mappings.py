@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, ToWords
+from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial
 
 
 class SlotAttention(Spatial):
@@ -24,24 +24,13 @@ class SlotAttention(Spatial):
     The maps are the weights of the last round's means.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        grid: tuple[int, int],
-        num_tokens: int,
-        word_width: int,
-        norm: float | None,
-        width: int = 128,
-        depth: int = 2,
-    ):
-        super().__init__(channels, grid, width)
+    def build(self, num_tokens: int, width: int, depth: int) -> None:
         self.rounds = 1 + depth  # 3 by default, as in their paper
         self.start = nn.Parameter(torch.randn(num_tokens, width))
         self.norm_memory, self.norm_slots, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.update = nn.GRUCell(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        self.norm, self.to_word = nn.LayerNorm(width), ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)
@@ -69,19 +58,9 @@ class Resampler(Spatial):
     what goes to other latents is left out. Raises ValueError for a depth of 0, which would never look at the image.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        grid: tuple[int, int],
-        num_tokens: int,
-        word_width: int,
-        norm: float | None,
-        width: int = 128,
-        depth: int = 2,
-    ):
+    def build(self, num_tokens: int, width: int, depth: int) -> None:
         if depth < 1:
             raise ValueError(f"a resampler needs a depth of at least 1 to look at the image, not {depth}")
-        super().__init__(channels, grid, width)
         self.latents = nn.Parameter(torch.randn(num_tokens, width))
         self.norm_memory = nn.LayerNorm(width)
         self.norms = nn.ModuleList(nn.ModuleList(nn.LayerNorm(width) for _ in range(2)) for _ in range(depth))
@@ -89,7 +68,6 @@ class Resampler(Spatial):
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
         )
-        self.norm, self.to_word = nn.LayerNorm(width), ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)

@@ -20,7 +20,7 @@ from torchvision import transforms as T
 from isa_lite.backbones import build_backbone, check_backbone, data_config
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
 from isa_lite.mappings import MAPPINGS
-from isa_lite.symmetric import LARGE_TOWER, LargeTower
+from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.token_learner import Sentence
 from isa_lite.vl_model import VLModel, to_pixels
 
@@ -69,8 +69,7 @@ def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if config.mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
-    if config.backbone != LARGE_TOWER:
-        check_backbone(config.backbone)
+    check_backbone(config.backbone)
     size, mean, std = 96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     if config.pretrained or config.backbone_weights:
         size, mean, std = data_config(config.backbone)
@@ -97,13 +96,8 @@ class QueryEncoder(nn.Module):
         anyway: nothing is fetched."""
         super().__init__()
         config = _filled(config)
-        if config.backbone == LARGE_TOWER:
-            self.backbone, stride = LargeTower(vl), config.stride
-            with torch.no_grad():
-                _, channels, *grid = self.backbone.eval()(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
-        else:
-            start = (config.pretrained, config.backbone_weights) if initial_weights else (False, "")
-            self.backbone, stride, (channels, *grid) = build_backbone(config.backbone, config.image_size, config.stride, *start)
+        start = (config.pretrained, config.backbone_weights) if initial_weights else (False, "")
+        self.backbone, stride, (channels, *grid) = build_backbone(config.backbone, config.image_size, config.stride, *start, vl)
         self.config = config = replace(config, stride=stride)
         self.mapping = MAPPINGS[config.mapping](
             channels,
@@ -114,15 +108,9 @@ class QueryEncoder(nn.Module):
             config.width,
             config.depth,
         )
-        self.preprocess = T.Compose(
-            [
-                T.Resize(config.image_size, T.InterpolationMode.BICUBIC),
-                T.CenterCrop(config.image_size),
-                T.Lambda(_rgb),
-                T.ToTensor(),
-                T.Normalize(config.mean, config.std),
-            ]
-        )
+        cut = [T.Resize(config.image_size, T.InterpolationMode.BICUBIC), T.CenterCrop(config.image_size)]
+        ours = T.Compose([*cut, T.Lambda(_rgb), T.ToTensor(), T.Normalize(config.mean, config.std)])
+        self.preprocess = getattr(self.backbone, "preprocess", ours)
 
     @classmethod
     def for_model(cls, vl: VLModel, **settings) -> QueryEncoder:
@@ -150,8 +138,6 @@ class QueryEncoder(nn.Module):
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
-        if self.config.backbone == LARGE_TOWER:
-            return self.backbone.vl.pixels(images)
         return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from isa_lite.vl_model import VLModel
 
-#: The name of a query encoder's backbone under which it gets the VL model's own image tower.
+#: The name under which `backbones.build_backbone` gives the VL model's own image tower.
 LARGE_TOWER = "vl"
 
 
@@ -30,6 +30,7 @@ class LargeTower(nn.Module):
         if vl is None:
             raise ValueError("a query encoder with the backbone 'vl' reads the VL model's image tower: give it the model (vl=)")
         object.__setattr__(self, "vl", vl)  # past nn.Module, which would make it a part of this one
+        self.preprocess = vl.preprocess  # a PIL image as the tower wants it
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> list[Tensor]:

@@ -73,15 +73,31 @@ class Block(nn.Module):
 
 
 class Spatial(nn.Module):
-    """What the mappings with attention share: a 1x1 projection of the feature map, and a learned position code on it.
+    """What the mappings with attention share: a 1x1 projection of the feature map, its learned position code, the way to words.
 
-    channels: C of the feature map; grid: its (H, W) in training, other sizes interpolate the position code.
+    channels: C of the feature map; grid: its (H, W) in training, other sizes interpolate the position code; num_tokens: L;
+    word_width and norm: width and typical length of real word vectors (norm None: see `ToWords`). What lies between, of
+    `width` and `depth`, is made by `build` and used by `forward`, which a mapping defines.
     """
 
-    def __init__(self, channels: int, grid: tuple[int, int], width: int):
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        num_tokens: int,
+        word_width: int,
+        norm: float | None,
+        width: int = 128,
+        depth: int = 2,
+    ):
         super().__init__()
         self.project = nn.Conv2d(channels, width, 1)
         self.position = nn.Parameter(0.02 * torch.randn(1, width, *grid))
+        self.build(num_tokens, width, depth)
+        self.norm, self.to_word = nn.LayerNorm(width), ToWords(width, word_width, norm, num_tokens)
+
+    def build(self, num_tokens: int, width: int, depth: int) -> None:
+        raise NotImplementedError
 
     def placed(self, features: Tensor) -> Tensor:
         """B x C x H x W -> B x width x H x W."""
@@ -96,27 +112,13 @@ class AdaptiveTokenLearner(Spatial):
 
     After the paper's description (adaptive selection of salient visual patterns by attention) and the token
     module of Wu et al., AAAI 2022; the sizes and the position code are ours.
-
-    word_width and norm: width and typical length of real word vectors (norm None: see `ToWords`).
     """
 
-    def __init__(
-        self,
-        channels: int,
-        grid: tuple[int, int],
-        num_tokens: int,
-        word_width: int,
-        norm: float | None,
-        width: int = 128,
-        depth: int = 2,
-    ):
-        super().__init__(channels, grid, width)
+    def build(self, num_tokens: int, width: int, depth: int) -> None:
         self.attend = nn.Conv2d(width, num_tokens, 1)  # one logit map a token
         # Who a token is. Without it all tokens start alike, see alike and stay alike: the sentence says one word L times.
         self.identity = nn.Parameter(torch.randn(num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.to_word = ToWords(width, word_width, norm, num_tokens)
 
     def forward(self, features: Tensor) -> Sentence:
         x = self.placed(features)  # B x C x H x W -> B x width x H x W

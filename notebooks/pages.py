@@ -149,14 +149,14 @@ def broken_links(page: Path) -> list[str]:
 
 
 def browser(playwright):
-    """Chromium without a window: the system's where there is one. Root needs it without its sandbox. Raises RuntimeError for none."""
-    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    try:
-        return playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=arguments
-        )
-    except Exception as error:  # playwright's own error, a bare Exception
-        raise RuntimeError(str(error).strip().splitlines()[0]) from error
+    """Chromium without a window: the system's where one starts, else playwright's own. Raises RuntimeError, with the last reason, for none."""
+    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root cannot have it
+    for path in (*filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None):
+        try:
+            return playwright.chromium.launch(executable_path=path, args=arguments)
+        except Exception as error:  # playwright's own error, a bare Exception
+            reason = error
+    raise RuntimeError(str(reason).strip().splitlines()[0]) from reason
 
 
 def overflowing(paths: list[Path]) -> list[str]:

@@ -87,12 +87,12 @@ def test_an_absolute_path_inside_the_folder_is_as_good_as_a_relative_one(folder)
     assert captions(folder, f"image,caption\n{folder.folder.resolve() / 'sub/c.png'},x\n") == {"sub/c.png": ["x"]}
 
 
-def test_a_caption_cannot_end_the_text_early(folder, vl):
-    (said,) = captions(folder, "image,caption\na.png,one &lt;end_of_text> two\n")["a.png"]
-    ids = vl.tokenize([said])[0].tolist()
-    assert (
-        ids.count(vl.tokenizer.eot_token_id) == 1 and vl.tokenizer.encode("two")[0] in ids[: ids.index(vl.tokenizer.eot_token_id)]
-    )
+@pytest.mark.parametrize("mark", ["&lt;end_of_text>", "&amp;lt;end_of_text>", "<start_of_text>"])
+def test_a_caption_cannot_end_or_begin_the_text_in_its_middle(folder, vl, mark):
+    (said,) = captions(folder, f"image,caption\na.png,one {mark} two\n")["a.png"]
+    ids, tokenizer = vl.tokenize([said])[0].tolist(), vl.tokenizer
+    assert ids.count(tokenizer.sot_token_id) == ids.count(tokenizer.eot_token_id) == 1
+    assert tokenizer.encode("two")[0] in ids[: ids.index(tokenizer.eot_token_id)]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def test_a_caption_cannot_end_the_text_early(folder, vl):
         ("", "the first row must name the columns image and caption; it is ''"),
         ("image,text\na.png,x\n", "the first row must name the columns image and caption; it is 'image,text'"),
         ("image,caption,caption\na.png,x,y\n", "names a column twice"),
+        ("image,image,caption\na.png,b.png,x\n", "names a column twice"),
         ("image,caption\n", "holds no caption"),
         ("image,caption\na.png,\n", "1 of 1 rows cannot be used: row 2: 'a.png' has an empty caption; write one, or delete"),
         ("image,caption\na.png,   \n", "row 2: 'a.png' has an empty caption"),
@@ -221,6 +222,8 @@ def test_simple_methods_and_ceilings_are_what_their_words_say(folder, vl):
     uncaptioned = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\n"), folder)
     assert list(untrained(found, vl, gallery, uncaptioned)) == ["image only", "text only", "image + text", "composition ceiling"]
     assert list(untrained(found, vl, gallery, None)) == ["image only", "text only", "image + text"]
+    found.reference[1] = found.targets[0][1]  # of the references a and c only one has a caption
+    assert list(untrained(found, vl, gallery, uncaptioned)) == ["image only", "text only", "image + text"]
 
 
 def test_a_query_encoder_writes_the_sentence_of_each_querys_own_reference(folder, vl):
@@ -234,7 +237,10 @@ def test_a_query_encoder_writes_the_sentence_of_each_querys_own_reference(folder
 def test_words_that_a_model_has_never_read_are_named(vl):
     vl.clip.token_embedding.weight.zero_()
     vl.clip.token_embedding.weight[vl.tokenizer.encode("red star")] = 1.0
-    assert unseen_words(vl, ["Red, star!", "make it RED", ""]) == ["it", "make"]
+    assert unseen_words(vl, ["Red, star!", "(make) it RED", ""]) == ["it", "make"]
+    pieces = vl.tokenizer.encode("zebrafish")
+    vl.clip.token_embedding.weight[pieces[0]] = 1.0
+    assert len(pieces) > 1 and unseen_words(vl, ["zebrafish"]) == []  # a part of it is known
 
 
 def test_a_part_of_a_folder_is_a_folder_with_its_own_key(folder):
@@ -244,9 +250,10 @@ def test_a_part_of_a_folder_is_a_folder_with_its_own_key(folder):
     assert len({images_key(f) for f in (folder, some, part(folder, [0, 2]))}) == 3
 
 
-def test_the_digest_changes_with_a_caption(folder):
+def test_the_digest_changes_with_a_caption_and_with_an_image(folder):
     none = [[]] * 4
     assert fingerprint(folder, none) == fingerprint(folder, none) != fingerprint(folder, [["a"], [], [], []])
+    assert fingerprint(folder, none) != fingerprint(part(folder, [1, 0, 2, 3]), none)
 
 
 # ------------------------------------------------------------------------------------------- example, figure

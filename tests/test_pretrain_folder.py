@@ -76,7 +76,8 @@ def test_relatives_differ_in_one_run_of_words_of_one_clause():
 
 
 def test_captions_that_differ_in_punctuation_or_in_everything_are_no_relatives():
-    relatives = Relatives(["red star", "Red, star!", "boat", "cat", "", "word " * 40, "word " * 39 + "other"])
+    four = ["a b c d end", "e f g h end"]  # one word more than relatives may differ in
+    relatives = Relatives(["red star", "Red, star!", "boat", "cat", "", "word " * 40, "word " * 39 + "other", *four])
     assert not any(relatives.places)
 
 
@@ -123,6 +124,7 @@ def test_a_batch_depends_on_seed_purpose_and_number_alone(data):
     assert np.array_equal(pixels, again[0]) and (texts, owner) == again[1:]
     for other in (made.source(1, 5, 9)[2], made.source(3, 4, 9)[2], batches(data, seed=1).source(1, 4, 9)[2]):
         assert other[1] != texts
+    assert len({*made.chosen(0)[0]} & {*batches(data, seed=1).chosen(0)[0]}) < 8  # of about 16: other images too
     assert len(made.source(1, 4, 9)) == 5 and len(made) == 0  # asking for batches leaves the asked one alone
 
 
@@ -133,14 +135,30 @@ def test_without_the_language_of_change_the_same_images_are_shown(data):
         assert a[0] == b[0] and len(a[1]) > len(b[1]) == len(b[0])
 
 
+def test_images_with_the_same_caption_never_share_a_batch(data):
+    alike = [["A star"], ["a star."]] * 60
+    assert len(FolderBatches(data[0], alike, np.arange(120), tiny()).chosen(0)[0]) == 1
+
+
+def test_any_caption_of_an_image_is_drawn_and_its_share_stands_behind_the_prompt(data):
+    two = [[f"a thing {i}", f"an object {i}"] for i in range(120)]
+    made = batches((data[0], two), related=0.0)
+    texts = [text for number in range(30) for text in made.chosen(number)[1]]
+    assert len(texts) == 30 * 16  # one a picture: without relatives nothing is a change
+    assert 0.4 < sum("thing" in text for text in texts) / len(texts) < 0.6
+    assert 0.15 < sum(text.startswith("a photo of ") for text in texts) / len(texts) < 0.35  # prompted: 0.25
+
+
 def test_held_out_images_are_in_no_batch(data):
     config = tiny(held_out=0.25)
     rows, unseen = split(data[1], 0.25, 0)
     assert len(unseen) == 30 and sorted([*rows, *unseen]) == list(range(120))
+    assert len({*unseen, *split(data[1], 0.25, 1)[1]}) > 40  # drawn by the seed, not the first ones
     made = FolderBatches(*data, rows, config)
     shown = {i for number in range(40) for i in made.chosen(number)[0]}
     assert shown == set(rows.tolist())
     assert set(split([["x"], [], ["y"], ["z"]], 0.0, 0)[0]) == {0, 2, 3}  # an image without a caption is not trained on
+    assert len(split([["x"], []] * 8, 0.5, 0)[1]) == 4  # half of those with a caption
 
 
 def test_every_word_of_a_batch_has_a_vector_that_is_trained(data, vl):
@@ -158,6 +176,8 @@ def test_jitter_moves_pictures_by_a_little_and_knows_how_to_keep_still():
     moved = jitter(picture, 0.15, np.random.default_rng(0))
     assert np.array_equal(jitter(picture, 0, np.random.default_rng(0)), picture)
     assert moved.shape == picture.shape and (moved[:, 20, 20] == (10, 200, 30)).all() and (moved[:, 0, 0] == 255).all()
+    centres = np.array([np.argwhere(m[..., 0] < 128).mean(0) for m in moved]) - 19.5  # rows and columns from the middle
+    assert (abs(centres) < 0.15 * 20 / 0.85 + 0.5).all() and (centres.std(0) > 0.5).all()
     covered = (moved[..., 0] < 128).mean((1, 2))
     assert len(set(covered.round(3))) > 3 and ((covered > 0.25 / 1.15**2 * 0.95) & (covered < 0.25 / 0.85**2 * 1.05)).all()
     assert set(np.unique(jitter(picture[:, 12:28, 12:28], 0.15, np.random.default_rng(0)))) == {10, 30, 200}  # the border goes on

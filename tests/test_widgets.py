@@ -4,7 +4,6 @@ import base64
 import importlib.util
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pages
 import papermill
 import pytest
 import torch
@@ -315,7 +315,7 @@ def test_a_panel_runs_in_papermill_is_stripped_and_passes_strict_nbval_without_a
 @pytest.fixture(scope="module")
 def page(vl_folder, tmp_path_factory):
     """JupyterLab in headless Chromium, on a notebook that has shown three panels."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no test in a browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra: pip install 'isa_lite[browser]'")
     folder = tmp_path_factory.mktemp("lab")
     setup = f"""
 import torch
@@ -348,13 +348,13 @@ bench = evaluate.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_siz
     command += ["--IdentityProvider.token=panels", "--ServerApp.allow_root=True", "--ServerApp.port_retries=0"]
     where = {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
     with playwright.sync_playwright() as driver:
-        found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if not found and not Path(driver.chromium.executable_path).is_file():
-            pytest.skip("no Chromium is installed: no test in a browser")
+        try:
+            browser = pages.browser(driver)
+        except RuntimeError as error:
+            pytest.skip(f"no Chromium to be had, so no test in a browser: {error}")
         with open(folder / "log.txt", "w") as log:
             lab = subprocess.Popen(command, cwd=folder, env=environment(folder) | where, stdout=log, stderr=log)
         try:
-            browser = driver.chromium.launch(executable_path=found)
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
             page.set_default_timeout(60_000)
             for attempt in range(120):  # until the server listens

@@ -31,7 +31,10 @@ SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 
 #: For each exercise a wrong answer (the body of its function) and words of what the check says to it.
 WRONG = {
-    "00 my_cosine": [("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length")],
+    "00 my_cosine": [
+        ("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length"),
+        ("return float(a @ b / a.norm() ** 2)", "divided out twice"),
+    ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
         ("return int((embeddings @ query).argmin())", "*largest*"),
@@ -54,6 +57,7 @@ WRONG = {
     "02 recall_with_template": [("return 0.0", "with the template of training it must give the table's")],
     "02 one_way": [
         ("return gcd_loss(query, target, temperature)", "mean of both directions"),
+        ("return -(query @ target.T / temperature).log_softmax(0).diagonal().mean()", "the other direction"),
         ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "do not add up"),
     ],
     "03 my_recall": [
@@ -69,10 +73,13 @@ WRONG = {
     "04 my_grounding": [
         ("return float(attention[:1, :1].sum())", "still to be divided"),
         ("return 1.0", "a score of 2.8"),
+        ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out among its pixels"),
+        ("return 2.8", "half of a cell"),
     ],
     "04 my_nearest": [
         ("return int((table @ vector).argmax())", "cosine ignores length"),
         ("return 0", "never met"),
+        ("return int((table - vector).norm(dim=1).argmin())", "smallest distance"),
     ],
     "06 my_average_precision": [
         ("return 8 / 9", "only where place k is right"),
@@ -81,6 +88,7 @@ WRONG = {
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
             "min(GT, K)",
         ),
+        ("return sum(len(right & set(ranked[:i])) / i for i, r in enumerate(ranked, 1) if r in right) / min(k, len(right))", "first K places"),
     ],
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
@@ -93,6 +101,7 @@ WRONG = {
         ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
         ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
         ("return 9", "rank 3, not 9"),
+        ("best = max(scores[t] for t in targets); return sum(s >= best for i, s in enumerate(scores) if i not in {reference, *targets})", "not 0"),
     ],
     "05 my_difference": [
         ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),
@@ -105,10 +114,12 @@ WRONG = {
         ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 6", "of captions"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
         ("return 100.0", "50, not 100"),
+        ("return 100 * sum(captions in trained for captions in new) / len(new)", "makes a twin"),
     ],
     "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
     "07 my_prompt": [
-        ("return parts", "still in it"),
+        ("return parts", "lists in your list"),
+        ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),
         ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
         ("return [9, -1, -1, -1, 4, 5, 6, 7, 8, 10]", "order that of the parts"),
     ],
@@ -121,6 +132,7 @@ WRONG = {
         ("return factor", "the gain of the part"),
         ("return 0.5", "new over old"),
         ("return 3.0", "2 times faster, not 3.00"),
+        ("return 2.0 if factor == 6 else 1.0", "not for every query"),
     ],
 }  # fmt: skip
 

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +31,7 @@ from torch import Tensor, nn
 from isa_lite.checkpoint import write_text
 from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
 from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, make_benchmark, recall
+from isa_lite.onnx_files import quantize, to_onnx
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, compose, prompt_ids
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, load_vl_model
@@ -70,55 +68,6 @@ class SentenceToQuery(nn.Module):
         which = (places.long().cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)  # B x T
         said = tokens.gather(1, which.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))  # B x T x D
         return self.vl.encode_vectors(torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words)), words)
-
-
-@contextmanager
-def _quiet():
-    """Without the two notes of the exporter that ask for nothing.
-
-    onnxscript leaves a node as it is where it could have computed it beforehand ("Skipping constant folding"), and torch says
-    that an axis shared by two inputs keeps one name ("will not be used, since it shares").
-    """
-    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*will not be used, since it shares the same shape constraints.*")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def to_onnx(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping], path: str | Path
-) -> None:
-    """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as one ONNX file.
-
-    dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError with what the exporter says.
-    """
-    path = Path(path)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, which ONNX does not have
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                module.eval(),
-                tuple(inputs.values()),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes={name: dict(axes) for name, axes in dynamic.items()},
-                dynamo=True,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise RuntimeError(f"{path.name} cannot be exported: {error}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    model = program.model_proto
-    for node in model.graph.node:  # where in whose Python code a node comes from is no business of a client
-        node.ClearField("metadata_props"), node.ClearField("doc_string")
-    path.write_bytes(model.SerializeToString())
 
 
 def tokenizer_of(vl: VLModel) -> Tokenizer:
@@ -242,43 +191,6 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
             os.replace(part / name, folder / name)
         write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: without it there is no export
     return most
-
-
-def quantize(folder: str | Path, out: str | Path) -> Path:
-    """An exported query side again, into `out`, with 8 bits a weight: the word table and every matrix, each with one scale.
-
-    onnxruntime's dynamic quantisation: activations are scaled as they come, and convolutions stay as they are. What it
-    costs is to be measured: `measured_recall` on rendered scenes, or your own queries. Returns `out`.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # here, since it wants onnx, which the client does not
-
-    folder, out = Path(folder), Path(out)
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"{out} holds the files that are to be quantised; give another folder")
-    QueryClient(folder)  # whole, and not tampered with?
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    out.mkdir(parents=True, exist_ok=True)
-    # It advises to infer shapes and fold constants first, which the exporter has done.
-    advice = logging.getLogger()
-    advice.addFilter(_no_advice)
-    try:
-        with tempfile.TemporaryDirectory(dir=out) as part:
-            kinds = ["MatMul", "Gemm", "Gather"]
-            for name in (IMAGE, TEXT):
-                quantize_dynamic(folder / name, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
-            write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
-            settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
-            settings["made"]["weights"] = "int8"
-            for name in settings["files"]:
-                os.replace(Path(part) / name, out / name)
-    finally:
-        advice.removeFilter(_no_advice)
-    write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    return out
-
-
-def _no_advice(record: logging.LogRecord) -> bool:
-    return "consider to run pre-processing before quantization" not in record.getMessage()
 
 
 def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Images from wherever they come: a folder of files of any kind, an array, a list of pictures."""
+"""Images from wherever they come: a folder of files of any kind, an array, a list of pictures; and as pixels for a network."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -178,3 +179,21 @@ class _Batches(Dataset):
 def batch_loader(images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0) -> DataLoader:
     """Loads one B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead of time."""
     return DataLoader(_Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers)
+
+
+def to_pixels(
+    images: np.ndarray | Sequence[Image.Image | np.ndarray],
+    preprocess: Callable[[Image.Image], Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from pictures of size x size."""
+    if not isinstance(images, np.ndarray):
+        images = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]
+        if all(i.mode == "RGB" and i.size == (size, size) for i in images):
+            images = np.stack([np.asarray(i) for i in images])
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
+        mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+    return torch.stack([preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])

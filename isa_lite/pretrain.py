@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 
 from isa_lite import scenes
 from isa_lite.checkpoint import load_run, read_tensors, save_run, write_tensors, write_text
-from isa_lite.vl_model import DATA, SCENES_CLIP, MatchingEncoder, VLModel, commit, machine, plain_attention
+from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, machine, plain_attention
 
 
 @dataclass

@@ -19,10 +19,11 @@ from torchvision import transforms as T
 
 from isa_lite.backbones import build_backbone, check_backbone, data_config
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
+from isa_lite.images import to_pixels
 from isa_lite.mappings import MAPPINGS
 from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.token_learner import Sentence
-from isa_lite.vl_model import VLModel, to_pixels
+from isa_lite.vl_model import VLModel
 
 #: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
 TEMPLATE = "a photo of {sentence}, {modifier}"

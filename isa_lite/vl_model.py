@@ -1,18 +1,15 @@
 """The frozen vision-language (VL) model: image tower, text tower, and a matching encoder where there is one.
 
-Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one addition to what they
-offer: the text tower can be entered with *word vectors* instead of token ids, which is how pseudo-words get
-in (text_tower.py). The small model that we ship and ViT-L-14 go through the same code.
+Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one addition to what they offer: the
+text tower can be entered with *word vectors* instead of token ids, which is how pseudo-words get in (text_tower.py). The small
+model that we ship and ViT-L-14 go through the same code.
 
 Shapes: B batch, T text positions, N patches, D word-embedding width, E embedding width.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
-import logging
 import os
 import platform
 import subprocess
@@ -24,16 +21,16 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isa_lite.blip import is_blip, load_blip
-from isa_lite.hub import WEIGHTS, repository, weights_file
-from isa_lite.matching_encoder import MatchingEncoder
-from isa_lite.text_tower import text_config, text_tower
-from isa_lite.words import Words, load_tokenizer
+from isa_lite.hub import WEIGHTS, repository
+from isa_lite.images import to_pixels
+from isa_lite.open_clip_models import from_folder, from_name, unknown
+from isa_lite.text_tower import text_tower
+from isa_lite.words import Words
 
 _HERE = Path(__file__).resolve().parent
 #: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
@@ -45,24 +42,6 @@ SCENES_CLIP = "scenes-clip"
 def plain_attention(device: torch.device | str) -> AbstractContextManager:
     """For training on a CPU: there, at our short lengths, PyTorch's fused attention is slow backwards in bfloat16."""
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-
-
-def to_pixels(
-    images: np.ndarray | Sequence[Image.Image | np.ndarray],
-    preprocess: Callable[[Image.Image], Tensor],
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from pictures of size x size."""
-    if not isinstance(images, np.ndarray):
-        images = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]
-        if all(i.mode == "RGB" and i.size == (size, size) for i in images):
-            images = np.stack([np.asarray(i) for i in images])
-    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, 3):
-        mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-    return torch.stack([preprocess(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
 
 
 class VLModel(nn.Module):
@@ -86,8 +65,7 @@ class VLModel(nn.Module):
         self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
         #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
         self.matcher_reads_words: bool = getattr(clip, "matcher_reads_words", False)
-        self.word_width: int = self.tower.table.weight.shape[1]
-        self.vocab_size: int = self.tower.table.weight.shape[0]
+        self.vocab_size, self.word_width = self.tower.table.weight.shape
         size = clip.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
         self.eval().requires_grad_(False)
@@ -154,10 +132,7 @@ class VLModel(nn.Module):
     # ------------------------------------------------------------------------------------------ images
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
-        """Images -> B x 3 x H x W on the CPU, normalised as the model wants them.
-
-        uint8 arrays of B x H x W x 3 at the model's own size take a short way round PIL, with the same result.
-        """
+        """Images -> B x 3 x H x W on the CPU, normalised as the model wants them."""
         visual = self.clip.visual
         return to_pixels(images, self.preprocess, self.image_size, visual.image_mean, visual.image_std)
 
@@ -211,8 +186,6 @@ class VLModel(nn.Module):
         starts = range(0, len(images), batch_size)
         return torch.cat([self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts])
 
-    # --------------------------------------------------------------------------------------------------
-
     @property
     def fingerprint(self) -> str:
         """A key that changes with any weight or with the preprocessing; what is cached on disk is filed under it."""
@@ -223,40 +196,14 @@ class VLModel(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-
-
-def _open_clip_folder(folder: Path, name: str, device: str) -> VLModel:
-    """A model of open_clip in its local-dir layout, with our matching encoder where one lies beside it."""
-    if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
-    source, config = f"local-dir:{folder}", json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    text = text_config(config.get("model_cfg", config), name)
-    tokenizer = load_tokenizer(source, text, name, folder)  # before the weights: it is small, and may be out of reach
-    changed = {"text_cfg": text} if text.get("hf_model_name") else {}
-    try:
-        clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} holds no weights that fit its open_clip_config.json: {error}") from error
-    matcher, settings = None, folder / "matching_encoder.json"
-    if settings.is_file():
-        matcher = MatchingEncoder(**json.loads(settings.read_text()))
-        matcher.load_state_dict({k: v.float() for k, v in load_file(folder / "matching_encoder.safetensors").items()})
-        matcher.to(device)
-    return VLModel(clip, preprocess, tokenizer, matcher, name)
-
-
 def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu") -> VLModel:
     """Load a VL model, frozen and in evaluation mode.
 
     name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of transformers; the name of any
     open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub; `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
     pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file.
-    Raises ValueError for an unknown name or tag (with the nearest ones), a model without weights, or one that cannot be
-    entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what you named is
-    neither on this machine nor within reach.
+    Raises ValueError for an unknown name or tag (with the nearest ones), a model without weights, or one that cannot be entered
+    with word vectors; ImportError where a package is missing; ConnectionError, at once, where what you named is out of reach.
     """
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
     if name.startswith("blip:") or is_blip(folder):
@@ -265,24 +212,10 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
     if name.startswith("hf-hub:"):
         folder = repository(name.removeprefix("hf-hub:"), "a model of open_clip", "open_clip_config.json", WEIGHTS)
     if folder.is_dir():
-        return _checked(_open_clip_folder(folder, name, device))
+        return _checked(VLModel(*from_folder(folder, name, device), name))
     if name not in open_clip.list_models():
-        raise _unknown("VL model", name, [SCENES_CLIP, *open_clip.list_models()])
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        raise ValueError(f"{name} needs weights: give pretrained= a file or one of the tags {', '.join(tags) or '(none known)'}")
-    if not Path(pretrained).is_file() and pretrained not in tags:
-        raise _unknown(f"tag of weights for {name}:", pretrained, tags)
-    text = text_config(open_clip.get_model_config(name), name)
-    tokenizer = load_tokenizer(name, text, name)
-    logging.getLogger(__name__).info("loading %s with weights %s", name, pretrained)
-    more = {"text_cfg": text} if text.get("hf_model_name") else {}
-    if not Path(pretrained).is_file():
-        look = open_clip.get_pretrained_cfg(name, pretrained)  # how images are to be prepared goes with the weights
-        more |= {f"image_{key}": look[key] for key in ("mean", "std", "interpolation", "resize_mode") if look.get(key)}
-    file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
-    clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)
-    return _checked(VLModel(clip, preprocess, tokenizer, None, f"{name}/{pretrained}"))
+        raise unknown("VL model", name, [SCENES_CLIP, *open_clip.list_models()])
+    return _checked(VLModel(*from_name(name, pretrained, device), None, f"{name}/{pretrained}"))
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.pretrain import PretrainConfig, export, fresh_model
-from isa_lite.vl_model import MatchingEncoder, VLModel, load_vl_model
+from isa_lite.vl_model import VLModel, load_vl_model
 
 
 @pytest.fixture(scope="session")

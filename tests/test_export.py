@@ -1,10 +1,12 @@
 """The query side as files: the same answers as PyTorch, and refusals where they could not be."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -178,6 +180,18 @@ def test_what_is_too_long_is_refused_with_its_words(pair, folder, pictures):
             function("red " * (most + 1))
 
 
+def test_a_prompt_that_does_not_fit_is_refused_before_any_network_runs(folder, pictures, monkeypatch):
+    client = QueryClient(folder)
+    monkeypatch.setattr(client, "sentences", lambda pixels: pytest.fail("a network has run"))
+    with pytest.raises(ValueError, match="too long for the text tower"):
+        client.encode(pictures[:2], ["red", "red " * 100], batch_size=1)
+
+
+def test_the_networks_take_as_many_threads_as_they_are_given(folder):
+    client = QueryClient(folder, threads=3)
+    assert [n.get_session_options().intra_op_num_threads for n in (client._image, client._text)] == [3, 3]
+
+
 @pytest.mark.parametrize("images, modifiers", [(2, 1), (0, 0), (1, 2)])
 def test_every_image_wants_its_modifier(folder, pictures, images, modifiers):
     with pytest.raises(ValueError, match=f"{images} images but {modifiers} modifiers"):
@@ -241,6 +255,35 @@ def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, 
     assert {path.name: path.read_bytes() for path in again.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("difference", lambda *a: float("nan"), "differ from PyTorch by nan"),
+        ("prompt_of", lambda vl, template: ["sentence", "modifier"], "the exported tokenizer gives other ids than open_clip's"),
+    ],
+)
+def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder, tmp_path, monkeypatch, name, value, message):
+    vl, encoder = pair
+    monkeypatch.setattr(exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes()))
+    monkeypatch.setattr(exporting, name, value)
+    with pytest.raises(ValueError, match=message):
+        export(encoder, vl, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_the_client_cannot_imitate_is_refused():
+    with pytest.raises(ValueError, match="mine: only open_clip's own tokenizer can be exported, and this model has a object"):
+        exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=object()))
+    other = open_clip.SimpleTokenizer(clean="canonicalize")
+    with pytest.raises(ValueError, match="mine: its tokenizer cleans texts in a way of its own"):
+        exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=other))
+
+
+def test_exporting_leaves_pytorch_and_the_logs_as_they_were(folder):
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert logging.getLogger("onnxscript.optimizer._constant_folding").level == logging.NOTSET
+
+
 def test_the_files_hold_no_path_of_the_machine_that_made_them(folder):
     for name in (IMAGE, TEXT):
         data = (folder / name).read_bytes()
@@ -257,6 +300,12 @@ def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures):
     assert json.loads((out / SETTINGS).read_text())["made"]["weights"] == "int8"
     with pytest.raises(ValueError, match="holds the files that are to be quantised"):
         quantize(folder, folder)
+    assert not logging.getLogger().filters  # what hushed onnxruntime's advice is gone
+    changed = copy(folder, tmp_path / "changed")
+    (changed / TEXT).write_bytes((folder / IMAGE).read_bytes())
+    with pytest.raises(ValueError, match=f"{TEXT} is not the file that was exported"):
+        quantize(changed, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_recall_of_the_files_is_recall_of_pytorch(pair, folder):
@@ -305,16 +354,22 @@ def test_the_client_says_what_it_lacks(folder, tmp_path, pictures, capsys):
     with pytest.raises(SystemExit):
         client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
     assert "does not say which model embedded it" in capsys.readouterr().err
+    Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(tmp_path / "gallery.safetensors")
+    with pytest.raises(ValueError, match="and the gallery to 0123456789abcdef"):
+        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
 
 
-def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys):
+def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys, monkeypatch):
     vl, encoder = pair
     encoder.save(tmp_path / "encoder")
     out = tmp_path / "out"
-    main(["--encoder", str(tmp_path / "encoder"), "--vl-model", str(vl_folder), "--template", TURNED, "--out", str(out)])
+    monkeypatch.setattr(exporting, "make_benchmark", lambda size: make_benchmark(12, 60, seed=1, size=size))
+    arguments = ["--encoder", str(tmp_path / "encoder"), "--vl-model", str(vl_folder), "--template", TURNED, "--int8"]
+    main([*arguments, "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "largest difference from PyTorch: " in printed and TEXT in printed
-    assert float(printed.split("PyTorch: ")[1]) < 1e-4
+    assert "largest difference from PyTorch: " in printed and str(out / "int8" / TEXT) in printed
+    assert float(printed.split("PyTorch: ")[1].split()[0]) < 1e-4
+    assert "12 queries, gallery of 60" in printed and printed.splitlines()[-1].startswith(str(out / "int8"))
     assert QueryClient(out).settings["template"] == TURNED
     for arguments, message in (
         (["--encoder", str(tmp_path)], "holds no query_encoder.json"),

@@ -1,12 +1,16 @@
 """A growing gallery: the same ranks as ranking everything at once, and shards that are kept."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from isa_lite import growth
 from isa_lite.evaluate import make_benchmark, score_ranks
 from isa_lite.growth import distractors, growth_ranks, growth_table, scene_key
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import sample_scenes
 
 
@@ -51,6 +55,14 @@ def test_shards_are_kept_and_begin_alike_whatever_the_count(vl, tmp_path, monkey
     short = list(distractors(vl, 12, 0, tmp_path, shard=10, progress=False))
     assert torch.equal(short[1][0], long[1][0][:2]) and torch.equal(short[1][1], long[1][1][:2])
     assert not torch.equal(long[0][1], long[1][1])
+
+
+def test_the_time_of_a_shard_is_that_of_its_making(vl, tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "SHARD", 20)
+    monkeypatch.setattr(growth, "distractors", partial(distractors, shard=20))
+    encoder = QueryEncoder.for_model(vl, num_tokens=1)
+    first, again = (growth.growth(vl, encoder, tmp_path, (10, 30), queries=5, progress=False) for _ in range(2))
+    assert first["embedding_seconds"] == again["embedding_seconds"] > 0  # the second call made none
 
 
 def test_the_table_shows_recall_and_time_by_size():

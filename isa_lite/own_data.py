@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -70,7 +71,8 @@ class _Names:
         if (self.folder / name.strip()).exists():
             raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
         same = [known for known in self.number if PurePosixPath(known).name == PurePosixPath(key).name]
-        near = same[:1] or difflib.get_close_matches(key, self.number, n=1)
+        alike = difflib.get_close_matches(key, self.number, n=50)  # of names that differ in a digit, one that begins alike
+        near = same[:1] or sorted(alike, key=lambda known: len(commonprefix([known, key])), reverse=True)
         hint = f"did you mean {near[0]!r}?" if near else "put it there, or delete the entry"
         raise ValueError(f"{name!r} is not in the folder {self.folder.name}; {hint}")
 

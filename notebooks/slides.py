@@ -1,5 +1,7 @@
 """Slides out of the notebooks' pages: title, questions, formulas, figures, tables, claims and quiz; one file, no network. Made by pages.py."""
 
+from itertools import zip_longest
+
 from bs4 import BeautifulSoup, Tag
 
 #: The numbers of slides that are larger than the window, found in a browser; with the argument true also those that are only too high.
@@ -69,6 +71,12 @@ def _of_text(cell: Tag, heading: str) -> tuple[list[str], str]:
     return found, heading
 
 
+def _letters(row: Tag) -> list[float]:
+    """The room that each column of a table's row asks for, in letters; an entry over several columns asks each for its share."""
+    spans = [(len(entry.get_text()) + 3, int(entry.get("colspan", 1))) for entry in row.select("th, td")]
+    return [length / span for length, span in spans for _ in range(span)]
+
+
 def _of_outputs(cell: Tag, heading: str) -> list[str]:
     """Slides of a code cell: a figure each with its caption, a table each, and the claims that were checked."""
     found, claims = [], []
@@ -78,8 +86,8 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
             caption = after.get_text().strip() if after and after.select_one("p > em") else ""
             found.append(_slide(heading, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"))
         elif table := area.select_one("table"):
-            rows = [[len(entry.get_text()) + 3 for entry in row.select("th, td")] for row in table.select("tr")]
-            letters = sum(max(column) for column in zip(*rows, strict=False))
+            rows = [_letters(row) for row in table.select("tr")]
+            letters = sum(max(column) for column in zip_longest(*rows, fillvalue=0))
             found.append(_slide(heading, f'<div class="scroll" style="--rows: {len(rows)}; --letters: {letters}">{table}</div>'))
         elif printed := area.select_one("pre"):
             claims += [line for line in printed.get_text().splitlines() if line.startswith(("holds: ", "DOES NOT HOLD"))]

@@ -50,6 +50,8 @@ WRONG = {
         ('return torch.einsum("lhw,chw->lc", logits.softmax(0), features)', "over the tokens"),
         ('return torch.einsum("lhw,chw->lc", logits, features)', "without the softmax"),
         ('return torch.einsum("lhw,chw->lc", logits.softmax(2), features)', "all positions at once"),
+        ('return torch.einsum("lhw,chw->lc", logits.softmax(1), features)', "each column"),
+        ('return torch.einsum("lhw,chw->lc", logits.flatten().softmax(0).view_as(logits), features)', "each token has its own"),
         ("return features.mean((1, 2)).expand(len(logits), -1)", "the same mean"),
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
         ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should begin with"),
@@ -63,6 +65,8 @@ WRONG = {
     "03 my_recall": [
         ("return float((rank <= k).mean())", "right as a share"),
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
+        ("return (rank <= k).sum()", "these are counts"),
+        ("return 100 * (rank == k).mean()", "*at most* k"),
         ("return 50.0", "give 20, 60 and 100 percent"),
     ],
     "03 smaller": [
@@ -88,7 +92,11 @@ WRONG = {
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
             "min(GT, K)",
         ),
-        ("return sum(len(right & set(ranked[:i])) / i for i, r in enumerate(ranked, 1) if r in right) / min(k, len(right))", "first K places"),
+        (
+            "n = range(1, len(ranked) + 1)"
+            "; return sum(len(right & set(ranked[:i])) / i for i in n if ranked[i - 1] in right) / min(k, len(right))",
+            "first K places",
+        ),
     ],
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
@@ -101,7 +109,11 @@ WRONG = {
         ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
         ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
         ("return 9", "rank 3, not 9"),
-        ("best = max(scores[t] for t in targets); return sum(s >= best for i, s in enumerate(scores) if i not in {reference, *targets})", "not 0"),
+        (
+            "wrong, best = {0, 1, 2, 3, 4, 5} - {0, *targets}, max(scores[t] for t in targets)"
+            "; return sum(scores[i] >= best for i in wrong if i < len(scores))",
+            "not 0",
+        ),
     ],
     "05 my_difference": [
         ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import execute
+import numpy as np
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
@@ -62,11 +65,16 @@ def test_distillation_runs_at_smoke_size_and_writes_its_results(tmp_path):
 
 
 def test_a_folder_becomes_a_gallery_and_a_query_encoder_at_smoke_size(tmp_path):
-    made = papermill("05_your_images.ipynb", tmp_path, "-p", "smoke", "true", "-p", "out_dir", "out", "-p", "contrast", "false")
+    made = papermill("05_your_images.ipynb", tmp_path, "-p", "smoke", "true", "-p", "out_dir", "out")
     assert made.returncode == 0, made.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (found["queries"], found["gallery"], found["held_out"]) == (20, 120, 12)
     assert set(found["methods"]) == {"isa", "image only", "text only", "image + text", "composition ceiling", "target ceiling"}
+    # What is held out is in neither training: not among the targets of distillation, nor among the captions of the large model.
+    (targets,) = (tmp_path / "out" / "cache").glob("*/embeddings.npy")
+    recorded = json.loads((tmp_path / "out" / "vl_model" / "training.json").read_text())
+    assert len(np.load(targets)) == 108 and recorded["data"]["held out"] == 12
+    assert json.loads((tmp_path / "out" / "without_change" / "training.json").read_text())["config"]["change"] == 0
     # What was made is a folder like a user's, and a model to take: the same again with both named, and without any queries.
     own = [
         "-p",
@@ -88,6 +96,8 @@ def test_a_folder_becomes_a_gallery_and_a_query_encoder_at_smoke_size(tmp_path):
     assert QueryEncoder.load(tmp_path / "mine", vl).config.num_tokens == 8
     gallery = Gallery.load(tmp_path / "mine" / "gallery.safetensors")
     assert len(gallery) == 120 and gallery.ids[0] == "icon_0000.png"
+    few = [Image.open(tmp_path / "out" / "icons" / "images" / name) for name in gallery.ids[:3]]
+    assert torch.allclose(gallery.embeddings[:3], vl.encode_images(few), atol=1e-4)  # under the names of their images
     assert not (tmp_path / "mine" / "metrics.json").exists()
 
 

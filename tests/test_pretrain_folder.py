@@ -216,6 +216,7 @@ def test_what_comes_out_is_a_model_of_open_clip_that_sees_as_training_did(data, 
     assert table[vl.tokenizer.encode("zebra")].norm() == 0
     record = json.loads((tmp_path / "training.json").read_text())["data"]
     assert record["images"] == 120 and record["held out"] == 12 and record["captions with a relative"] > 60
+    assert record["captions"] == sum(map(len, data[1])) - sum(len(data[1][i]) for i in split(data[1], 0.1, 0)[1])  # of the others
 
 
 def test_a_picture_that_is_no_square_is_cut_as_open_clip_cuts_it(data, vl, tmp_path):

@@ -448,18 +448,27 @@ def stacked_bars(table: pd.DataFrame, xlabel: str, title: str = "") -> Figure:
 
 
 def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = "") -> Figure:
-    """Share of the exact answers found against the time of one search, a point a way of searching; `line` joins some in order."""
+    """Share of the exact answers found against the time of one search, a point a way of searching; `line` joins some in order.
+
+    The names in `line` are a kind and a number, "IVF, 8": the kind becomes the legend, the numbers stand beside the points.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.5, 4.4)
         axes = figure.subplots()
-        axes.plot([times[name] for name in line], [found[name] for name in line], color=BLUE, marker="o", linewidth=2)
+        kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
+        axes.plot([times[n] for n in line], [found[n] for n in line], color=BLUE, marker="o", linewidth=2, label=kind)
         for name in times:
-            if name not in line:
+            if name in line:
+                text, shift = (
+                    name.split(", ")[-1],
+                    {"xytext": (7, -14), "ha": "left"},
+                )  # right below: the curve comes from the left
+            else:
+                text, shift = name, {"xytext": (0, -20), "ha": "center"}
                 axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
-            above = name in line and found[name] <= 90  # right of a steep curve, below a flat one
-            shift = {"xytext": (9, -5) if above else (0, -18), "ha": "left" if above else "center"}
-            axes.annotate(name, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
+            axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
         axes.set(xscale="log", xlabel="one search, ms", ylabel="exact answers found, %", ylim=(0, 108), title=title)
+        axes.legend(frameon=False, fontsize=12, loc="lower right")
         axes.margins(x=0.12)
         low, high = axes.get_xlim()
         marks = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]

@@ -216,6 +216,15 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
         assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), wrong
 
 
+def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():
+    table = BeautifulSoup(
+        "<tr><th></th><th colspan='2'>mean time</th></tr><tr><th>a</th><td>1.25</td><td>100</td></tr>", "html.parser"
+    )
+    assert [slides._letters(row) for row in table.find_all("tr")] == [[3, 6, 6], [4, 7, 6]]
+    page = BeautifulSoup(f'<div class="output_area"><table>{table}</table></div>', "html.parser")
+    assert "--letters: 17" in slides._of_outputs(page, "")[0]
+
+
 def test_no_answer_waits_for_an_exercise_that_is_gone():
     assert set(WRONG) == {id_of(e) for e in exercises()}
 

@@ -120,7 +120,8 @@ def test_a_search_curve_has_plain_numbers_of_milliseconds():
     times, found = {"exact": 1.1, "IVF, 1": 0.04, "IVF, 2": 0.06}, {"exact": 100.0, "IVF, 1": 50.0, "IVF, 2": 95.0}
     axes = draw.search_curve(times, found, ["IVF, 1", "IVF, 2"]).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.05", "0.1", "0.2", "0.5", "1"]
-    assert [t.get_text() for t in axes.texts] == list(times) and list(axes.lines[0].get_ydata()) == [50, 95]
+    assert [t.get_text() for t in axes.texts] == ["exact", "1", "2"] and list(axes.lines[0].get_ydata()) == [50, 95]
+    assert axes.get_legend().get_texts()[0].get_text().startswith("IVF, ")
 
 
 def test_text_is_wrapped_at_spaces():

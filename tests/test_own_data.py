@@ -283,3 +283,11 @@ def test_a_figure_marks_every_target_of_a_query(folder):
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "reference" and figure.axes[0].get_xlabel() == "“in blue”"
     assert [t.endswith("target") for t in titles[1:]] == [int(i) in found.targets[0] for i in shown[0]]
+
+
+def test_of_names_that_differ_in_one_character_the_one_that_begins_alike_is_meant(tmp_path):
+    for number in (1, 300):
+        Image.new("RGB", (8, 8), (number % 256, 0, 0)).save(tmp_path / f"icon_{number:04d}.png")
+    (tmp_path / "captions.csv").write_text("image,caption\nicon_000x.png,x\n")
+    with pytest.raises(ValueError, match=r"did you mean 'icon_0001\.png'\?"):
+        read_captions(tmp_path / "captions.csv", ImageFolder(tmp_path))

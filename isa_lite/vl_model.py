@@ -138,17 +138,24 @@ class VLModel(nn.Module):
         """B x T ids without the columns past the longest text, where the tower never looks at those."""
         return self.tower.cut(ids)
 
-    def encode_vectors(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x E."""
-        return self.pool(self.text_tokens(vectors, ids), ids)
+    def encode_vectors(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+        """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x E.
+
+        known: how many positions at the start are words, not pseudo-words, and the same in every row and many calls: a tower
+        that never looks ahead reads them once (`OpenClipText.embed`). No gradient flows into them.
+        """
+        return self.project_tokens(self.tower.embed(vectors, ids, known))
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """B x T ids of texts -> L2-normalised text embeddings B x E."""
+        return self.encode_vectors(self.word_vectors(ids), ids, len(self.words.prefix))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Texts -> L2-normalised embeddings, B x E, on the CPU."""
         parts = []
         for start in range(0, len(texts), batch_size):
-            ids = self.cut(self.tokenize(texts[start : start + batch_size]))
-            parts.append(self.encode_vectors(self.word_vectors(ids), ids).cpu())
+            parts.append(self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu())
         return torch.cat(parts)
 
     # ------------------------------------------------------------------------------------------ images

@@ -77,6 +77,10 @@ class BlipTower:
         mask = (ids != self.pad).long()  # the vectors are cloned: transformers adds the positions to them in place
         return self.module.encoder(inputs_embeds=vectors.clone(), attention_mask=mask).last_hidden_state
 
+    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+        """What `pool` makes of `tokens`, B x W."""
+        return self.pool(self.tokens(vectors, ids), ids)
+
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """B x T x W -> B x W, the class token."""
         return tokens[:, 0]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.token_learner import Sentence
 
 
 def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -50,10 +49,10 @@ class FoldedEncoder(QueryEncoder):
         self.backbone.to(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> Sentence:
-        """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels: B x 3 x H x W -> the backbone's map, B x C x h x w."""
         pixels = pixels.to(next(self.parameters()).device, memory_format=torch.channels_last)
-        return self.mapping(self.backbone(pixels)[0].contiguous())  # attention, in turn, is slow on channels-last
+        return self.backbone(pixels)[0].contiguous()  # attention, in turn, is slow on channels-last
 
     def save(self, folder, info=None) -> None:
         raise ValueError("a folded encoder cannot be saved; save the encoder that it was made from")

@@ -1,4 +1,4 @@
-"""Where the time of one query goes: image encoding, token learner, text tower, search; light and symmetric, in both runtimes.
+"""Where the time of one query goes (`query_timing.PARTS`): light and symmetric, in PyTorch and in onnxruntime.
 
 The symmetric query side runs the large image tower on the reference and the text tower on the modifier, as late fusion does.
 All calls take turns in one run, so their ratios can be compared; milliseconds belong to the machine.
@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from isa_lite.bench import side_by_side
-from isa_lite.client import PLACEHOLDER, TEXT, QueryClient, session
+from isa_lite.client import QueryClient, session
 from isa_lite.export import to_onnx
 from isa_lite.gallery import Gallery
-from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.measure import side_by_side
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.query_timing import fusion_steps, sentence_steps, timed
 from isa_lite.vl_model import VLModel
 
-PARTS = ("image encoding", "token learner", "text tower", "search")
 LARGE, BACKBONE, LEARNER = "large_image_tower.onnx", "backbone.onnx", "token_learner.onnx"
 
 
@@ -63,55 +63,48 @@ def latency(
     threads: int = 1,
     rounds: int = 30,
 ) -> pd.DataFrame:
-    """Median ms of every part of one query (batch 1), a row a part: light and symmetric, in PyTorch and in onnxruntime.
+    """Median ms of every part of one query (batch 1) and of the whole, a row each: light and symmetric, both runtimes.
 
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is `gallery`'s, ten best, for all alike.
-    Cutting the image to size and looking up ids are not counted. PyTorch keeps `threads` threads for this time only.
+    PyTorch keeps `threads` threads for this time only.
     """
     client, before = QueryClient(exported, threads), torch.get_num_threads()
-    light, large = encoder.pixels([image]), vl.pixels([image])
-    ids, places = prompt_ids(vl, encoder(light[:1]).tokens.shape[1], [modifier], client.settings["template"])
-    alone = vl.cut(vl.tokenize([modifier]))
     run = {name: session(Path(pieces) / name, threads) for name in (LARGE, BACKBONE, LEARNER)}
-    text = session(Path(exported) / TEXT, threads)
     nothing = np.zeros((1, client.settings["num_tokens"], vl.word_width), np.float32)
-    marked = ids.masked_fill(places, PLACEHOLDER).numpy()
-    with torch.inference_mode():
-        features = encoder.backbone(light)[0]
-        tokens = encoder.mapping(features).tokens
-        query = vl.encode_vectors(splice(vl, tokens, ids, places), ids)
 
-    def search() -> object:
-        return gallery.search(query, min(10, len(gallery)))
+    def ask(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: run[name].run(None, {"x": x})[0]
 
-    columns: dict[str, dict[str, Callable]] = {
-        "PyTorch, light": {
-            "image encoding": lambda: encoder.backbone(light),
-            "token learner": lambda: encoder.mapping(features),
-            "text tower": lambda: vl.encode_vectors(splice(vl, tokens, ids, places), ids),
+    def search(query: Tensor | np.ndarray) -> object:
+        return gallery.search(torch.as_tensor(query), min(10, len(gallery)))
+
+    pictures, said = [image], [modifier]
+    light = sentence_steps(vl, encoder, pictures, said, search, client.settings["template"])
+    symmetric = fusion_steps(vl, pictures, said, search)
+    systems = {
+        "PyTorch, light": light,
+        "PyTorch, symmetric": symmetric,
+        "onnxruntime, light": light
+        | {
+            "picture to pixels": lambda _: client.pixels(pictures),
+            "image encoding": ask(BACKBONE),
+            "token learner": ask(LEARNER),
+            "prompt (tokenizer)": lambda tokens: (tokens, client.prompts(said)),
+            "text tower": lambda prompt: client.compose(*prompt),
         },
-        "PyTorch, symmetric": {
-            "image encoding": lambda: vl.encode_pixels(large),
-            "text tower": lambda: vl.encode_vectors(vl.word_vectors(alone), alone),
-        },
-        "onnxruntime, light": {
-            "image encoding": lambda: run[BACKBONE].run(None, {"x": light.numpy()}),
-            "token learner": lambda: run[LEARNER].run(None, {"x": features.numpy()}),
-            "text tower": lambda: text.run(None, {"tokens": tokens.numpy(), "ids": marked}),
-        },
-        "onnxruntime, symmetric": {
-            "image encoding": lambda: run[LARGE].run(None, {"x": large.numpy()}),
-            "text tower": lambda: text.run(None, {"tokens": nothing, "ids": alone.numpy()}),
+        "onnxruntime, symmetric": symmetric
+        | {
+            "picture to pixels": lambda _: vl.pixels(pictures).numpy(),
+            "image encoding": ask(LARGE),
+            "prompt (tokenizer)": lambda image: (image, vl.cut(vl.tokenize(said)).numpy()),
+            "text tower": lambda pair: pair[0] + client.compose(nothing, pair[1]),
         },
     }
-    calls = {f"{column}/{part}": call for column, parts in columns.items() for part, call in parts.items()} | {"search": search}
     try:
         torch.set_num_threads(threads)
-        times = side_by_side(calls, rounds)
+        return timed(systems, rounds).fillna(0)
     finally:
         torch.set_num_threads(before)
-    table = {c: {p: times["search"] if p == "search" else times.get(f"{c}/{p}", 0.0) for p in PARTS} for c in columns}
-    return pd.DataFrame(table, index=list(PARTS))
 
 
 def search_times(galleries: dict[str, Gallery], queries: Tensor, k: int = 10, rounds: int = 30) -> dict[str, float]:

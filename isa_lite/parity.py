@@ -134,7 +134,7 @@ def differences(vl: VLModel, num_tokens: int = 5) -> dict[str, float]:
     texts = [f"a photo of a red cat , {modifier}" for modifier in MODIFIERS]
     ids = vl.tokenize(texts)
     theirs, short = vl.clip.encode_text(ids, normalize=True), vl.cut(ids)
-    words, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
+    words, cut = vl.pool(vl.text_tokens(vl.word_vectors(ids), ids), ids), vl.encode_ids(short)
     rows, places = prompt_ids(vl, num_tokens, MODIFIERS, truncate=True)
     missing = vl.context_length - rows.shape[1]
     rows, places = nn.functional.pad(rows, (0, missing), value=vl.words.pad), nn.functional.pad(places, (0, missing))

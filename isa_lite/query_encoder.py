@@ -135,7 +135,11 @@ class QueryEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Sentence:
         """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
-        return self.mapping(self.backbone(pixels.to(next(self.parameters()).device))[0])
+        return self.mapping(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels: B x 3 x H x W -> the backbone's map, B x C x h x w."""
+        return self.backbone(pixels.to(next(self.parameters()).device))[0]
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
@@ -224,6 +228,11 @@ def prompt_ids(
     return ids, torch.tensor(marks, device=vl.device)[:, : ids.shape[1]]
 
 
+def known_words(vl: VLModel, template: str = TEMPLATE) -> int:
+    """How many positions at the start of a prompt hold the template's own words, the same for every query."""
+    return len(vl.words.prefix) + len(vl.words.ids(template.partition("{")[0]))
+
+
 def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
     """Word vectors of the prompts with the pseudo-words in their places: tokens B x L x D, ids and places B x T -> B x T x D."""
     vectors = vl.word_vectors(ids)
@@ -237,8 +246,8 @@ def compose(
     """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU."""
     if len(tokens) != len(modifiers):
         raise ValueError(f"{len(tokens)} sentences but {len(modifiers)} modifiers")
-    parts = []
+    parts, known = [], known_words(vl, template)
     for s in range(0, len(modifiers), batch_size):
         ids, places = prompt_ids(vl, tokens.shape[1], modifiers[s : s + batch_size], template, truncate)
-        parts.append(vl.encode_vectors(splice(vl, tokens[s : s + batch_size].to(vl.device), ids, places), ids).cpu())
+        parts.append(vl.encode_vectors(splice(vl, tokens[s : s + batch_size].to(vl.device), ids, places), ids, known).cpu())
     return torch.cat(parts)

@@ -4,21 +4,50 @@ open_clip encodes token *ids*. A pseudo-word has none, so what follows the look-
 positions, mask, transformer, pooling, projection. The families differ in each of these. `parity.py` compares every
 one of them with open_clip's own result. Ours.
 
-Shapes: B batch, T text positions, D word-embedding width, W width of the tower, E embedding width.
+A causal tower that is pooled at the end of text need not compute all of it (`OpenClipText.embed`), with the same result.
+
+Shapes: B batch, T text positions, D word-embedding width, W width of the tower, H heads, E embedding width.
 """
 
 from __future__ import annotations
 
 import torch
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transformer import text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from isa_lite.hub import repository
 
 #: The extra of this package that brings `transformers`.
 EXTRA = "isa_lite[blip]"
 _POOLS = ("argmax", "eos", "first", "last")
+
+
+def _heads(attention: nn.MultiheadAttention, x: Tensor, first: int, stop: int) -> Tensor:
+    """B x T x W -> its queries (0), keys (1) and values (2) from `first` to before `stop`, each B x H x T x W / H."""
+    weight, bias = (w.unflatten(0, (3, -1))[first:stop].flatten(0, 1) for w in (attention.in_proj_weight, attention.in_proj_bias))
+    return F.linear(x, weight, bias).unflatten(-1, (stop - first, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _layer(
+    block: ResidualAttentionBlock, x: Tensor, mask: Tensor, past: Tensor | None = None, at: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One layer of a transformer: B x T x W -> the same, and the keys and values that were looked at, 2 x B x H x T x W / H.
+
+    past: keys and values of positions before these; at: one position a row, the only one that is wanted, which gives B x 1 x W.
+    """
+    y = block.ln_1(x)
+    seen = _heads(block.attn, y, 1, 3)
+    if past is not None:
+        seen = torch.cat([past.to(seen.dtype).expand(-1, len(x), -1, -1, -1), seen], 3)
+    if at is not None:
+        rows = torch.arange(len(x), device=x.device)
+        x, y = x[rows, at].unsqueeze(1), y[rows, at].unsqueeze(1)
+    queries = _heads(block.attn, y, 0, 1)[0]
+    looked = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask.to(seen.dtype))
+    x = x + block.ls_1(block.attn.out_proj(looked.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x))), seen
 
 
 class OpenClipText:
@@ -39,6 +68,9 @@ class OpenClipText:
         # A causal tower that pools at the end of text never looks past it, so the rest need not be computed.
         causal = text.attn_mask is not None and not self.appends and not getattr(text, "use_pad_mask", False)
         self.can_cut = causal and self.pool_type in ("argmax", "eos")
+        self.plain = all(type(block) is ResidualAttentionBlock for block in getattr(text.transformer, "resblocks", [None]))
+        self._weights = [text.positional_embedding, self.table.weight, *text.transformer.parameters()]
+        self._state, self._memory = [], {}  # weights as they were, and what `_remembered` computed with them
 
     @property
     def table(self) -> nn.Embedding:
@@ -46,10 +78,11 @@ class OpenClipText:
 
     def cut(self, ids: Tensor) -> Tensor:
         """B x T ids without the columns past the longest text, where the tower allows that."""
-        if not self.can_cut:
-            return ids
-        end = ids.argmax(1) if self.pool_type == "argmax" else (ids == self.eos_id).int().argmax(1)
-        return ids[:, : int(end.max()) + 1]
+        return ids[:, : int(self._end(ids).max()) + 1] if self.can_cut else ids
+
+    def _end(self, ids: Tensor) -> Tensor:
+        """B x T ids -> the position that is pooled, B."""
+        return ids.argmax(1) if self.pool_type == "argmax" else (ids == self.eos_id).int().argmax(1)
 
     def tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W (CoCa: one more, its class token)."""
@@ -61,8 +94,47 @@ class OpenClipText:
             mask = mask[:length, :length]
         if self.appends or getattr(text, "use_pad_mask", False):  # a mask for each text, that hides the padding
             mask = text._build_additive_mask(ids, length, x.dtype) + (0 if mask is None else mask)
-        x = x + text.positional_embedding[:length].to(x.dtype)
-        return text.ln_final(text.transformer(x, attn_mask=mask))
+        return text.ln_final(text.transformer(self._placed(x), attn_mask=mask))
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """B x T x D with the positions added."""
+        return x + self.module.positional_embedding[: x.shape[1]].to(x.dtype)
+
+    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+        """What `pool` makes of `tokens`, B x W, without computing what a causal tower does not need for it.
+
+        In the last layer only the end of text is pooled, so only its output is computed. known: how many positions at the
+        start hold the same words in every row. They see only one another, so what the later positions read of them in each
+        layer (keys and values) is computed once and remembered; no gradient flows into them.
+        """
+        if not (self.can_cut and self.plain):
+            return self.pool(self.tokens(vectors, ids), ids)
+        blocks, end = self.module.transformer.resblocks, self._end(ids)
+        mask = self.module.attn_mask[: ids.shape[1], : ids.shape[1]]
+        past = self._remembered(ids[0, :known]) if known else [None] * len(blocks)
+        x = self._placed(vectors)[:, known:]
+        for block, before in zip(blocks, past, strict=True):
+            if block is blocks[-1]:
+                x, _ = _layer(block, x, mask[end, None, None], before, at=end - known)
+            else:
+                x, _ = _layer(block, x, mask[known:], before)
+        return self.module.ln_final(x[:, 0])
+
+    @torch.no_grad()
+    def _remembered(self, ids: Tensor) -> list[Tensor]:
+        """Keys and values of these words (T ids) in every layer, from an earlier call unless a weight has changed since."""
+        state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._weights]
+        if state != self._state or len(self._memory) > 8:
+            self._state, self._memory = state, {}
+        key = tuple(ids.tolist())
+        if key not in self._memory:
+            x, found, mask = self._placed(self.table(ids)[None]), [], self.module.attn_mask[: len(key), : len(key)]
+            with torch.autocast(x.device.type, enabled=False):
+                for block in self.module.transformer.resblocks:
+                    x, seen = _layer(block, x, mask)
+                    found.append(seen)
+            self._memory[key] = found
+        return self._memory[key]
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Contextual tokens B x T x W -> the one that stands for the text, B x W."""
@@ -101,6 +173,10 @@ class HuggingFaceText:
     def tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W."""
         return self.module.transformer(inputs_embeds=vectors, attention_mask=self._mask(ids)).last_hidden_state
+
+    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+        """What `pool` makes of `tokens`, B x W."""
+        return self.pool(self.tokens(vectors, ids), ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Contextual tokens B x T x W -> B x W, by open_clip's pooler of this model."""

@@ -1,11 +1,19 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from isa_lite.bench import backbones, multiply_adds, peak_activations, query_cost, side_by_side, split
+from isa_lite.bench import backbones
+from isa_lite.evaluate import make_benchmark
+from isa_lite.export import export
 from isa_lite.fold import _pairs, folded
-from isa_lite.query_encoder import QueryEncoder
+from isa_lite.gallery import Gallery
+from isa_lite.latency import export_pieces, latency
+from isa_lite.measure import multiply_adds, peak_activations, side_by_side
+from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.query_timing import PARTS, WHOLE, calls, cost, end_to_end, fusion_steps, sentence_steps, split
 
 
 def test_multiply_adds_of_layers_that_one_can_count_by_hand():
@@ -103,9 +111,56 @@ def test_a_normalisation_is_folded_only_into_the_convolution_right_before_it():
     assert [(c is net.a, n is net.na) for c, n in _pairs(net, torch.randn(1, 3, 4, 4))] == [(True, True)]
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_steps_of_a_query_give_what_the_library_gives(vl, cut):
+    torch.manual_seed(0)
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 70, 90, 3), np.uint8))  # to be cut to size
+    said = ["make it red", "without the star"]
+    made = calls(sentence_steps(vl, encoder, pictures, said, lambda query: query, "this is {sentence}, {modifier}", cut))
+    expected = compose(vl, encoder.sentences(pictures).tokens, said, "this is {sentence}, {modifier}")
+    assert tuple(made) == (*PARTS, WHOLE) and torch.allclose(made[WHOLE](), expected, atol=1e-4)
+    assert torch.equal(made["search"](), made[WHOLE]())
+    fused = calls(fusion_steps(vl, pictures, said, lambda query: query, cut))
+    expected = vl.encode_images(pictures) + vl.encode_text(said)
+    assert torch.allclose(fused[WHOLE](), expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
+    assert set(PARTS) - set(fused) == {"token learner"}
+
+
+def test_cutting_saves_work_on_both_sides_and_in_the_text_tower_alone(vl):
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    picture, said = np.zeros((1, 64, 64, 3), np.uint8), ["make it red"]
+    for steps in (partial(sentence_steps, vl, encoder), partial(fusion_steps, vl)):
+        made = [calls(steps(picture, said, lambda query: query, cut=cut)) for cut in (True, False)]
+        cut, uncut = ({part: multiply_adds(call) for part, call in parts.items()} for parts in made)
+        assert cut["text tower"] < 0.5 * uncut["text tower"] and cut["image encoding"] == uncut["image encoding"] > 0
+        assert cut[WHOLE] - cut["text tower"] == pytest.approx(uncut[WHOLE] - uncut["text tower"])
+
+
 def test_a_query_is_timed_end_to_end_and_its_ratios_are_of_those_times(vl):
     encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
-    ms, ratios = query_cost(vl, encoder, rounds=3, gallery=100)
-    assert list(ms[ms > 0].index) == list(ms.index) and len(ratios) == 3
-    whole = ms["symmetric query, uncut"] / ms["light query, cut"]
-    assert ratios["symmetric uncut / light cut"] == pytest.approx(whole)
+    ms, ratios = end_to_end(vl, encoder, rounds=3, gallery=100)
+    assert list(ms.index) == [*PARTS, WHOLE] and len(ratios) == 3
+    assert (ms.drop("token learner") > 0).all().all() and ms.loc["token learner"].isna().sum() == 2
+    assert ratios["symmetric uncut / light cut"] == pytest.approx(ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"])
+
+
+def test_costs_an_image_do_not_depend_on_the_batch(vl):
+    encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
+    one, three = (cost(vl, encoder, batch, rounds=1, gallery=20) for batch in (1, 3))
+    assert (three["multiply-adds"] / one["multiply-adds"]).round(6).eq(1).all() and (one["ms"] > 0).all()
+    assert one.loc["VL image tower", "VL tower / ms"] == 1
+
+
+def test_parts_of_a_query_in_both_runtimes(vl, tmp_path):
+    torch.manual_seed(0)
+    encoder, bench = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1), make_benchmark(2, 12, size=64)
+    export(encoder, vl, tmp_path)
+    export_pieces(vl, encoder, tmp_path / "pieces")
+    gallery = Gallery(vl.encode_images(bench.images), range(len(bench.images)))
+    ms = latency(vl, encoder, tmp_path, tmp_path / "pieces", gallery, bench.images[0], bench.texts[0], rounds=2)
+    assert list(ms.index) == [*PARTS, WHOLE] and [c.split(", ") for c in ms] == [
+        [runtime, side] for runtime in ("PyTorch", "onnxruntime") for side in ("light", "symmetric")
+    ]
+    idle = ms.loc["token learner", [c for c in ms if "symmetric" in c]]
+    assert (idle == 0).all() and (ms.drop("token learner") > 0).all().all()

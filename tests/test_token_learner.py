@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from isa_lite.bench import multiply_adds
 from isa_lite.mappings import MAPPINGS
+from isa_lite.measure import multiply_adds
 from isa_lite.token_learner import AdaptiveTokenLearner
 
 

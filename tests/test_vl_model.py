@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from isa_lite.measure import multiply_adds
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -38,6 +39,7 @@ TOWERS = {
     "both ways, padding masked": (open_clip.CustomTextCLIP, {"no_causal_mask": True, "use_pad_mask": True}),
     "no projection": (open_clip.CustomTextCLIP, {"proj_type": "none"}),
     "class token behind the text": (open_clip.CustomTextCLIP, {"embed_cls": True}),
+    "layers of another kind": (open_clip.CLIP, {"qk_norm": True}),
 }
 
 
@@ -105,8 +107,8 @@ def test_what_is_cut_changes_nothing(tower):
         whole, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
     assert torch.allclose(whole, cut, atol=1e-6)
     end = max(len(vl.tokenizer.encode(t)) for t in TEXTS[:3]) + 2  # with start and end
-    causal = ("plain", "quick gelu", "custom", "no projection", "custom, end by its id", "plain, end by its id")
-    assert short.shape[1] == (end if tower in causal else 20)
+    waiting = ("last, both ways, bias", "plain, both ways", "both ways, padding masked", "class token behind the text")
+    assert short.shape[1] == (20 if tower in waiting else end)
     assert vl.cut(vl.tokenize(TEXTS)).shape[1] == 20  # a text that fills the tower
 
 
@@ -116,6 +118,69 @@ def test_project_tokens_is_what_pool_applies(vl):
         tokens = vl.text_tokens(vl.word_vectors(ids), ids)
         ends = vl.project_tokens(tokens)[torch.arange(3), ids.argmax(1)]
         assert torch.allclose(ends, vl.pool(tokens, ids), atol=1e-6)
+
+
+def test_a_causal_tower_computes_what_is_pooled_and_words_that_are_known_once():
+    vl, width, layers = build(), TEXT["width"], TEXT["layers"]
+    ids = vl.cut(vl.tokenize(["a red circle on a very large blue square"] * 3))
+    vectors, length = vl.word_vectors(ids), ids.shape[1]
+    for known in (0, 4):
+        vl.encode_vectors(vectors, ids, known)  # what is known is read here
+        new = length - known
+        layer = new * (12 * width**2 + 2 * length * width)  # projections and MLP; scores and weighted sums
+        last = new * 2 * width**2 + 10 * width**2 + 2 * length * width  # keys and values of all, the rest of the end of text
+        counted = multiply_adds(lambda known=known: vl.encode_vectors(vectors, ids, known))
+        assert counted == 3 * ((layers - 1) * layer + last + width * 32) / 1e6
+
+
+@pytest.mark.parametrize("tower", ["plain", "quick gelu", "custom", "custom, end by its id", "layers of another kind"])
+def test_gradients_reach_the_word_vectors_as_through_open_clip(tower):
+    kind, settings = TOWERS[tower]
+    vl = build(kind, **settings)
+    ids = vl.tokenize(TEXTS[:3])
+    vectors = vl.word_vectors(ids).requires_grad_()
+    hook = vl.tower.table.register_forward_hook(lambda *_: vectors)
+    expected = vl.clip.encode_text(ids, normalize=True)
+    hook.remove()
+    direction = torch.randn(expected.shape)
+    (wanted,) = torch.autograd.grad((expected * direction).sum(), vectors)
+    assert wanted[:, 1].abs().max() > 1e-3
+    for known in (0, 1):
+        ours = vl.encode_vectors(vectors, ids, known)
+        (got,) = torch.autograd.grad((ours * direction).sum(), vectors)
+        assert torch.allclose(ours, expected, atol=1e-5) and torch.allclose(got[:, known:], wanted[:, known:], atol=1e-5)
+
+
+def test_what_is_remembered_of_known_words_follows_the_weights(tmp_path):
+    vl, before = build(), []
+    other = {key: value * 1.5 for key, value in vl.clip.state_dict().items()}
+
+    def halved(weight):
+        with torch.no_grad():
+            weight.mul_(0.5)
+
+    for change in (
+        lambda: None,
+        lambda: halved(vl.clip.transformer.resblocks[0].attn.in_proj_weight),
+        lambda: halved(vl.clip.positional_embedding),
+        lambda: vl.clip.load_state_dict(other),
+    ):
+        change()
+        before.append(vl.encode_text(TEXTS))
+        assert torch.allclose(before[-1], theirs(vl, TEXTS), atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):  # leaves nothing rougher behind
+            vl.encode_text(TEXTS)
+        assert torch.equal(vl.encode_text(TEXTS), before[-1])
+    assert all((one - two).abs().max() > 1e-3 for one, two in zip(before[:-1], before[1:], strict=True))
+
+
+def test_many_beginnings_are_remembered_and_none_is_taken_for_another():
+    vl = build()
+    texts = [f"{word} square with a star" for word in "a the one my red blue tiny big any old".split()]
+    for _ in range(2):
+        for text in texts:
+            ids = vl.cut(vl.tokenize([text]))
+            assert torch.allclose(vl.encode_vectors(vl.word_vectors(ids), ids, 3), theirs(vl, [text]), atol=1e-5)
 
 
 def test_word_norm_leaves_out_words_that_were_never_seen(vl):
@@ -137,8 +202,9 @@ def test_refused_models(what):
         VLModel(vl.clip, vl.preprocess, tokenizer)
 
 
-def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(vl_folder, monkeypatch):
-    monkeypatch.setattr("isa_lite.text_tower.OpenClipText.pool", lambda self, tokens, ids: tokens[:, 0])
+@pytest.mark.parametrize("part", ["pool", "embed"])
+def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(part, vl_folder, monkeypatch):
+    monkeypatch.setattr(f"isa_lite.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0])
     with pytest.raises(ValueError, match="something else from word vectors than from ids"):
         load_vl_model(str(vl_folder))
 

@@ -364,7 +364,7 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
 
 
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
-    """The parts of one query's time, stacked, a bar a system. table: ms, a row a part, a column a system (`query_timing.split`)."""
+    """One query's time by parts, a stacked bar a system. table: ms, a row a part, a column a system (`query_timing.split`)."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
         axes = figure.subplots()

@@ -364,7 +364,7 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
 
 
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
-    """One query's time by parts, a stacked bar a system. table: ms, a row a part, a column a system (`query_timing.split`)."""
+    """The parts of one query's time, stacked, a bar a system. table: a row a part, a column a system, ms (see `query_timing`)."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
         axes = figure.subplots()
@@ -425,25 +425,6 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
             axes.imshow(
                 maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1
             )
-        return figure
-
-
-def stacked_bars(table: pd.DataFrame, xlabel: str, title: str = "") -> Figure:
-    """A horizontal bar a column of the table, put together from its rows; the total stands at the end."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.5, 0.6 * table.shape[1] + 1.8)
-        axes = figure.subplots()
-        left = np.zeros(table.shape[1])
-        fills = [(ORANGE, ""), (GREEN, ".."), (BLUE, "//"), (GREY, "xx"), (PURPLE, "--")]
-        for (name, row), (color, hatch) in zip(table.iterrows(), fills, strict=False):
-            axes.barh(range(table.shape[1]), row, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
-            left += row.to_numpy(float)
-        for y, total in enumerate(left):
-            axes.text(total + 0.01 * left.max(), y, f"{total:.1f}", va="center")
-        axes.set_yticks(range(table.shape[1]), list(table.columns))
-        axes.invert_yaxis()
-        axes.set(xlabel=xlabel, title=title, xlim=(0, 1.1 * left.max()))
-        axes.legend(frameon=False, fontsize=12, ncols=len(table), loc="upper left", bbox_to_anchor=(0, -0.22))
         return figure
 
 

@@ -40,9 +40,9 @@ def _layer(
     y = block.ln_1(x)
     seen = _heads(block.attn, y, 1, 3)
     if past is not None:
-        seen = torch.cat([past.to(seen.dtype).expand(-1, len(x), -1, -1, -1), seen], 3)
+        seen = torch.cat([past.to(seen.dtype).expand(-1, x.shape[0], -1, -1, -1), seen], 3)
     if at is not None:
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device)  # len(x) would be a constant to the ONNX exporter
         x, y = x[rows, at].unsqueeze(1), y[rows, at].unsqueeze(1)
     queries = _heads(block.attn, y, 0, 1)[0]
     looked = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask.to(seen.dtype))

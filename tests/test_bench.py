@@ -6,11 +6,7 @@ import torch
 from torch import nn
 
 from isa_lite.bench import backbones
-from isa_lite.evaluate import make_benchmark
-from isa_lite.export import export
 from isa_lite.fold import _pairs, folded
-from isa_lite.gallery import Gallery
-from isa_lite.latency import export_pieces, latency
 from isa_lite.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.query_encoder import QueryEncoder, compose
 from isa_lite.query_timing import PARTS, WHOLE, calls, cost, end_to_end, fusion_steps, sentence_steps, split
@@ -150,17 +146,3 @@ def test_costs_an_image_do_not_depend_on_the_batch(vl):
     one, three = (cost(vl, encoder, batch, rounds=1, gallery=20) for batch in (1, 3))
     assert (three["multiply-adds"] / one["multiply-adds"]).round(6).eq(1).all() and (one["ms"] > 0).all()
     assert one.loc["VL image tower", "VL tower / ms"] == 1
-
-
-def test_parts_of_a_query_in_both_runtimes(vl, tmp_path):
-    torch.manual_seed(0)
-    encoder, bench = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1), make_benchmark(2, 12, size=64)
-    export(encoder, vl, tmp_path)
-    export_pieces(vl, encoder, tmp_path / "pieces")
-    gallery = Gallery(vl.encode_images(bench.images), range(len(bench.images)))
-    ms = latency(vl, encoder, tmp_path, tmp_path / "pieces", gallery, bench.images[0], bench.texts[0], rounds=2)
-    assert list(ms.index) == [*PARTS, WHOLE] and [c.split(", ") for c in ms] == [
-        [runtime, side] for runtime in ("PyTorch", "onnxruntime") for side in ("light", "symmetric")
-    ]
-    idle = ms.loc["token learner", [c for c in ms if "symmetric" in c]]
-    assert (idle == 0).all() and (ms.drop("token learner") > 0).all().all()

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from isa_lite import export as exporting
 from isa_lite.baselines import composed
@@ -22,7 +23,9 @@ from isa_lite.client import main as client_main
 from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.export import export, main, measured_recall, quantize, to_onnx
 from isa_lite.gallery import Gallery
+from isa_lite.latency import export_pieces, latency
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.query_timing import PARTS, WHOLE, calls, timed
 from isa_lite.vl_model import VLModel, load_vl_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +108,26 @@ def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
     for length in (77, 20):  # cut where the texts have ended
         query = client.compose(np.zeros((2, 4, vl.word_width), np.float32), ids[:, :length])
         assert np.abs(query - vl.encode_text(texts).numpy()).max() < 1e-5
+
+
+def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, tmp_path, pictures, monkeypatch):
+    vl, encoder = pair
+    gallery, found, threads = Gallery(vl.encode_images(pictures), range(len(pictures))), {}, torch.get_num_threads()
+
+    def answered(systems, rounds):
+        found.update({name: calls(steps)[WHOLE]() for name, steps in systems.items()})
+        return timed(systems, rounds)
+
+    monkeypatch.setattr("isa_lite.latency.timed", answered)
+    pieces = export_pieces(vl, encoder, tmp_path)
+    ms = latency(vl, encoder, folder, pieces, gallery, pictures[0], "make it red", threads=threads + 1, rounds=2)
+    assert list(ms.index) == [*PARTS, WHOLE] and list(ms) == list(found) and torch.get_num_threads() == threads
+    assert (ms.drop("token learner") > 0).all().all() and list(ms.loc["token learner"] > 0) == [True, False] * 2
+    queries = {"light": compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"])}
+    queries["symmetric"] = F.normalize(vl.encode_images(pictures[:1]) + vl.encode_text(["make it red"]))
+    for name, (scores, images) in found.items():
+        expected = gallery.search(queries[name.split(", ")[1]], len(pictures))
+        assert torch.allclose(scores, expected[0], atol=1e-4) and images[0, 0] == expected[1][0, 0], name
 
 
 def test_a_token_goes_to_its_own_place(pair, folder):

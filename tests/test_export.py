@@ -172,6 +172,29 @@ def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pict
     assert np.abs(client.encode(pictures[:2], ["red", ""]) - expected).max() < 1e-5
 
 
+def test_a_place_of_a_pseudo_word_is_no_padding_to_a_tower_that_hides_it(pair):
+    vl, _ = pair
+    text = dict(context_length=30, vocab_size=49408, width=32, heads=2, layers=2, embed_cls=True, pad_id=0)
+    vision = dict(image_size=32, layers=1, width=32, patch_size=16, head_width=16)
+    torch.manual_seed(0)
+    clip = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
+    hiding = VLModel(clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="hides its padding")
+    ids, places = prompt_ids(hiding, 4, ["red"])
+    tokens = torch.randn(1, 4, hiding.word_width)
+    found = exporting.SentenceToQuery(hiding)(tokens, ids.masked_fill(places, -1))
+    assert torch.allclose(found, compose(hiding, tokens, ["red"]), atol=1e-5)
+
+
+def test_a_difference_between_sentences_is_told_in_lengths_of_a_word(pair, folder, monkeypatch):
+    vl, encoder = pair
+    client = QueryClient(folder)
+    sentences, said = client.sentences, client.compose
+    monkeypatch.setattr(client, "sentences", lambda pixels: sentences(pixels) + np.float32(0.05 * vl.word_norm))
+    monkeypatch.setattr(client, "compose", lambda tokens, ids: said(tokens - np.float32(0.05 * vl.word_norm), ids))
+    template = client.settings["template"]
+    assert exporting.difference(client, encoder, vl, template) == pytest.approx(0.05, abs=1e-3)
+
+
 def test_the_tokenizer_gives_open_clips_ids(pair, folder):
     vl, _ = pair
     rng = np.random.default_rng(0)

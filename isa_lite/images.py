@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,7 +51,8 @@ class ImageFolder(Sequence):
                     with quiet():
                         decode(data)
             except Exception as error:  # whatever a decoder throws at a broken file
-                self.broken[path] = f"{type(error).__name__}: {error}"
+                reason = re.sub("image file <.*?>", "the file", str(error))  # Pillow names an address in memory
+                self.broken[path] = f"{type(error).__name__}: {reason}"
                 continue
             if own in seen:
                 self.duplicates[path] = seen[own]
@@ -65,8 +67,9 @@ class ImageFolder(Sequence):
                 + (f"; all {len(self.broken)} files are broken, the first: {next(iter(self.broken))}" if self.broken else "")
             )
         if self.broken:
+            first, why = next(iter(self.broken.items()))
             warnings.warn(
-                f"skipped {len(self.broken)} of {len(found)} files in {self.folder}: {next(iter(self.broken.items()))} ...",
+                f"skipped {len(self.broken)} of {len(found)} files in {self.folder}, the first: {first} ({why})",
                 stacklevel=2,
             )
         if self.duplicates:

@@ -324,7 +324,7 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
 
 
 def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, float]) -> None:
-    """A map over a picture: a dark veil where there is little attention; where there is much, a thin one that shows the colours."""
+    """A map over a picture: a dark veil where there is little attention, a thin one, through which colours show, where much."""
     share = attention / attention.max()
     axes.imshow(share, extent=extent, cmap="cividis", alpha=0.72 - 0.42 * share, interpolation="bilinear", vmin=0, vmax=1)
 

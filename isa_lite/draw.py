@@ -323,6 +323,12 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")
 
 
+def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    """A map over a picture: a dark veil where there is little attention, a thin one, through which colours show, where much."""
+    share = attention / attention.max()
+    axes.imshow(share, extent=extent, cmap="cividis", alpha=0.72 - 0.42 * share, interpolation="bilinear", vmin=0, vmax=1)
+
+
 def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
     """One image as sentences of several lengths see it: for each number of tokens its maps (L x h x w), `columns` in a row."""
     with matplotlib.rc_context(_STYLE):
@@ -340,7 +346,7 @@ def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12
             for axes, one in zip(row[1:], found, strict=False):
                 one = np.asarray(one)
                 axes.imshow(image, interpolation="nearest")
-                axes.imshow(one / one.max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1)
+                _lay_over(axes, one, extent)
         return figure
 
 
@@ -422,9 +428,7 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
                 continue
             _picture(axes, image, titles[i] if titles else f"token {i + 1}")
             extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-            axes.imshow(
-                maps[i] / maps[i].max(), extent=extent, cmap="cividis", alpha=0.62, interpolation="bilinear", vmin=0, vmax=1
-            )
+            _lay_over(axes, maps[i], extent)
         return figure
 
 

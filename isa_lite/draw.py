@@ -262,7 +262,7 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
         left.legend(frameon=False, fontsize=12)
         right.plot(sizes, [point["search_ms"] for point in found["points"]], color=BLUE, marker="o", linewidth=2)
         right.set(xscale="log", yscale="log", xlabel="images in the gallery", ylabel="one exact search, ms")
-        left.set_title("Recall falls slowly"), right.set_title("Time grows in proportion")
+        left.set_title("Recall as the gallery grows"), right.set_title("Time of one exact search")
         return figure
 
 

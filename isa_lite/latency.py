@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from isa_lite.client import QueryClient, session
 from isa_lite.export import to_onnx
@@ -78,6 +79,9 @@ def latency(
     def search(query: Tensor | np.ndarray) -> object:
         return gallery.search(torch.as_tensor(query), min(10, len(gallery)))
 
+    def late_fusion(image: np.ndarray, prompt: np.ndarray) -> Tensor:
+        return F.normalize(torch.as_tensor(image + client.compose(nothing, prompt)), dim=-1)
+
     pictures, said = [image], [modifier]
     light = sentence_steps(vl, encoder, pictures, said, search, client.settings["template"])
     symmetric = fusion_steps(vl, pictures, said, search)
@@ -97,7 +101,7 @@ def latency(
             "picture to pixels": lambda _: vl.pixels(pictures).numpy(),
             "image encoding": ask(LARGE),
             "prompt (tokenizer)": lambda image: (image, vl.cut(vl.tokenize(said)).numpy()),
-            "text tower": lambda pair: pair[0] + client.compose(nothing, pair[1]),
+            "text tower": lambda pair: late_fusion(*pair),
         },
     }
     try:

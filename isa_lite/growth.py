@@ -146,7 +146,7 @@ def growth(
         "queries": queries,
         "seed": seed,
         "points": points,
-        "embedding_seconds": round(embedding, 1),
+        "embedding_seconds": round(embedding, 3),
     }
 
 

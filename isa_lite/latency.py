@@ -76,11 +76,11 @@ def latency(
     def ask(name: str) -> Callable[[np.ndarray], np.ndarray]:
         return lambda x: run[name].run(None, {"x": x})[0]
 
+    def fused(both: np.ndarray) -> np.ndarray:
+        return both / np.linalg.norm(both, axis=1, keepdims=True)
+
     def search(query: Tensor | np.ndarray) -> object:
         return gallery.search(torch.as_tensor(query), min(10, len(gallery)))
-
-    def late_fusion(image: np.ndarray, prompt: np.ndarray) -> Tensor:
-        return F.normalize(torch.as_tensor(image + client.compose(nothing, prompt)), dim=-1)
 
     pictures, said = [image], [modifier]
     light = sentence_steps(vl, encoder, pictures, said, search, client.settings["template"])
@@ -101,7 +101,7 @@ def latency(
             "picture to pixels": lambda _: vl.pixels(pictures).numpy(),
             "image encoding": ask(LARGE),
             "prompt (tokenizer)": lambda image: (image, vl.cut(vl.tokenize(said)).numpy()),
-            "text tower": lambda pair: late_fusion(*pair),
+            "text tower": lambda pair: fused(pair[0] + client.compose(nothing, pair[1])),
         },
     }
     try:

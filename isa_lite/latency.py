@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isa_lite.client import QueryClient, session
 from isa_lite.export import to_onnx

@@ -136,7 +136,7 @@ def test_cutting_saves_work_on_both_sides_and_in_the_text_tower_alone(vl):
 def test_a_query_is_timed_end_to_end_and_its_ratios_are_of_those_times(vl):
     encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
     ms, ratios = end_to_end(vl, encoder, rounds=3, gallery=100)
-    assert list(ms.index) == [*PARTS, WHOLE] and len(ratios) == 3
+    assert list(ms.index) == [*PARTS, WHOLE] and len(ratios) == 6
     assert (ms.drop("token learner") > 0).all().all() and ms.loc["token learner"].isna().sum() == 2
     assert ratios["symmetric uncut / light cut"] == pytest.approx(ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"])
 

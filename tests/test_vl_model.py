@@ -128,7 +128,7 @@ def test_a_causal_tower_computes_what_is_pooled_and_words_that_are_known_once():
         vl.encode_vectors(vectors, ids, known)  # what is known is read here
         new = length - known
         layer = new * (12 * width**2 + 2 * length * width)  # projections and MLP; scores and weighted sums
-        last = new * 2 * width**2 + 10 * width**2 + 2 * length * width  # keys and values of all, the rest of the end of text
+        last = new * 3 * width**2 + 9 * width**2 + 2 * length * width  # all are looked at, but only the end of text looks
         counted = multiply_adds(lambda known=known: vl.encode_vectors(vectors, ids, known))
         assert counted == 3 * ((layers - 1) * layer + last + width * 32) / 1e6
 

@@ -104,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             encoder = QueryEncoder.for_model(large, backbone="tf_efficientnet_lite0", image_size=224, stride=stride)
             pairs[f"ViT-B-32 and tf_efficientnet_lite0 up to stride {stride}, random weights"] = large, encoder
         pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / "scenes-query-encoder")
+        print("light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by a sentence of it")
         for name, (vl, encoder) in pairs.items():
             ms, ratios = end_to_end(vl, encoder)
             print(f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")

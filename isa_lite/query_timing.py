@@ -26,7 +26,8 @@ PARTS = ("picture to pixels", "image encoding", "token learner", "prompt (tokeni
 WHOLE = "whole query"
 #: A query as functions by the names of its parts, each of what the one before it gave; the first gets None.
 Steps = dict[str, Callable]
-MODIFIER = "make the circle red"
+#: What is asked, and in how many images it is searched.
+MODIFIER, GALLERY = "make the circle red", 5000
 
 
 def sentence_steps(
@@ -107,7 +108,13 @@ def _ten_best(vl: VLModel, images: int) -> Callable[[Tensor], object]:
     return partial(Gallery(stored, range(images)).search, k=10)
 
 
-def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, gallery: int = 5000) -> pd.DataFrame:
+def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
+    """The VL image tower with an untrained token learner of the same kind: weights do not change the cost."""
+    kept = {name: getattr(encoder.config, name) for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")}
+    return QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **kept)
+
+
+def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, gallery: int = GALLERY) -> pd.DataFrame:
     """Multiply-adds (millions an image) and time (ms an image) of what a query is made of, both relative to the VL image tower.
 
     "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from pictures of the model's size to
@@ -131,16 +138,14 @@ def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, g
     return table
 
 
-def split(vl: VLModel, encoder: QueryEncoder, gallery: int = 5000, rounds: int = 30) -> pd.DataFrame:
+def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: int = 30) -> pd.DataFrame:
     """One query (batch 1) part by part: a row a part, for the asymmetric and the symmetric query side.
 
     Both start from a picture of the model's size and end with the ten best of `gallery` random embeddings.
-    The symmetric side is the VL image tower with an untrained token learner of the same kind: weights do not change the cost.
     Columns for each: ms (median), multiply-adds in millions, and MiB of weights. The last row is the whole query in one call,
     with the peak of its activations in MiB in a column of its own. Threads: as many as torch uses (`vl_model.machine`).
     """
-    kept = {name: getattr(encoder.config, name) for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")}
-    encoders = {"asymmetric": encoder, "symmetric": QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **kept)}
+    encoders = {"asymmetric": encoder, "symmetric": _symmetric(vl, encoder)}
     search = _ten_best(vl, gallery)
     systems = {s: sentence_steps(vl, e, _blank(e.config.image_size), [MODIFIER], search) for s, e in encoders.items()}
     made, image_tower = {side: calls(steps) for side, steps in systems.items()}, list(vl.clip.visual.parameters())
@@ -164,20 +169,22 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = 5000, rounds: int =
     return pd.concat(columns, axis=1).reindex([*PARTS, WHOLE])
 
 
-def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = 10_000) -> tuple[pd.DataFrame, pd.Series]:
+def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = GALLERY) -> tuple[pd.DataFrame, pd.Series]:
     """Milliseconds of one query and its parts (batch 1), a column a system; and ratios of the whole, symmetric / light.
 
-    light: by a sentence; symmetric: by late fusion with the large image tower. cut: the text tower computes what its pooled
-    position needs (`VLModel.encode_vectors`), the same code on both sides; uncut: all positions, all layers, every time, and
-    for the symmetric query by open_clip's own `encode_text`, which is how others run it.
+    light: by a sentence; symmetric: by late fusion with the large image tower; symmetric ISA: by a sentence of that tower.
+    cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same code for all; uncut: all
+    positions in all layers, every time, as open_clip does it and others run it. The large tower is open_clip's throughout.
     """
-    search, systems = _ten_best(vl, gallery), {}
+    search, systems, encoders = _ten_best(vl, gallery), {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
     for way, cut in (("cut", True), ("uncut", False)):
-        systems[f"light, {way}"] = sentence_steps(vl, encoder, _blank(encoder.config.image_size), [MODIFIER], search, cut=cut)
+        for name, model in encoders.items():
+            systems[f"{name}, {way}"] = sentence_steps(vl, model, _blank(model.config.image_size), [MODIFIER], search, cut=cut)
         systems[f"symmetric, {way}"] = fusion_steps(vl, _blank(vl.image_size), [MODIFIER], search, cut)
     ms = timed(systems, rounds)
     ratios = {
-        f"symmetric {other} / light {own}": ms.loc[WHOLE, f"symmetric, {other}"] / ms.loc[WHOLE, f"light, {own}"]
+        f"{name} {other} / light {own}": ms.loc[WHOLE, f"{name}, {other}"] / ms.loc[WHOLE, f"light, {own}"]
+        for name in ("symmetric", "symmetric ISA")
         for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut"))
     }
     return ms, pd.Series(ratios, name="ratio")

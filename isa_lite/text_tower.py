@@ -24,12 +24,6 @@ EXTRA = "isa_lite[blip]"
 _POOLS = ("argmax", "eos", "first", "last")
 
 
-def _heads(attention: nn.MultiheadAttention, x: Tensor, first: int, stop: int) -> Tensor:
-    """B x T x W -> its queries (0), keys (1) and values (2) from `first` to before `stop`, each B x H x T x W / H."""
-    weight, bias = (w.unflatten(0, (3, -1))[first:stop].flatten(0, 1) for w in (attention.in_proj_weight, attention.in_proj_bias))
-    return F.linear(x, weight, bias).unflatten(-1, (stop - first, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-
 def _layer(
     block: ResidualAttentionBlock, x: Tensor, mask: Tensor, past: Tensor | None = None, at: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -37,16 +31,17 @@ def _layer(
 
     past: keys and values of positions before these; at: one position a row, the only one that is wanted, which gives B x 1 x W.
     """
-    y = block.ln_1(x)
-    seen = _heads(block.attn, y, 1, 3)
+    attention = block.attn
+    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)  # B x T x 3W
+    heads = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x B x H x T x W / H
+    queries, seen = heads[0], heads[1:]
     if past is not None:
         seen = torch.cat([past.to(seen.dtype).expand(-1, x.shape[0], -1, -1, -1), seen], 3)
     if at is not None:
         rows = torch.arange(x.shape[0], device=x.device)  # len(x) would be a constant to the ONNX exporter
-        x, y = x[rows, at].unsqueeze(1), y[rows, at].unsqueeze(1)
-    queries = _heads(block.attn, y, 0, 1)[0]
+        x, queries = x[rows, at].unsqueeze(1), queries.transpose(1, 2)[rows, at].unsqueeze(2)
     looked = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask.to(seen.dtype))
-    x = x + block.ls_1(block.attn.out_proj(looked.transpose(1, 2).flatten(2)))
+    x = x + block.ls_1(attention.out_proj(looked.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x))), seen
 
 
@@ -69,8 +64,9 @@ class OpenClipText:
         causal = text.attn_mask is not None and not self.appends and not getattr(text, "use_pad_mask", False)
         self.can_cut = causal and self.pool_type in ("argmax", "eos")
         self.plain = all(type(block) is ResidualAttentionBlock for block in getattr(text.transformer, "resblocks", [None]))
-        self._weights = [text.positional_embedding, self.table.weight, *text.transformer.parameters()]
-        self._state, self._memory = [], {}  # weights as they were, and what `_remembered` computed with them
+        weights = [self.table.weight, text.positional_embedding, *text.transformer.parameters()]
+        self._weights = [w for w in weights if not w.is_inference()]  # those have no count of their changes
+        self._state, self._memory = [], {}  # of the weights; and what `_remembered` computed with them
 
     @property
     def table(self) -> nn.Embedding:
@@ -123,7 +119,7 @@ class OpenClipText:
     @torch.no_grad()
     def _remembered(self, ids: Tensor) -> list[Tensor]:
         """Keys and values of these words (T ids) in every layer, from an earlier call unless a weight has changed since."""
-        state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._weights]
+        state = [self.table.weight.data_ptr(), *(w._version for w in self._weights)]  # where they are; how often each was changed
         if state != self._state or len(self._memory) > 8:
             self._state, self._memory = state, {}
         key = tuple(ids.tolist())

@@ -128,7 +128,7 @@ def test_a_causal_tower_computes_what_is_pooled_and_words_that_are_known_once():
         vl.encode_vectors(vectors, ids, known)  # what is known is read here
         new = length - known
         layer = new * (12 * width**2 + 2 * length * width)  # projections and MLP; scores and weighted sums
-        last = new * 2 * width**2 + 10 * width**2 + 2 * length * width  # keys and values of all, the rest of the end of text
+        last = new * 3 * width**2 + 9 * width**2 + 2 * length * width  # all are looked at, but only the end of text looks
         counted = multiply_adds(lambda known=known: vl.encode_vectors(vectors, ids, known))
         assert counted == 3 * ((layers - 1) * layer + last + width * 32) / 1e6
 
@@ -151,7 +151,7 @@ def test_gradients_reach_the_word_vectors_as_through_open_clip(tower):
         assert torch.allclose(ours, expected, atol=1e-5) and torch.allclose(got[:, known:], wanted[:, known:], atol=1e-5)
 
 
-def test_what_is_remembered_of_known_words_follows_the_weights(tmp_path):
+def test_what_is_remembered_of_known_words_follows_the_weights():
     vl, before = build(), []
     other = {key: value * 1.5 for key, value in vl.clip.state_dict().items()}
 
@@ -166,11 +166,10 @@ def test_what_is_remembered_of_known_words_follows_the_weights(tmp_path):
         lambda: vl.clip.load_state_dict(other),
     ):
         change()
-        before.append(vl.encode_text(TEXTS))
-        assert torch.allclose(before[-1], theirs(vl, TEXTS), atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):  # leaves nothing rougher behind
             vl.encode_text(TEXTS)
-        assert torch.equal(vl.encode_text(TEXTS), before[-1])
+        before.append(vl.encode_text(TEXTS))
+        assert torch.allclose(before[-1], theirs(vl, TEXTS), atol=1e-5)
     assert all((one - two).abs().max() > 1e-3 for one, two in zip(before[:-1], before[1:], strict=True))
 
 

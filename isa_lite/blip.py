@@ -16,7 +16,7 @@ import open_clip
 from torch import Tensor, nn
 
 from isa_lite.hub import HF_WEIGHTS, repository
-from isa_lite.text_tower import EXTRA
+from isa_lite.text_tower import EXTRA, TextTower
 
 #: Text positions that a prompt may use. BLIP has 512; its own retrieval code uses 35.
 CONTEXT = 77
@@ -55,7 +55,7 @@ class BlipText(nn.Module):
         return BlipTower(self)
 
 
-class BlipTower:
+class BlipTower(TextTower):
     """The way into BLIP's text tower with word vectors; the same methods as in text_tower.py. The class token is pooled."""
 
     can_cut = True  # no position looks at the padding
@@ -76,10 +76,6 @@ class BlipTower:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W."""
         mask = (ids != self.pad).long()  # the vectors are cloned: transformers adds the positions to them in place
         return self.module.encoder(inputs_embeds=vectors.clone(), attention_mask=mask).last_hidden_state
-
-    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
-        """What `pool` makes of `tokens`, B x W."""
-        return self.pool(self.tokens(vectors, ids), ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """B x T x W -> B x W, the class token."""

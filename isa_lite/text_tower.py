@@ -45,7 +45,15 @@ def _layer(
     return x + block.ls_2(block.mlp(block.ln_2(x))), seen
 
 
-class OpenClipText:
+class TextTower:
+    """What every way into a text tower shares, beside its own `tokens` and `pool`."""
+
+    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+        """What `pool` makes of `tokens`, B x W. known: for towers that need not compute everything."""
+        return self.pool(self.tokens(vectors, ids), ids)
+
+
+class OpenClipText(TextTower):
     """The text tower of open_clip's own make: CLIP, custom text towers (SigLIP, MobileCLIP, EVA, ...), CoCa.
 
     A plain object beside the module that it reads, so that the model's state_dict stays as it is.
@@ -64,8 +72,6 @@ class OpenClipText:
         causal = text.attn_mask is not None and not self.appends and not getattr(text, "use_pad_mask", False)
         self.can_cut = causal and self.pool_type in ("argmax", "eos")
         self.plain = all(type(block) is ResidualAttentionBlock for block in getattr(text.transformer, "resblocks", [None]))
-        weights = [self.table.weight, text.positional_embedding, *text.transformer.parameters()]
-        self._weights = [w for w in weights if not w.is_inference()]  # those have no count of their changes
         self._state, self._memory = [], {}  # of the weights; and what `_remembered` computed with them
 
     @property
@@ -104,7 +110,7 @@ class OpenClipText:
         layer (keys and values) is computed once and remembered; no gradient flows into them.
         """
         if not (self.can_cut and self.plain):
-            return self.pool(self.tokens(vectors, ids), ids)
+            return super().embed(vectors, ids)
         blocks, end = self.module.transformer.resblocks, self._end(ids)
         mask = self.module.attn_mask[: ids.shape[1], : ids.shape[1]]
         past = self._remembered(ids[0, :known]) if known else [None] * len(blocks)
@@ -119,7 +125,9 @@ class OpenClipText:
     @torch.no_grad()
     def _remembered(self, ids: Tensor) -> list[Tensor]:
         """Keys and values of these words (T ids) in every layer, from an earlier call unless a weight has changed since."""
-        state = [self.table.weight.data_ptr(), *(w._version for w in self._weights)]  # where they are; how often each was changed
+        weights = (self.table.weight, self.module.positional_embedding, *self.module.transformer.parameters())
+        # Where each is, and how often it was changed; what was made in inference mode has no count of that.
+        state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
         if state != self._state or len(self._memory) > 8:
             self._state, self._memory = state, {}
         key = tuple(ids.tolist())
@@ -144,7 +152,7 @@ class OpenClipText:
         return projection(tokens) if isinstance(projection, nn.Linear) else tokens @ projection
 
 
-class HuggingFaceText:
+class HuggingFaceText(TextTower):
     """A text model of `transformers` in open_clip's wrapper (RoBERTa, XLM-R, mT5, NLLB): padding is masked everywhere."""
 
     can_cut = True  # no position looks at the padding
@@ -169,10 +177,6 @@ class HuggingFaceText:
     def tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W."""
         return self.module.transformer(inputs_embeds=vectors, attention_mask=self._mask(ids)).last_hidden_state
-
-    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
-        """What `pool` makes of `tokens`, B x W."""
-        return self.pool(self.tokens(vectors, ids), ids)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Contextual tokens B x T x W -> B x W, by open_clip's pooler of this model."""

@@ -159,10 +159,14 @@ def test_what_is_remembered_of_known_words_follows_the_weights():
         with torch.no_grad():
             weight.mul_(0.5)
 
+    def replaced(attention):
+        attention.in_proj_weight = nn.Parameter(attention.in_proj_weight * 0.5, requires_grad=False)
+
     for change in (
         lambda: None,
         lambda: halved(vl.clip.transformer.resblocks[0].attn.in_proj_weight),
         lambda: halved(vl.clip.positional_embedding),
+        lambda: replaced(vl.clip.transformer.resblocks[0].attn),
         lambda: vl.clip.load_state_dict(other),
     ):
         change()

@@ -33,11 +33,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def read_info(path: Path) -> dict:
+    """The `info` that `write_tensors` wrote; no tensor is read."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("info", "{}"))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What `write_tensors` wrote: the tensors by name, and `info`."""
     with safe_open(path, "pt") as file:
-        info = json.loads((file.metadata() or {}).get("info", "{}"))
-        return {key: file.get_tensor(key) for key in file.keys()}, info
+        return {key: file.get_tensor(key) for key in file.keys()}, read_info(path)
 
 
 def _optimizer_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor, str]]:

@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
     parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
     args = parser.parse_args(argv)
-    config, vl = CompareConfig(), load_vl_model()
     if bool(args.isa) == bool(args.rivals):
         parser.error("give either --isa with folders of query encoders, or --rivals with seeds")
+    config, vl = CompareConfig(), load_vl_model()
     for seed in args.rivals:
         kept_rivals(vl, seed, config, args.run)
     if args.rivals:

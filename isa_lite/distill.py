@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import load_run, read_tensors, save_run
+from isa_lite.checkpoint import load_run, read_info, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, prompt_ids, splice
@@ -242,7 +242,7 @@ def distill(
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.is_file():
-        info = read_tensors(checkpoint)[1]
+        info = read_info(checkpoint)
         if info["identity"] != _plain(identity):
             changed = [k for k in identity if info["identity"].get(k) != _plain(identity)[k]]
             raise ValueError(

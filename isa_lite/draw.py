@@ -444,10 +444,8 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
         axes.plot([times[n] for n in line], [found[n] for n in line], color=BLUE, marker="o", linewidth=2, label=kind)
         for name in times:
             if name in line:
-                text, shift = (
-                    name.split(", ")[-1],
-                    {"xytext": (7, -14), "ha": "left"},
-                )  # right below: the curve comes from the left
+                # Right below its point: the curve comes from the left.
+                text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
             else:
                 text, shift = name, {"xytext": (0, -20), "ha": "center"}
                 axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")

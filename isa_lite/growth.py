@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.baselines import composed, composition_ceiling, image_plus_text
-from isa_lite.checkpoint import read_tensors, write_tensors, write_text
+from isa_lite.checkpoint import read_info, read_tensors, write_tensors, write_text
 from isa_lite.evaluate import KS, Benchmark, bootstrap_interval, make_benchmark, recall
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
@@ -125,7 +125,7 @@ def growth(
     gallery = vl.encode_images(bench.images)
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
     # What every shard took when it was made, in this call or an earlier one.
-    embedding = sum(read_tensors(_shard(vl, seed, cache, start, SHARD))[1]["seconds"] for start in range(0, max(sizes), SHARD))
+    embedding = sum(read_info(_shard(vl, seed, cache, start, SHARD))["seconds"] for start in range(0, max(sizes), SHARD))
     methods = {
         "isa": composed(bench, vl, encoder),
         "image + text": image_plus_text(bench, vl, gallery),

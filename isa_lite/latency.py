@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from isa_lite.client import QueryClient, session
-from isa_lite.export import to_onnx
 from isa_lite.gallery import Gallery
 from isa_lite.measure import side_by_side
+from isa_lite.onnx_files import to_onnx
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.query_timing import fusion_steps, sentence_steps, timed
 from isa_lite.vl_model import VLModel

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite import scenes
-from isa_lite.checkpoint import load_run, read_tensors, save_run, write_tensors, write_text
+from isa_lite.checkpoint import load_run, read_info, save_run, write_tensors, write_text
 from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, machine, plain_attention
 
@@ -258,7 +258,7 @@ def _train(
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
     settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
     if checkpoint and checkpoint.is_file():
-        info = read_tensors(checkpoint)[1]
+        info = read_info(checkpoint)
         changed = [k for k, v in settings.items() if info["config"].get(k) != v]
         if changed:
             raise ValueError(f"{checkpoint} belongs to a run with another {', '.join(changed)}; delete it or name another --run")

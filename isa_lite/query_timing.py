@@ -102,10 +102,8 @@ def _blank(side: int, batch: int = 1) -> np.ndarray:
     return np.full((batch, side, side, 3), 128, np.uint8)
 
 
-def _ten_best(vl: VLModel, images: int) -> Callable[[Tensor], object]:
-    """Exact search for the ten best of so many random embeddings."""
-    stored = F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1)  # G x E
-    return partial(Gallery(stored, range(images)).search, k=10)
+def _random_gallery(vl: VLModel, images: int) -> Gallery:
+    return Gallery(F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1), range(images))  # G x E
 
 
 def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
@@ -120,7 +118,7 @@ def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, g
     "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from pictures of the model's size to
     the ten best of `gallery` random embeddings.
     """
-    search, said = _ten_best(vl, gallery), [MODIFIER] * batch
+    search, said = partial(_random_gallery(vl, gallery).search, k=10), [MODIFIER] * batch
     light = calls(sentence_steps(vl, encoder, _blank(encoder.config.image_size, batch), said, search))
     symmetric = calls(fusion_steps(vl, _blank(vl.image_size, batch), said, search))
     rows = {
@@ -146,7 +144,8 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: in
     with the peak of its activations in MiB in a column of its own. Threads: as many as torch uses (`vl_model.machine`).
     """
     encoders = {"asymmetric": encoder, "symmetric": _symmetric(vl, encoder)}
-    search = _ten_best(vl, gallery)
+    stored = _random_gallery(vl, gallery)
+    search = partial(stored.search, k=10)
     systems = {s: sentence_steps(vl, e, _blank(e.config.image_size), [MODIFIER], search) for s, e in encoders.items()}
     made, image_tower = {side: calls(steps) for side, steps in systems.items()}, list(vl.clip.visual.parameters())
     large = set(map(id, image_tower))
@@ -156,7 +155,7 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: in
             "image encoding": image_tower if side == "symmetric" else model.backbone.parameters(),
             "token learner": model.mapping.parameters(),
             "text tower": (p for p in vl.clip.parameters() if id(p) not in large),  # a CLIP keeps both towers in one module
-            "search": search.func.__self__.embeddings.split(gallery),
+            "search": [stored.embeddings],
         }
         weights[side] = {part: sum(4 * w.numel() for w in own) / 2**20 for part, own in held.items()}
         weights[side][WHOLE] = sum(weights[side].values())
@@ -176,7 +175,8 @@ def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: in
     cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same code for all; uncut: all
     positions in all layers, every time, as open_clip does it and others run it. The large tower is open_clip's throughout.
     """
-    search, systems, encoders = _ten_best(vl, gallery), {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
+    search = partial(_random_gallery(vl, gallery).search, k=10)
+    systems, encoders = {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
     for way, cut in (("cut", True), ("uncut", False)):
         for name, model in encoders.items():
             systems[f"{name}, {way}"] = sentence_steps(vl, model, _blank(model.config.image_size), [MODIFIER], search, cut=cut)

@@ -99,17 +99,21 @@ def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
     return data_config(name) if pretrained or weights else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def _ready_weights(name: str, pretrained: bool, weights: str) -> dict[str, Tensor]:
-    """The tensors that `weights` names, by their names in the backbone. Raises ValueError where they are another backbone's."""
+def _ready_weights(name: str, pretrained: bool, weights: str, vl: VLModel | None) -> dict[str, Tensor]:
+    """The tensors that `weights` names, by their names in the backbone. Raises ValueError for another backbone's or VL model's."""
     if not weights:
         return {}
-    if weights == LITE0:
-        owner = _LITE0_BACKBONE
-    else:
-        owner = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))["backbone"]
+    owner, teacher = _LITE0_BACKBONE, None
+    if weights != LITE0:
+        record = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+        owner, teacher = record["backbone"], record["vl_model"]
     if name != owner or pretrained:
         took = "pretrained=True asks for others" if name == owner else f"the backbone is {name!r}"
         raise ValueError(f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set backbone_weights to ''")
+    if vl is not None and teacher not in (None, vl.fingerprint):
+        raise ValueError(
+            f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set backbone_weights to ''"
+        )
     return lite0_weights() if weights == LITE0 else read_tensors(_weights_folder(weights) / f"{WEIGHTS}.safetensors")[0]
 
 
@@ -161,7 +165,7 @@ def build_backbone(
         tower = LargeTower(vl)
         return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
-    ready = _ready_weights(name, pretrained, weights)
+    ready = _ready_weights(name, pretrained, weights, vl)
     try:
         info = _create(name, image_size).feature_info
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:

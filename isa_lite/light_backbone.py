@@ -37,7 +37,7 @@ class BackboneConfig:
     backbone: str = "mobilenetv4_conv_small_050"
     stride: int = 16
     num_images: int = 32000
-    steps: int = 5000
+    steps: int = 8000
     batch_size: int = 128
     lr: float = 3e-3
     warmup: int = 100
@@ -70,8 +70,8 @@ def learn_features(
     known = targets(images, vl, True, cache, config.num_workers).patches  # N x P x C, float16
     some = torch.from_numpy(known[:4000].astype(np.float32))
     mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3  # C each; a channel that never moves is not divided by nothing
-    torch.manual_seed(config.seed)
     channels = encoder.backbone.eval()(encoder.pixels(images[:1]))[0].shape[1]
+    torch.manual_seed(config.seed)
     modules = {"backbone": encoder.backbone, "head": nn.Conv2d(channels, len(mean), 1)}
     for module in modules.values():
         module.to(config.device, memory_format=torch.channels_last).train()
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     out, run = args.pop("out"), args.pop("run")
     config, made_by = BackboneConfig(**args), commit()
     vl = load_vl_model(device=config.device)
+    torch.manual_seed(config.seed)
     encoder = QueryEncoder.for_model(vl, backbone=config.backbone, stride=config.stride)
     world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
     jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)

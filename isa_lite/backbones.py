@@ -100,7 +100,7 @@ def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
 
 
 def _ready_weights(name: str, pretrained: bool, weights: str, vl: VLModel | None) -> dict[str, Tensor]:
-    """The tensors that `weights` names, by their names in the backbone. Raises ValueError for another backbone's or VL model's."""
+    """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another backbone or VL model."""
     if not weights:
         return {}
     owner, teacher = _LITE0_BACKBONE, None

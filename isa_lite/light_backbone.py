@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,7 +60,13 @@ def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -
 
 
 def learn_features(
-    images: Images, vl: VLModel, encoder: QueryEncoder, config: BackboneConfig, cache: Path, checkpoint: Path | None = None
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: BackboneConfig,
+    cache: Path,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
 ) -> tuple[float, float]:
     """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
 
@@ -101,7 +106,7 @@ def learn_features(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 100 == 0 or step + 1 == config.steps:
+        if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
             bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
             seconds = time.perf_counter() - began
             state = {"identity": identity, "step": step + 1, "losses": losses, "seconds": seconds}
@@ -130,13 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     images = scenes.render_many(world, jitter, vl.image_size)
     loss, seconds = learn_features(images, vl, encoder, config, run / "cache", run / "state.safetensors")
     write_tensors(out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
+    changed = [f"--{n.replace('_', '-')}={v}" for n, v in asdict(config).items() if v != getattr(BackboneConfig, n)]
     record = {
         **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},
         "vl_model": vl.fingerprint,
         "config": asdict(config),
         "loss": round(loss, 4),
         "minutes": round(seconds / 60, 1),
-        "command": " ".join(["python -m isa_lite.light_backbone", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join(["python -m isa_lite.light_backbone", *changed]),
         "commit": made_by,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),

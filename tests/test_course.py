@@ -266,6 +266,18 @@ def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():
     assert "--letters: 17" in slides._of_outputs(page, "")[0]
 
 
+def test_a_slide_of_a_table_says_what_was_printed_right_before_it():
+    def tables(*areas: str) -> list[str]:
+        cell = BeautifulSoup("".join(f'<div class="output_area">{area}</div>' for area in areas), "html.parser")
+        return [slide for slide in slides._of_outputs(cell, "How good") if "<table>" in slide]
+
+    table = "<table><tr><td>1</td></tr></table>"
+    held_out, seen = tables("<pre>held out &lt;11&gt;</pre>", table, "<pre>a line\nseen (250)\n</pre>", table)
+    assert "<p>held out &lt;11&gt;</p>" in held_out and "<p>seen (250)</p>" in seen
+    for before in ("<pre>holds: more</pre>", "<pre>of the figure</pre></div><div class='output_area'><img alt='a' src=''/>"):
+        assert "<p>" not in tables(before, table)[0]
+
+
 def test_no_answer_waits_for_an_exercise_that_is_gone():
     assert set(WRONG) == {id_of(e) for e in exercises()}
 

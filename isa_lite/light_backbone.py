@@ -1,9 +1,9 @@
 """Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite.light_backbone`.
 
 A light backbone usually starts from weights that were learned on photographs. Of rendered scenes these know little, and a
-laptop without a network has none. So the backbone first learns, for longer than notebook 02 lasts, to say what the large
-image tower says about each part of an image (feature distillation, Romero et al., "FitNets", ICLR 2015). It sees images
-alone. `QueryEncoderConfig.backbone_weights` names the result: "scenes" for the one that is shipped. Ours.
+laptop without a network has none. So the backbone first learns to say what the large image tower says about each part of an
+image (feature distillation, Romero et al., "FitNets", ICLR 2015). It sees images alone. `QueryEncoderConfig.backbone_weights`
+names the result: "scenes" for the one that is shipped. Ours.
 """
 
 from __future__ import annotations

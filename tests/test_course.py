@@ -34,12 +34,20 @@ WRONG = {
     "00 my_cosine": [
         ("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length"),
         ("return float(a @ b / a.norm() ** 2)", "divided out twice"),
+        ("return float((a * b).mean() / a.norm() / b.norm())", "so 0.97"),
+        ("return float(abs(a @ b) / a.norm() / b.norm())", "keep the sign"), ("return 63 / 65", "keep the sign"),
     ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
         ("return int((embeddings @ query).argmin())", "*largest*"),
+        ("return int((embeddings @ query).topk(2).indices[1])", "need not be the best row"),
+        ("return (torch.cat([embeddings[:reference], embeddings[reference + 1 :]]) @ query).argmax()", "the rows move up"),
+        ("s = embeddings @ query; s[reference] = -1; return s.max()", "is a score"),
     ],
-    "00 why_is_there_always_an_answer": [('return "farthest"', "what `search` sorts by")],
+    "00 why_is_there_always_an_answer": [
+        ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
+        ('return "least similar"', "what `search` sorts by"),
+    ],
     "01 my_splice": [
         ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
         ("return torch.cat([vectors[:place], vector[None], vectors[place:]])", "*takes the place*"),
@@ -56,11 +64,23 @@ WRONG = {
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
         ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should begin with"),
     ],
-    "02 recall_with_template": [("return 0.0", "with the template of training it must give the table's")],
+    "02 recall_with_template": [
+        ("return 0.0", "with the template of training it must give the table's"),
+        ('return r1["isa"]', "does your answer use `words`?"),
+        (
+            "q = baselines.composed(benchmark, vl, encoder)"
+            "; return evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1)",
+            "does your answer use `words`?",
+        ),
+    ],
     "02 one_way": [
         ("return gcd_loss(query, target, temperature)", "mean of both directions"),
         ("return -(query @ target.T / temperature).log_softmax(0).diagonal().mean()", "the other direction"),
-        ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "do not add up"),
+        ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "the sign is missing"),
+        ("return -(query @ target.T / temperature).log_softmax(1).mean()", "do not add up"),
+        ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum()", "the sum over five"),
+        ("return -(query @ target.T / temperature).log_softmax(1).diagonal()", "one number, not (5,)"),
+        ("return -float((query @ target.T).log_softmax(1).diagonal().mean())", "temperature changes nothing"),
     ],
     "03 my_recall": [
         ("return float((rank <= k).mean())", "right as a share"),
@@ -72,6 +92,7 @@ WRONG = {
     "03 smaller": [
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
         ("return image @ gallery.T", "expected 0.6"),
+        ("a, b = image @ gallery.T, text @ gallery.T; return torch.where(a.abs() < b.abs(), a, b)", "expected 0.6"),
         ("return torch.zeros(3)", "scores of shape (1, 3)"),
     ],
     "04 my_grounding": [
@@ -189,6 +210,13 @@ WRONG = {
     ],
 }  # fmt: skip
 
+#: Right answers, written in another way than the solution's, that a check took for wrong ones.
+ALSO_RIGHT = {
+    "00 why_is_there_always_an_answer": ['return "nearby"'],
+    "02 one_way": ["return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())"],
+    "03 my_recall": ["return 100 * torch.as_tensor(rank <= k).float().mean()"],
+}
+
 
 def code(notebook, *tags: str) -> list:
     return [c for c in notebook.cells if c.cell_type == "code" and set(tags) <= set(c.metadata.get("tags", []))]
@@ -255,6 +283,14 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
     for body, words in WRONG[id_of(exercise)]:
         wrong = said(path, place, with_body(source, body), names)
         assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), wrong
+
+
+@pytest.mark.parametrize("exercise", [e for e in exercises() if id_of(e) in ALSO_RIGHT], ids=id_of)
+def test_the_check_of_an_exercise_takes_a_right_answer_that_is_written_otherwise(exercise, names):
+    path, place, _ = exercise
+    source = code(student.read(path))[place].source
+    for body in ALSO_RIGHT[id_of(exercise)]:
+        assert re.match(r"exercise \d: right\b(?! as a)", said(path, place, with_body(source, body), names)), body
 
 
 def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():

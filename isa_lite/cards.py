@@ -1,7 +1,7 @@
 """Cards of the shipped weights: what they were trained on, how, and what they can and cannot do.
 
 `python -m isa_lite.cards` measures the shipped models and writes `data/*/README.md`; every number in a card comes
-from this script or from the record of the training run.
+from this script or from the record of the training run. It also draws `data/results/queries.png`, for the project's README.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from isa_lite import scenes
+from isa_lite import draw, scenes
+from isa_lite.backbones import SCENES, SCENES_BACKBONE, WEIGHTS
 from isa_lite.baselines import UNTRAINED, composed
-from isa_lite.checkpoint import write_text
+from isa_lite.checkpoint import read_tensors, write_bytes, write_text
 from isa_lite.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
+from isa_lite.gallery import Gallery
 from isa_lite.losses import hardest_other, matching_loss
 from isa_lite.pretrain import PretrainConfig, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
@@ -154,16 +156,55 @@ Licence: MIT, like the code.
     write_text(folder / "README.md", text)
 
 
+def write_backbone_card(folder: Path) -> None:
+    """README.md of the weights that `isa_lite.light_backbone` wrote into `folder`."""
+    record = json.loads((folder / f"{WEIGHTS}.json").read_text())
+    config = record["config"]
+    size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
+    text = f"""# {folder.name}: what the light backbone starts from
+
+`{record["backbone"]}` up to stride {record["stride"]}; {size:.2f} million numbers. `QueryEncoderConfig(backbone_weights="{SCENES}")` starts from them.
+
+**What it saw.** {config["num_images"]} rendered scenes as images alone, none with a held-out shape-colour pair, and the local features that `scenes-clip`
+(fingerprint `{record["vl_model"]}`) gives of them. No caption, no query, and none of the draws of images that notebook 02 trains on.
+
+**How it was made.** `{record["command"]}` at commit `{record["commit"]}`, seed {config["seed"]}, {record["date"]}, {record["machine"]}:
+{config["steps"]} steps of {config["batch_size"]} images, {record["minutes"]:g} minutes. At the end a linear layer on its map misses {100 * record["loss"]:.1f}% of the variance of the large tower's features,
+on the images it was trained with.
+
+**What it is good for.** Rendered scenes and `scenes-clip`; of photographs it knows nothing. What the start is worth: notebook 02 stores three seeds from random weights, notebook 03 five
+seeds from these.
+
+Licence: MIT, like the code.
+"""
+    write_text(folder / "README.md", text)
+
+
+def example_queries(vl: VLModel, encoder: QueryEncoder, answers: int = 6) -> bytes:
+    """A picture (PNG) of the first three queries of benchmark seed 0 and the first whose target is not the first answer."""
+    bench = make_benchmark(size=vl.image_size)
+    gallery = vl.encode_images(bench.images)
+    queries = composed(bench, vl, encoder)
+    missed = int(np.argmax(benchmark_ranks(bench, queries, gallery)[3:] > 1)) + 3
+    rows = [0, 1, 2, missed]
+    reference = torch.from_numpy(bench.reference[rows])
+    found = Gallery(gallery, [str(i) for i in range(len(gallery))]).search(queries[rows], answers, reference)[1]
+    return draw.png(draw.retrieval(bench, rows, found.numpy()))
+
+
 def main() -> None:
-    """Measure both shipped models and write their cards."""
+    """Measure both shipped models, write their cards and draw some queries."""
     print(machine())
     vl = load_vl_model(SCENES_CLIP)
     write_vl_card(DATA / SCENES_CLIP, vl)
     print((DATA / SCENES_CLIP / "README.md").read_text())
+    write_backbone_card(DATA / SCENES_BACKBONE)
     folder = DATA / "scenes-query-encoder"
     if folder.is_dir():
-        write_encoder_card(folder, vl, QueryEncoder.load(folder, vl))
+        encoder = QueryEncoder.load(folder, vl)
+        write_encoder_card(folder, vl, encoder)
         print((folder / "README.md").read_text())
+        write_bytes(DATA / "results" / "queries.png", example_queries(vl, encoder))
 
 
 if __name__ == "__main__":

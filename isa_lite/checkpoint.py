@@ -25,12 +25,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | Non
     os.replace(part, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Text to `path` in one step."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Bytes to `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content)
     os.replace(part, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text to `path` in one step, as UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def read_info(path: Path) -> dict:

@@ -129,12 +129,13 @@ def own_retrieval(images: ImageFolder, queries: Triplets, rows: Sequence[int], f
     return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
 
 
-def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: str, emphasis: str) -> Figure:
-    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line)."""
+def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: str, emphasis: str, pairs: bool = False) -> Figure:
+    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line); `pairs`: every two of them together."""
     with matplotlib.rc_context(_STYLE):
-        figure = _figure(8.5, 0.5 * len(rows) + 1.2)
+        places = [i + 0.5 * (i // 2) if pairs else i for i in range(len(rows))]
+        figure = _figure(8.5, 0.5 * (places[-1] + 1) + 1.2)
         axes = figure.subplots()
-        for y, (name, (mean, low, high)) in enumerate(rows.items()):
+        for i, (y, (name, (mean, low, high))) in enumerate(zip(places, rows.items(), strict=True)):
             ceiling = "ceiling" in name
             axes.barh(
                 y,
@@ -142,19 +143,25 @@ def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: st
                 color=ORANGE if name == emphasis else "#DDDDDD" if ceiling else BLUE,
                 edgecolor=GREY if ceiling else "none",
                 hatch="//" if ceiling else "",
+                alpha=0.55 if pairs and i % 2 else 1,  # the second of two is paler
             )
             axes.plot([low, high], [y, y], color="black", linewidth=2)
             axes.text(min(np.nanmax([high, mean]), 101) + 1, y, f"{mean:.0f}", va="center")
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(places, list(rows))
         axes.invert_yaxis()
         axes.set(xlabel=xlabel, xlim=(0, 108), title=title)
         return figure
 
 
-def recall_bars(methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
-    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured."""
+def recall_bars(
+    methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa", pairs: bool = False
+) -> Figure:
+    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured.
+
+    `pairs`: every two bars are one method in two settings; they stand together, the second paler.
+    """
     rows = {name: (recall(rank, k), *bootstrap_interval(rank, k)) for name, rank in methods.items()}
-    return _bars(rows, f"Recall@{k} in % (line: 95% interval over queries)", title, emphasis)
+    return _bars(rows, f"Recall@{k} in % (line: 95% interval over queries)", title, emphasis, pairs)
 
 
 def seed_bars(runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
@@ -200,10 +207,12 @@ def token_bars(scores: Mapping[str, Sequence[float]], ylabel: str, title: str = 
 
 
 def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
-    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are."""
+    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are. A long table lies on its side."""
     with matplotlib.rc_context(_STYLE):
+        if len(table) > 12:
+            table = table.T  # as wide as a page or a slide, and not higher
         values = table.to_numpy(float)
-        figure = _figure(1.1 * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4)
+        figure = _figure(min(1.1, 14 / values.shape[1]) * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4)
         axes = figure.subplots()
         drawn = axes.imshow(values, cmap="cividis", aspect="auto")
         middle = (values.min() + values.max()) / 2
@@ -211,7 +220,8 @@ def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
             ink = "white" if values[y, x] < middle else "black"
             number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]  # an int knows no "-0"
             axes.text(x, y, f"{number}", ha="center", va="center", color=ink, fontsize=12)
-        turned = {"rotation": 25, "ha": "right"} if max(len(str(c)) for c in table.columns) > 8 else {}
+        long, many = max(len(str(c)) for c in table.columns) > 8, len(table.columns) > 12
+        turned = {"rotation": 40 if many else 25, "ha": "right"} if long or many else {}
         axes.set_xticks(range(values.shape[1]), list(table.columns), **turned)
         axes.set_yticks(range(values.shape[0]), list(table.index))
         for spine in axes.spines.values():
@@ -442,12 +452,14 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
         axes = figure.subplots()
         kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
         axes.plot([times[n] for n in line], [found[n] for n in line], color=BLUE, marker="o", linewidth=2, label=kind)
+        others = sorted((n for n in times if n not in line), key=times.get)
         for name in times:
             if name in line:
                 # Right below its point: the curve comes from the left.
                 text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
             else:
-                text, shift = name, {"xytext": (0, -20), "ha": "center"}
+                # Each name one line lower than the last: points of like times lie side by side.
+                text, shift = name, {"xytext": (0, -20 - 15 * others.index(name)), "ha": "center"}
                 axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
             axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
         axes.set(xscale="log", xlabel="one search, ms", ylabel="exact answers found, %", ylim=(0, 108), title=title)

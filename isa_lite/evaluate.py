@@ -189,6 +189,8 @@ def gather(paths: Sequence[Path]) -> dict:
     """Several runs' metrics.json as one record: what `runs_table` shows, with the machine."""
     runs = [json.loads(Path(path).read_text()) for path in paths]
     kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
+    for run in runs:
+        run["params"].pop("out_dir", None)  # where a run wrote is of no interest to others
     return {"machine": " / ".join(sorted({r["machine"] for r in runs})), "runs": [{k: r[k] for k in kept} for r in runs]}
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from isa_lite.backbones import build_backbone, check_backbone, data_config
+from isa_lite.backbones import build_backbone, check_backbone, start_config
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
 from isa_lite.images import to_pixels
 from isa_lite.mappings import MAPPINGS
@@ -34,8 +34,9 @@ class QueryEncoderConfig:
     """Everything that is needed to build a query encoder again.
 
     backbone: any timm model with feature maps, or "vl" for the VL model's own image tower, frozen (symmetric ISA);
-    pretrained: start from timm's weights of it (downloaded); backbone_weights: "lite0" to start from the weights of
-    EfficientNet-Lite0 in the extra isa_lite[lite0]; stride: of the map that is used, in pixels (the large tower gives its
+    pretrained: start from timm's weights of it (downloaded); backbone_weights: "scenes" to start from what `light_backbone`
+    learned on rendered scenes, a folder for what it wrote there, "lite0" for the weights of EfficientNet-Lite0 in the
+    extra isa_lite[lite0]; stride: of the map that is used, in pixels (the large tower gives its
     last one); mapping: a name of `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real
     words; start_words: a text whose words the sentence is before training ("": none); word_width, word_norm: of the VL
     model whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
@@ -71,15 +72,10 @@ def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
     if config.mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
     check_backbone(config.backbone)
-    size, mean, std = 96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    if config.pretrained or config.backbone_weights:
-        size, mean, std = data_config(config.backbone)
-    config = replace(
-        config,
-        image_size=config.image_size or size,
-        mean=mean if config.mean is None else config.mean,
-        std=std if config.std is None else config.std,
-    )
+    if None in (config.image_size, config.mean, config.std):
+        start = start_config(config.backbone, config.pretrained, config.backbone_weights)
+        known = {name: value for name, value in start._asdict().items() if getattr(config, name) is None}
+        config = replace(config, **known)
     if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
         raise ValueError(f"mean and std are three numbers each, std above 0; not {config.mean} and {config.std}")
     return config

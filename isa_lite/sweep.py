@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from isa_lite import draw, pretrain
 from isa_lite.ablations import ASIDE, WITHOUT_CHANGE, changed, gather, plan, table
-from isa_lite.checkpoint import write_text
+from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.sentences import look
 from isa_lite.vl_model import DATA, SCENES_CLIP, commit, load_vl_model, machine
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     record["attention"] = _attention(runs, results, args)
     out = args.out or DATA / "results" / "sweep.json"
     write_text(out, json.dumps(record) + "\n")
-    out.with_suffix(".png").write_bytes(draw.png(draw.ablations(record)))
+    write_bytes(out.with_suffix(".png"), draw.png(draw.ablations(record)))
     print(table(record).to_string())
     print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
     if failed:

@@ -40,7 +40,7 @@ h1, h2, h3 { line-height: 1.25; margin: 2.2em 0 .6em; } h1 { margin-top: 1em; fo
 a { color: var(--link); } a:focus-visible, .scroll:focus-visible, pre:focus-visible, summary:focus-visible { outline: 3px solid #E69F00; }
 .code { margin: 1rem 0; border-left: 4px solid var(--line); background: var(--code); }
 pre { margin: 0; padding: .6rem .8rem; overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace; } code { font: .88em ui-monospace, monospace; }
-.code pre { white-space: pre-wrap; } .output { margin: .6rem 0 1.4rem; } .output img { margin-top: .5rem; } .output pre { color: var(--soft); white-space: pre-wrap; padding-left: 1rem; border-left: 4px solid #0072B2; }
+.code pre, .highlight pre { white-space: pre-wrap; } .highlight .err { border: 0; color: inherit; } .output { margin: .6rem 0 1.4rem; } .output img { margin-top: .5rem; } .output pre { color: var(--soft); white-space: pre-wrap; padding-left: 1rem; border-left: 4px solid #0072B2; }
 img { max-width: 100%; height: auto; } img.formula { max-width: none; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; } th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 .dataframe th, .dataframe td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid var(--soft); }
@@ -129,7 +129,7 @@ def framed(body: str, title: str, links: list[tuple[str, str]]) -> str:
     bar = "".join(f'<a href="{address}">{escape(name)}</a>' for name, address in links)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{CODE_COLORS}</style></head>\n<body><nav>{bar}</nav><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{CODE_COLORS}{_STYLE}</style></head>\n<body><nav>{bar}</nav><main>\n{body}\n</main></body></html>\n"
     )
 
 

@@ -1,5 +1,6 @@
 """Slides out of the notebooks' pages: title, questions, formulas, figures, tables, claims and quiz; one file, no network. Made by pages.py."""
 
+from html import escape
 from itertools import zip_longest
 
 from bs4 import BeautifulSoup, Tag
@@ -79,18 +80,25 @@ def _letters(row: Tag) -> list[float]:
 
 def _of_outputs(cell: Tag, heading: str) -> list[str]:
     """Slides of a code cell: a figure each with its caption, a table each, and the claims that were checked."""
-    found, claims = [], []
+    found, claims, title = [], [], ""
     for area in cell.select("div.output_area"):
         if image := area.select_one("img"):
             after = area.find_next_sibling("div")
             caption = after.get_text().strip() if after and after.select_one("p > em") else ""
             found.append(_slide(heading, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"))
+            title = ""
         elif table := area.select_one("table"):
             rows = [_letters(row) for row in table.select("tr")]
             letters = sum(max(column) for column in zip_longest(*rows, fillvalue=0))
-            found.append(_slide(heading, f'<div class="scroll" style="--rows: {len(rows)}; --letters: {letters}">{table}</div>'))
+            drawn = f'<div class="scroll" style="--rows: {len(rows)}; --letters: {letters}">{table}</div>'
+            found.append(_slide(heading, f"<p>{escape(title)}</p>" if title else "", drawn))
+            title = ""
         elif printed := area.select_one("pre"):
-            claims += [line for line in printed.get_text().splitlines() if line.startswith(("holds: ", "DOES NOT HOLD"))]
+            lines = printed.get_text().splitlines()
+            checked = [line for line in lines if line.startswith(("holds: ", "DOES NOT HOLD"))]
+            claims += checked
+            # What is printed right before a table says what it is about, unless it is a claim.
+            title = lines[-1].strip() if lines and lines[-1] not in checked else ""
     if claims:
         found.append(_slide(heading, "<p>Checked by this cell:</p>", "<ul>", *(f"<li>{claim}</li>" for claim in claims), "</ul>"))
     return found

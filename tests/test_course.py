@@ -100,11 +100,23 @@ WRONG = {
         ("return 1.0", "a score of 2.8"),
         ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out among its pixels"),
         ("return 2.8", "half of a cell"),
+        (
+            "cell = np.ones((mask.shape[0] // 2, mask.shape[1] // 2))"
+            "; return float(np.kron(attention.T, cell / cell.size)[mask].sum() / mask.mean())",
+            "rows and columns",
+        ),
+        (
+            "n = mask.shape[0] // attention.shape[0]"
+            "; return float(np.kron(attention, np.ones((n, n)) / n**2)[:, :mask.shape[1]][mask].sum() / mask.mean())",
+            "need not be square",
+        ),
     ],
     "04 my_nearest": [
         ("return int((table @ vector).argmax())", "cosine ignores length"),
         ("return 0", "never met"),
         ("return int((table - vector).norm(dim=1).argmin())", "smallest distance"),
+        ("return int((table @ vector / (table**2).sum(1).clamp(min=1e-9)).argmax())", "divided out twice"),
+        ("return int((table @ vector / table.norm(dim=1).clamp(min=1e-9)).abs().argmax())", "opposite"),
     ],
     "06 my_average_precision": [
         ("return 8 / 9", "only where place k is right"),
@@ -123,6 +135,11 @@ WRONG = {
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
         ("return 100.0", "at K = 1"),
+        (
+            "kept = [[i for i in row if i in members[0] and i != references[0]] for row in rows]"
+            "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
+            "one target was not counted",
+        ),
     ],
     "05 my_rank": [
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
@@ -130,6 +147,7 @@ WRONG = {
         ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
         ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
         ("return 9", "rank 3, not 9"),
+        ("b = max(scores[t] for t in targets); return sum(s >= b for i, s in enumerate(scores) if i not in targets)", "always"),
         (
             "wrong, best = {0, 1, 2, 3, 4, 5} - {0, *targets}, max(scores[t] for t in targets)"
             "; return sum(scores[i] >= best for i in wrong if i < len(scores))",
@@ -141,6 +159,13 @@ WRONG = {
         ("return sorted(set(a)), sorted(set(b))", "differ in red and blue"),
         ("return [w for w in a if w not in b], [w for w in b if w not in a]", "must not share a word"),
         ("return ([], []) if len(a) < 2 else (['red'], ['blue'])", "nothing is lost"),
+        ("return 'red', 'blue'", "lists of words"),
+        (
+            "i = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))"
+            "; j = next((k for k in range(len(a) - i) if k >= len(b) or a[-1 - k] != b[-1 - k]), len(a) - i)"
+            "; return a[i : len(a) - j], b[i : max(i, len(b) - j)]",
+            "one 'very' is lost",
+        ),
     ],
     "05 my_twins": [
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
@@ -148,6 +173,7 @@ WRONG = {
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
         ("return 100.0", "50, not 100"),
         ("return 100 * sum(captions in trained for captions in new) / len(new)", "makes a twin"),
+        ("return 100 * sum(any(c in str(trained) for c in n) for n in new) / len(new)", "whole caption"),
     ],
     "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
     "07 my_prompt": [
@@ -155,17 +181,32 @@ WRONG = {
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),
         ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
         ("return [9, -1, -1, -1, 4, 5, 6, 7, 8, 10]", "order that of the parts"),
+        ("return [9, 4, 5, *[-1] * num_tokens, 6, *said, 10]", "another order"),
+        (
+            "row, ids = parts[0], {'sentence': [-1] * num_tokens, 'modifier': said}"
+            "; [row.extend(ids[q] if isinstance(q, str) else q) for q in parts[1:]]; return row",
+            "have changed",
+        ),
     ],
     "07 my_agreement": [
         ("return sum(len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)) / len(found)", "right as a share"),
         ("return 100 * sum(a == b for f, e in zip(found, exact) for a, b in zip(f, e)) / 6", "at the same place"),
-        ("return 100.0", "2 of 3 and 3 of 3"),
+        ("return 100.0", "2 of 3 in either row"),
+        (
+            "a, b = {i for row in found for i in row}, {i for row in exact for i in row}; return 100 * len(a & b) / len(b)",
+            "row by row",
+        ),
     ],
     "07 my_speedup": [
         ("return factor", "the gain of the part"),
         ("return 0.5", "new over old"),
         ("return 3.0", "2 times faster, not 3.00"),
         ("return 2.0 if factor == 6 else 1.0", "not for every query"),
+        (
+            "first, old = next(iter(milliseconds.values())), sum(milliseconds.values())"
+            "; return old / (old - first + first / factor)",
+            "not for every query",
+        ),
     ],
 }  # fmt: skip
 
@@ -259,6 +300,18 @@ def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():
     assert [slides._letters(row) for row in table.find_all("tr")] == [[3, 6, 6], [4, 7, 6]]
     page = BeautifulSoup(f'<div class="output_area"><table>{table}</table></div>', "html.parser")
     assert "--letters: 17" in slides._of_outputs(page, "")[0]
+
+
+def test_a_slide_of_a_table_says_what_was_printed_right_before_it():
+    def tables(*areas: str) -> list[str]:
+        cell = BeautifulSoup("".join(f'<div class="output_area">{area}</div>' for area in areas), "html.parser")
+        return [slide for slide in slides._of_outputs(cell, "How good") if "<table>" in slide]
+
+    table = "<table><tr><td>1</td></tr></table>"
+    held_out, seen = tables("<pre>held out &lt;11&gt;</pre>", table, "<pre>a line\nseen (250)\n</pre>", table)
+    assert "<p>held out &lt;11&gt;</p>" in held_out and "<p>seen (250)</p>" in seen
+    for before in ("<pre>holds: more</pre>", "<pre>of the figure</pre></div><div class='output_area'><img alt='a' src=''/>"):
+        assert "<p>" not in tables(before, table)[0]
 
 
 def test_no_answer_waits_for_an_exercise_that_is_gone():

@@ -92,6 +92,15 @@ def test_a_heatmap_says_its_numbers_in_legible_ink():
     assert [label.get_rotation() for label in figure.axes[0].get_xticklabels()] == [0, 0]
 
 
+def test_a_long_heatmap_lies_on_its_side():
+    table = pd.DataFrame({"color": np.arange(13.0), "size": np.zeros(13)}, index=[f"token {i + 1}" for i in range(13)])
+    axes = draw.heatmap(table, "percent").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["color", "size"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(table.index)
+    assert {t.get_position(): t.get_text() for t in axes.texts}[12, 0] == "12"
+    assert axes.get_xticklabels()[0].get_rotation() == 40  # else they lie over one another
+
+
 def test_a_heatmap_knows_no_minus_zero():
     figure = draw.heatmap(pd.DataFrame({"without the change": [-0.4, 0.4, -0.6]}), "points")
     assert [t.get_text() for t in figure.axes[0].texts] == ["0", "0", "-1"]
@@ -122,6 +131,22 @@ def test_a_search_curve_has_plain_numbers_of_milliseconds():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.05", "0.1", "0.2", "0.5", "1"]
     assert [t.get_text() for t in axes.texts] == ["exact", "1", "2"] and list(axes.lines[0].get_ydata()) == [50, 95]
     assert axes.get_legend().get_texts()[0].get_text().startswith("IVF, ")
+
+
+def test_the_names_of_points_side_by_side_do_not_lie_over_one_another():
+    times = {"exact, PyTorch": 1.04, "exact, FAISS": 0.77, "IVF, 1": 0.03, "IVF, 2": 0.06}
+    figure = draw.search_curve(times, dict.fromkeys(times, 100.0), ["IVF, 1", "IVF, 2"])
+    figure.draw_without_rendering()
+    one, other = (t.get_window_extent() for t in figure.axes[0].texts[:2])
+    assert not one.overlaps(other)
+
+
+def test_bars_in_pairs_stand_together_and_the_second_is_paler():
+    ranks = {name: np.array([1, 2]) for name in ("a, with", "a, without", "b, with", "b, without")}
+    bars = draw.recall_bars(ranks, pairs=True).axes[0].patches
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in bars]
+    assert np.allclose(middles, [0, 1, 2.5, 3.5])
+    assert [bar.get_alpha() for bar in bars] == [1, 0.55, 1, 0.55]
 
 
 def test_text_is_wrapped_at_spaces():

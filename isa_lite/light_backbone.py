@@ -1,0 +1,155 @@
+"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite.light_backbone`.
+
+A light backbone usually starts from weights that were learned on photographs. Of rendered scenes these know little, and a
+laptop without a network has none. So the backbone first learns to say what the large image tower says about each part of an
+image (feature distillation, Romero et al., "FitNets", ICLR 2015). It sees images alone. `QueryEncoderConfig.backbone_weights`
+names the result: "scenes" for the one that is shipped. Ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from isa_lite import scenes
+from isa_lite.backbones import SCENES_BACKBONE, WEIGHTS
+from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
+from isa_lite.distill import batch_indices, learning_rate, targets
+from isa_lite.images import Images, batch_loader, images_key
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.vl_model import DATA, VLModel, commit, load_vl_model, machine
+
+
+@dataclass
+class BackboneConfig:
+    """Settings of one run; `num_images` scenes are drawn with `seed`, none with a held-out pair."""
+
+    backbone: str = "mobilenetv4_conv_small_050"
+    stride: int = 16
+    num_images: int = 32000
+    steps: int = 8000
+    batch_size: int = 128
+    lr: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    seed: int = 100
+    device: str = "cpu"
+    num_workers: int = 0
+
+
+def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean squared error between predicted and true local features, each channel in units of its standard deviation.
+
+    features: B x C x h x w, of the light backbone behind a linear layer; patches: B x N x C of the large tower, on a square
+    grid; mean, std: C. Where the grids differ, the light one is averaged or interpolated to the other's. 1 is what the mean
+    feature alone achieves.
+    """
+    side = round(patches.shape[1] ** 0.5)
+    features = F.interpolate(features, (side, side), mode="area")  # B x C x side x side
+    wanted = (patches - mean) / std  # B x N x C
+    return F.mse_loss(features.flatten(2).transpose(1, 2), wanted)
+
+
+def learn_features(
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: BackboneConfig,
+    cache: Path,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+) -> tuple[float, float]:
+    """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
+
+    Raises ValueError for a checkpoint of another run.
+    """
+    known = targets(images, vl, True, cache, config.num_workers).patches  # N x P x C, float16
+    some = torch.from_numpy(known[:4000].astype(np.float32))
+    mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3  # C each; a channel that never moves is not divided by nothing
+    channels = encoder.backbone.eval()(encoder.pixels(images[:1]))[0].shape[1]
+    torch.manual_seed(config.seed)
+    modules = {"backbone": encoder.backbone, "head": nn.Conv2d(channels, len(mean), 1)}
+    for module in modules.values():
+        module.to(config.device, memory_format=torch.channels_last).train()
+    weights = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
+    mean, std = mean.to(config.device), std.to(config.device)
+
+    identity = json.loads(json.dumps([asdict(config), vl.fingerprint, images_key(images)]))
+    start, losses, seconds = 0, [], 0.0
+    if checkpoint and checkpoint.is_file():
+        info = load_run(checkpoint, modules, optimizer)
+        if info["identity"] != identity:
+            raise ValueError(f"{checkpoint} is of a run with other settings, images or another model; delete it, or name another")
+        start, losses, seconds = info["step"], info["losses"], info["seconds"]
+    began = time.perf_counter() - seconds
+
+    batches = [np.sort(batch_indices(len(images), config.batch_size, step, config.seed)) for step in range(start, config.steps)]
+    loader = batch_loader(images, batches, encoder.pixels, config.num_workers)
+    bar = tqdm(zip(batches, loader, strict=True), total=config.steps, initial=start, desc="light backbone", mininterval=2)
+    for step, (rows, pixels) in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[0]  # B x c x h x w
+        patches = torch.from_numpy(known[rows].astype(np.float32)).to(config.device)  # B x P x C
+        loss = feature_loss(modules["head"](features), patches, mean, std)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
+            bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
+            seconds = time.perf_counter() - began
+            state = {"identity": identity, "step": step + 1, "losses": losses, "seconds": seconds}
+            if checkpoint:
+                save_run(checkpoint, modules, optimizer, state)
+    encoder.backbone.eval()
+    return float(np.mean(losses[-100:])), seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train on rendered scenes and write the weights with their record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DATA / SCENES_BACKBONE, help="folder of the weights")
+    parser.add_argument("--run", type=Path, default=Path("runs/light_backbone"), help="folder of cache and checkpoint")
+    for f in fields(BackboneConfig):
+        kind = {"int": int, "float": float, "str": str}[f.type]
+        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=" ")
+    args = vars(parser.parse_args(argv))
+    out, run = args.pop("out"), args.pop("run")
+    config, made_by = BackboneConfig(**args), commit()
+    vl = load_vl_model(device=config.device)
+    torch.manual_seed(config.seed)
+    encoder = QueryEncoder.for_model(vl, backbone=config.backbone, stride=config.stride)
+    world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
+    jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
+    images = scenes.render_many(world, jitter, vl.image_size)
+    loss, seconds = learn_features(images, vl, encoder, config, run / "cache", run / "state.safetensors")
+    write_tensors(out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
+    changed = [f"--{n.replace('_', '-')}={v}" for n, v in asdict(config).items() if v != getattr(BackboneConfig, n)]
+    record = {
+        **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},
+        "vl_model": vl.fingerprint,
+        "config": asdict(config),
+        "loss": round(loss, 4),
+        "minutes": round(seconds / 60, 1),
+        "command": " ".join(["python -m isa_lite.light_backbone", *changed]),
+        "commit": made_by,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_text(out / f"{WEIGHTS}.json", json.dumps(record, indent=1) + "\n")
+    print(f"rendered scenes; loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on {machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -172,8 +172,8 @@ def write_backbone_card(folder: Path) -> None:
 {config["steps"]} steps of {config["batch_size"]} images, {record["minutes"]:g} minutes. At the end a linear layer on its map misses {100 * record["loss"]:.1f}% of the variance of the large tower's features,
 on the images it was trained with.
 
-**What it is good for.** Rendered scenes and `scenes-clip`; of photographs it knows nothing. What the start is worth: notebook 02 stores three seeds from random weights, notebook 03 five
-seeds from these.
+**What it is good for.** Rendered scenes and `scenes-clip`; of photographs it knows nothing. What the start is worth: run notebook 02 with
+`-p backbone_weights ''` and compare.
 
 Licence: MIT, like the code.
 """

@@ -1,6 +1,7 @@
 """The files around the package: requirements, README, the order of the modules, and nothing private in the repository."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -138,3 +139,23 @@ def test_nothing_private_is_in_the_repository():
         if b"\0" not in data:  # a text
             found = [word for word in PRIVATE if word in data.decode("utf-8", "replace")]
             assert not found, f"{name} contains {found}"
+
+
+def test_the_readme_states_the_stored_results():
+    """Each row of its table of results is what the runs of five seeds say, by a computation of its own."""
+    runs = json.loads((ROOT / "data" / "results" / "03_retrieval.json").read_text())["runs"]
+    stated = {}
+    for line in lines("README.md"):
+        if found := re.fullmatch(r"\| (.+) \| ([\d.]+) \[.*\] \| ([\d.]+) \[.*\] \|", line):
+            stated[found[1]] = float(found[2]), float(found[3])
+    names = {
+        "ISA, light": "isa",
+        "symmetric ISA": "symmetric isa",
+        "best late": "spherical interpolation",
+        "one pseudo": "Pic2Word-like",
+    }
+    assert len(stated) == 8
+    for label, recalls in stated.items():
+        name = next((n for start, n in names.items() if label.startswith(start)), label.partition(":")[0])
+        for k, value in zip((1, 10), recalls, strict=True):
+            assert abs(sum(run["methods"][name][f"R@{k}"] for run in runs) / len(runs) - value) <= 0.051, (label, k)

@@ -231,7 +231,7 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
         ),
         ({"std": (0.5, 0.5, 0)}, "std above 0"),
         ({"mean": (0.5,)}, "mean and std are three numbers each"),
-        ({"backbone_weights": "lite"}, "unknown backbone_weights 'lite'; there is 'lite0'"),
+        ({"backbone_weights": "lite"}, "unknown backbone_weights 'lite': there are 'scenes', 'lite0', and any folder"),
         (
             {"backbone_weights": "lite0"},
             "are the weights of 'tf_efficientnet_lite0', but the backbone is 'mobilenetv4_conv_small_050'",

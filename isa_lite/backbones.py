@@ -80,21 +80,22 @@ def data_config(name: str) -> DataConfig:
     return DataConfig(known.input_size[-1], tuple(known.mean), tuple(known.std))
 
 
-def _weights_folder(weights: str) -> Path:
-    """The folder that backbone_weights names. Raises ValueError where there are no weights in it."""
+def _learned(weights: str) -> tuple[dict, Path]:
+    """Of the weights that `light_backbone` wrote, the record and the file. Raises ValueError where there are none."""
     folder = DATA / SCENES_BACKBONE if weights == SCENES else Path(weights)
-    if not (folder / f"{WEIGHTS}.safetensors").is_file() or not (folder / f"{WEIGHTS}.json").is_file():
+    record, file = folder / f"{WEIGHTS}.json", folder / f"{WEIGHTS}.safetensors"
+    if not record.is_file() or not file.is_file():
         raise ValueError(
             f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder that "
             "`python -m isa_lite.light_backbone` wrote"
         )
-    return folder
+    return json.loads(record.read_text(encoding="utf-8")), file
 
 
 def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
     """What the weights that a backbone starts from were trained on; 96 pixels and 0.5 where they are random."""
     if weights and weights != LITE0:
-        record = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+        record, _ = _learned(weights)
         return DataConfig(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
     return data_config(name) if pretrained or weights else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -103,18 +104,16 @@ def _ready_weights(name: str, pretrained: bool, weights: str, vl: VLModel | None
     """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another backbone or VL model."""
     if not weights:
         return {}
-    owner, teacher = _LITE0_BACKBONE, None
-    if weights != LITE0:
-        record = json.loads((_weights_folder(weights) / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
-        owner, teacher = record["backbone"], record["vl_model"]
+    record, file = ({"backbone": _LITE0_BACKBONE}, None) if weights == LITE0 else _learned(weights)
+    owner = record["backbone"]
     if name != owner or pretrained:
         took = "pretrained=True asks for others" if name == owner else f"the backbone is {name!r}"
         raise ValueError(f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set backbone_weights to ''")
-    if vl is not None and teacher not in (None, vl.fingerprint):
+    if vl is not None and record.get("vl_model", vl.fingerprint) != vl.fingerprint:
         raise ValueError(
             f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set backbone_weights to ''"
         )
-    return lite0_weights() if weights == LITE0 else read_tensors(_weights_folder(weights) / f"{WEIGHTS}.safetensors")[0]
+    return read_tensors(file)[0] if file else lite0_weights()
 
 
 def default_stride(strides: list[int], image_size: int) -> int:

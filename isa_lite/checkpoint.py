@@ -64,6 +64,20 @@ def save_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.opti
     write_tensors(path, tensors, info)
 
 
+def resume_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, identity: Mapping) -> dict | None:
+    """`load_run`, if there is a run in `path`; its `info` must hold `identity`, by which runs are told apart.
+
+    Raises ValueError, before anything is loaded, that names what is different; returns None where there is no run.
+    """
+    if not path.is_file():
+        return None
+    found, wanted = read_info(path)["identity"], json.loads(json.dumps(identity))  # tuples come back as lists
+    if found != wanted:
+        changed = [k for k in wanted if found.get(k) != wanted[k]]
+        raise ValueError(f"{path} belongs to another run (different {', '.join(changed)}); delete it or choose another file")
+    return load_run(path, modules, optimizer)
+
+
 def load_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
     """Put back what `save_run` wrote; returns its `info`."""
     tensors, info = read_tensors(path)

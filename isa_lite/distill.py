@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import load_run, read_info, save_run
+from isa_lite.checkpoint import resume_run, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
+from isa_lite.parameters import check_whole
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, prompt_ids, splice
 from isa_lite.vl_model import VLModel, plain_attention
 
@@ -53,18 +54,7 @@ class DistillConfig:
     num_workers: int = 0
 
     def __post_init__(self):
-        for name, least in {
-            "steps": 1,
-            "batch_size": 2,
-            "validation": 2,
-            "validate_every": 1,
-            "negatives": 0,
-            "warmup": 0,
-            "num_workers": 0,
-            "seed": 0,
-        }.items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        check_whole(self, steps=1, batch_size=2, validation=2, validate_every=1, negatives=0, warmup=0, num_workers=0, seed=0)
         for name in ("lr", "temperature", "gcd_weight", "lar_weight", "word_noise", "weight_decay"):
             value, positive = getattr(self, name), name in ("lr", "temperature")
             if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
@@ -241,14 +231,7 @@ def distill(
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     checkpoint = Path(checkpoint) if checkpoint else None
-    if checkpoint and checkpoint.is_file():
-        info = read_info(checkpoint)
-        if info["identity"] != _plain(identity):
-            changed = [k for k in identity if info["identity"].get(k) != _plain(identity)[k]]
-            raise ValueError(
-                f"{checkpoint} belongs to another run (different {', '.join(changed)}); delete it or choose another file"
-            )
-        load_run(checkpoint, {"encoder": encoder}, optimizer)
+    if checkpoint and (info := resume_run(checkpoint, {"encoder": encoder}, optimizer, identity)):
         start, history = info["step"], History(**info["history"])
         history.recall = [tuple(point) for point in history.recall]
     began -= history.seconds
@@ -318,8 +301,3 @@ def own_image_recall(
         found = torch.cat([sentence_embeddings(vl, part, config.template)[0] for part in tokens.split(256)])
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())
-
-
-def _plain(value: dict) -> dict:
-    """As it comes back from JSON (tuples as lists)."""
-    return {k: _plain(v) if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v for k, v in value.items()}

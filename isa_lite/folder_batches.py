@@ -25,6 +25,7 @@ from torchvision import transforms as T
 
 from isa_lite.distill import batch_indices
 from isa_lite.images import ImageFolder
+from isa_lite.parameters import check_whole
 from isa_lite.pretrain import PretrainConfig
 
 #: How a caption {a}, and the words {b} in the place of its words {old}, describe another image; in another language, write yours.
@@ -67,9 +68,7 @@ class FolderConfig(PretrainConfig):
     partial: float = field(default=0.0, init=False)
 
     def __post_init__(self):
-        for name, least in {"steps": 1, "matching_steps": 0, "batch_size": 8, "warmup": 1, "seed": 0, "num_workers": 0}.items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        check_whole(self, steps=1, matching_steps=0, batch_size=8, warmup=1, seed=0, num_workers=0)
         for name in ("related", "change", "prompted", "zoom", "held_out"):
             if not 0 <= getattr(self, name) <= (0.5 if name in ("zoom", "held_out") else 1):
                 raise ValueError(f"{name} must be a share between 0 and {'0.5' if name in ('zoom', 'held_out') else '1'}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,20 @@ from tqdm.auto import tqdm
 
 from isa_lite import scenes
 from isa_lite.backbones import SCENES_BACKBONE, WEIGHTS
-from isa_lite.checkpoint import load_run, save_run, write_tensors, write_text
+from isa_lite.checkpoint import resume_run, save_run, write_tensors, write_text
 from isa_lite.distill import batch_indices, learning_rate, targets
 from isa_lite.images import Images, batch_loader, images_key
+from isa_lite.parameters import add_settings, check_whole
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.vl_model import DATA, VLModel, commit, load_vl_model, machine
 
 
 @dataclass
 class BackboneConfig:
-    """Settings of one run; `num_images` scenes are drawn with `seed`, none with a held-out pair."""
+    """Settings of one run; `num_images` scenes are drawn with `seed`, none with a held-out pair.
+
+    Raises ValueError, naming the field, for a number that cannot work.
+    """
 
     backbone: str = "mobilenetv4_conv_small_050"
     stride: int = 16
@@ -44,6 +48,9 @@ class BackboneConfig:
     seed: int = 100
     device: str = "cpu"
     num_workers: int = 0
+
+    def __post_init__(self):
+        check_whole(self, stride=1, num_images=2, steps=1, batch_size=2, warmup=0, seed=0, num_workers=0)
 
 
 def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -84,12 +91,9 @@ def learn_features(
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
     mean, std = mean.to(config.device), std.to(config.device)
 
-    identity = json.loads(json.dumps([asdict(config), vl.fingerprint, images_key(images)]))
+    identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
     start, losses, seconds = 0, [], 0.0
-    if checkpoint and checkpoint.is_file():
-        info = load_run(checkpoint, modules, optimizer)
-        if info["identity"] != identity:
-            raise ValueError(f"{checkpoint} is of a run with other settings, images or another model; delete it, or name another")
+    if checkpoint and (info := resume_run(checkpoint, modules, optimizer, identity)):
         start, losses, seconds = info["step"], info["losses"], info["seconds"]
     began = time.perf_counter() - seconds
 
@@ -121,9 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=DATA / SCENES_BACKBONE, help="folder of the weights")
     parser.add_argument("--run", type=Path, default=Path("runs/light_backbone"), help="folder of cache and checkpoint")
-    for f in fields(BackboneConfig):
-        kind = {"int": int, "float": float, "str": str}[f.type]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=" ")
+    add_settings(parser, BackboneConfig)
     args = vars(parser.parse_args(argv))
     out, run = args.pop("out"), args.pop("run")
     config, made_by = BackboneConfig(**args), commit()

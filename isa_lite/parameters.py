@@ -1,4 +1,4 @@
-"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know.
+"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know; settings of a run.
 
 A notebook calls `check` in the cell behind its parameters, with a rule for each:
 
@@ -9,8 +9,10 @@ A misspelt name or a bad value raises a ValueError that names it, before any wor
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,3 +94,19 @@ def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
         except ValueError as error:
             raise ValueError(f"parameter {name!r} {error}, not {namespace[name]!r}") from None
     return SimpleNamespace(**checked)
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: type) -> None:
+    """An option for every field of the dataclass `kind` that is a number or a string: `warmup_steps` is `--warmup-steps`."""
+    types = {"int": int, "float": float, "str": str}
+    for f in fields(kind):
+        if f.init and f.type in types:
+            parser.add_argument("--" + f.name.replace("_", "-"), type=types[f.type], default=f.default, help=" ")
+
+
+def check_whole(settings: Any, **least: int) -> None:
+    """Raises ValueError, naming the field, where one of `settings` is not a whole number of at least that much."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if type(value) is not int or value < smallest:
+            raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}")

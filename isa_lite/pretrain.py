@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from isa_lite import scenes
 from isa_lite.checkpoint import load_run, read_info, save_run, write_tensors, write_text
 from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.parameters import add_settings
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, machine, plain_attention
 
 
@@ -396,14 +397,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=DATA / SCENES_CLIP, help="folder of the model")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
-    for f in fields(PretrainConfig):
-        if f.type in ("int", "float", "str"):
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"),
-                type={"int": int, "float": float, "str": str}[f.type],
-                default=f.default,
-                help=" ",
-            )
+    add_settings(parser, PretrainConfig)
     args = vars(parser.parse_args(argv))
     folder, run = args.pop("out"), args.pop("run")
     config, made_by = PretrainConfig(**args), commit()

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from isa_lite.checkpoint import write_text
 from isa_lite.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, FolderConfig, split, words_of
 from isa_lite.images import ImageFolder
 from isa_lite.own_data import fingerprint, read_captions
+from isa_lite.parameters import add_settings
 from isa_lite.pretrain import export, train_matcher, train_towers
 from isa_lite.vl_model import VLModel, commit, load_vl_model, machine
 
@@ -97,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--captions", type=Path, required=True, help="CSV file with the columns image and caption")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--run", type=Path, help="folder of the checkpoints, to resume from (default: OUT/run)")
-    types = {"int": int, "float": float, "str": str}
-    for f in fields(FolderConfig):
-        if f.init and f.type in types:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=types[f.type], default=f.default, help=" ")
+    add_settings(parser, FolderConfig)
     args = vars(parser.parse_args(argv))
     folder, table, out, run = (args.pop(name) for name in ("images", "captions", "out", "run"))
     try:

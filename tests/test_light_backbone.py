@@ -74,8 +74,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(vl, images, tmp_path, mon
     learn_features(images, vl, again, config, tmp_path, state)
     for (name, a), b in zip(whole.backbone.state_dict().items(), again.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(ValueError, match=r"state.safetensors is of a run with other settings"):
+    with pytest.raises(ValueError, match=r"state.safetensors belongs to another run \(different config\)"):
         learn_features(images, vl, again, BackboneConfig(**FEW | {"steps": 7}), tmp_path, state)
+
+
+@pytest.mark.parametrize("name", ["steps", "num_images", "batch_size", "stride"])
+def test_settings_that_cannot_work_are_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least"):
+        BackboneConfig(**{name: 0})
 
 
 @pytest.fixture(scope="module")

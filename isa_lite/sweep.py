@@ -12,9 +12,11 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 
@@ -63,6 +65,30 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
     return result
 
 
+def execute_all(notebook: Path, waiting: Sequence[Mapping], folder: Path, jobs: int = 1) -> Iterator[tuple[Mapping, object]]:
+    """Runs with their results, or with the error that stopped the notebook, as they end; `jobs` of them at a time.
+
+    Each is a process of its own. Several share the cores evenly: small models gain little from a second thread.
+    """
+
+    def one(run: Mapping) -> tuple[Mapping, object]:
+        try:
+            return run, execute(notebook, run["parameters"], folder / run["key"])
+        except PapermillExecutionError as error:  # the others can still be run
+            return run, error
+
+    if jobs == 1:
+        yield from map(one, waiting)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for ended in as_completed([pool.submit(one, run) for run in waiting]):
+            yield ended.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interruption, what has not begun does not begin
+
+
 def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[float, str]:
     """An estimate for the runs that wait, and where it is from: runs of this sweep, or the stored training of notebook 02."""
     if done:
@@ -85,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="fewer training steps than the notebook's; give --out too")
     parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
     parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, sharing the cores; if interrupted, those that run are finished first"
+    )
     parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK)
     parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
@@ -99,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, gather everything."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
     if args.out is None and (args.smoke or args.steps) and not args.dry_run:
         parser.error("a shortened sweep does not replace the committed one: say with --out where its record goes")
     defaults = notebook_defaults(args.notebook)
@@ -131,16 +162,17 @@ def main(argv: list[str] | None = None) -> None:
         if model and done.is_file():
             results[run["key"]] = json.loads(done.read_text())
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
-    _print_plan(runs, waiting, results, defaults)
+    _print_plan(runs, waiting, results, defaults, args.jobs)
     if args.dry_run:
         return
 
     failed = []
-    for run in tqdm(waiting, desc="runs", unit="run"):
-        try:
-            results[run["key"]] = execute(args.notebook, run["parameters"], args.runs / run["key"])
-        except PapermillExecutionError as error:  # the others can still be run
-            failed.append(f"{run['shows']}: {error.ename}: {error.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
+    ended = execute_all(args.notebook, waiting, args.runs, args.jobs)
+    for run, result in tqdm(ended, desc="runs", unit="run", total=len(waiting)):
+        if isinstance(result, dict):
+            results[run["key"]] = result
+        else:
+            failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
             tqdm.write(f"FAILED {failed[-1]}")
     record = gather(runs, results, defaults)
     record["attention"] = _attention(runs, results, args)
@@ -153,13 +185,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.exit(1, "\n".join([f"{len(failed)} runs failed:", *failed]) + "\n")
 
 
-def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Mapping, defaults: Mapping) -> None:
+def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Mapping, defaults: Mapping, jobs: int) -> None:
     for run in runs:
         state = "done" if run["key"] in results else "to run" if run["key"] else "no VL model"
         what = ", ".join(f"{n}={v!r}" for n, v in changed(run["parameters"], defaults).items()) or "defaults"
         print(f"{state:12} seed {run['parameters']['seed']}  {what}")
     ahead, source = seconds_ahead(waiting, list(results.values()))
-    print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / 3600:.1f} hours ({source}); {machine()}")
+    print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours ({source}); {machine()}")
 
 
 def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespace) -> dict:

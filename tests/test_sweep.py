@@ -1,6 +1,8 @@
 """The sweep: its plan, what names a run, that it goes on, and that its record, table and figure say what the runs said."""
 
 import json
+import os
+import time
 
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -79,10 +81,13 @@ def notebook(monkeypatch):
     return ran, fail
 
 
-def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path, notebook, capsys):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path, notebook, capsys, monkeypatch, jobs):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # restored after the test
     ran, fail = notebook
     fail.add(24)
     arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--seeds", "0,1"]
+    arguments += ["--jobs", jobs]
     with pytest.raises(SystemExit) as stopped:
         sweep.main(arguments)
     assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 16
@@ -101,6 +106,8 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     left = [p.name for p in (tmp_path / "runs").rglob("*") if p.is_file()]
     assert set(left) == {"metrics.json", "result.json"}  # no targets, no training states
 
+    assert os.environ["OMP_NUM_THREADS"] == ("7" if jobs == "1" else str(max(1, os.cpu_count() // 2)))
+
     table = ablations.table(record)
     assert table.loc[("tokens", "4"), "R@1"].startswith("5.5 [") and table.loc[("tokens", "4"), "seeds"] == 2
     assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
@@ -108,6 +115,26 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     assert axes.get_title(loc="left") == "tokens"
     assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 20, 24]
     assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5]
+
+
+def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch):
+    def execute(_, parameters, folder):
+        begun.append(parameters)
+        time.sleep(0.05)
+        raise OSError("the disk is full")
+
+    begun = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sweep, "execute", execute)
+    with pytest.raises(OSError, match="disk is full"):
+        sweep.main(["--runs", str(tmp_path), "--only", "tokens", "--jobs", "2", "--out", str(tmp_path / "sweep.json")])
+    assert len(begun) < 8 and not (tmp_path / "sweep.json").exists()
+
+
+def test_fewer_jobs_than_one_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--jobs", "0", "--dry-run"])
+    assert "--jobs must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_names_become_bars_and_the_default_is_said_in_words():

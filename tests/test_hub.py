@@ -12,6 +12,9 @@ import torch
 from huggingface_hub import constants
 
 from isa_lite import hub
+from isa_lite.bench import main as bench_main
+from isa_lite.benchmarks.__main__ import main as benchmarks_main
+from isa_lite.export import main as export_main
 from isa_lite.vl_model import load_vl_model
 
 
@@ -61,6 +64,22 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
         load_vl_model(name, tag)
     assert time.perf_counter() - began < 5  # seconds, where the libraries underneath take minutes
     assert re.search(reason, str(caught.value)) and str(own_cache) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "main, arguments",
+    [
+        (benchmarks_main, ["cirr", "--root", "nowhere"]),
+        (export_main, ["--out", "nowhere"]),
+        (bench_main, ["cost"]),
+        (bench_main, ["backbones"]),
+    ],
+    ids=["benchmarks", "export", "bench cost", "bench backbones"],
+)
+def test_a_command_says_so_in_a_line(main, arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--vl-model", "ViT-B-32", "--pretrained", "openai"])
+    assert "error: the weights openai of ViT-B-32" in capsys.readouterr().err
 
 
 def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, monkeypatch):

@@ -70,6 +70,7 @@ def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module
     if not Path(pretrained).is_file():
         look = open_clip.get_pretrained_cfg(name, pretrained)  # how images are to be prepared goes with the weights
         more |= {f"image_{key}": look[key] for key in ("mean", "std", "interpolation", "resize_mode") if look.get(key)}
+        more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}  # and so does the activation
     file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
     try:
         clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)

@@ -308,6 +308,17 @@ def test_every_family_of_light_backbones(vl, tmp_path, family, size):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("stride", [16, 32])
+def test_a_family_whose_constructor_takes_no_feature_getter(vl, images, stride):
+    encoder = fresh(vl, backbone="hardcorenas_a", stride=stride)
+    with torch.no_grad():
+        (found,) = encoder.backbone(encoder.pixels(images))
+        whole = timm.create_model("hardcorenas_a", features_only=True).eval()
+        whole.load_state_dict(encoder.backbone.state_dict())
+        wanted = dict(zip(whole.feature_info.reduction(), whole(encoder.pixels(images)), strict=True))[stride]
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_position_of_the_map_of_a_transformer_is_a_place_in_the_image(vl):
     """Its map holds no class token, and rows and columns are not mixed up."""
     backbone = fresh(vl, backbone="vit_tiny_patch16_224", image_size=64).backbone

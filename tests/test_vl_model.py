@@ -373,3 +373,10 @@ def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     seen.add(load_vl_model(str(tmp_path)).fingerprint)
     assert len(seen) == 7
+
+
+def test_the_same_weights_with_another_activation_are_another_model():
+    one, other = build(), build(quick_gelu=True)
+    other.clip.load_state_dict(one.clip.state_dict())
+    assert not torch.allclose(one.encode_text(TEXTS), other.encode_text(TEXTS), atol=1e-4)
+    assert one.fingerprint != other.fingerprint

@@ -132,6 +132,16 @@ def _create(name: str, image_size: int, **settings) -> nn.Module:
         return timm.create_model(name, features_only=True, **settings)
 
 
+def _getter(name: str, image_size: int, pretrained: bool, layer: int) -> nn.Module:
+    """A backbone whose forward gives a list of one map. 'getter' drops the layers behind it: nothing is computed in vain."""
+    try:
+        return _create(name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,))
+    except TypeError as error:  # HardCoRe-NAS has a feature extractor of its own, which keeps them
+        if "feature_cls" not in str(error):
+            raise
+        return _create(name, image_size, pretrained=pretrained, out_indices=(layer,))
+
+
 class _Subsampled(nn.Conv2d):
     """A 1x1 convolution with a stride, computed as what it is: take every second pixel, then mix the channels.
 
@@ -177,8 +187,7 @@ def build_backbone(
     layer = max(index for index, s in zip(info.out_indices, strides, strict=True) if s == stride)
     if pretrained and not timm.get_pretrained_cfg(name).has_weights:
         raise ValueError(f"timm has no weights for backbone {name!r}; set pretrained to False, or take another backbone")
-    # 'getter' drops the layers behind the map that is used, so that nothing is computed in vain.
-    backbone = _create(name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,)).eval()
+    backbone = _getter(name, image_size, pretrained, layer).eval()
     for layer in backbone.modules():
         if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (3, (1, 1), (0, 0)):
             layer.__class__ = _Subsampled  # the same weights under the same name

@@ -79,6 +79,14 @@ def random_model(name: str) -> VLModel:
     return VLModel(clip, preprocess, open_clip.get_tokenizer(name), name=f"{name}, random weights")
 
 
+def _named(parser: argparse.ArgumentParser, args: argparse.Namespace) -> VLModel:
+    """The VL model that the command names; what is wrong with it ends the command in a line."""
+    try:
+        return load_vl_model(args.vl_model, args.pretrained)
+    except (ConnectionError, ImportError, ValueError) as error:
+        parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["cost", "query", "split", "embed", "backbones"])
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--rounds and --image-size must be at least 1, not {args.rounds} and {args.image_size}")
     if args.what == "backbones":
         untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
-        vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)
+        vl = random_model(args.vl_model) if untrained else _named(parser, args)
         print(f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
         print("parameters and multiply-adds in millions")
         print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())
@@ -127,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
             print(split(vl, encoder).round(2).to_string(na_rep="-"))
         return
-    vl = load_vl_model(args.vl_model, args.pretrained)
+    vl = _named(parser, args)
     encoder = QueryEncoder.load(args.encoder, vl)
     print(machine())
     for batch in (1, 32):

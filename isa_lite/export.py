@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             encoder = QueryEncoder.load(args.encoder, vl)
         most = export(encoder, vl, args.out, args.template)
         folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, ConnectionError, ImportError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     for path in (folder / name for folder in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")

@@ -68,6 +68,8 @@ def weights_file(model: str, tag: str) -> Path:
     """The file of weights of an open_clip model's tag: from the cache, or fetched. Raises ConnectionError at once if offline."""
     config = open_clip.get_pretrained_cfg(model, tag)
     what, advice = f"the weights {tag} of {model}", "download the file of weights yourself and pass pretrained='FILE'"
+    if config.get("quick_gelu") and f"{model}-quickgelu" in open_clip.list_models():
+        advice += f" with the name {model}-quickgelu"  # a file does not say which activation it was trained with
     if config.get("hf_hub"):
         repo, name = os.path.split(config["hf_hub"])
         names = [os.path.splitext(name)[0] + ".safetensors", name] if name else WEIGHTS

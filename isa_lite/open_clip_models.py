@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import open_clip
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +21,9 @@ from isa_lite.hub import weights_file
 from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.text_tower import text_config
 from isa_lite.words import load_tokenizer
+
+#: What a file of weights raises that is cut off, or of another model, or no such file at all.
+_UNFIT = (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
@@ -37,7 +42,7 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
     changed = {"text_cfg": text} if text.get("hf_model_name") else {}
     try:
         clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
-    except RuntimeError as error:
+    except _UNFIT as error:
         raise ValueError(f"{folder} holds no weights that fit its open_clip_config.json: {error}") from error
     matcher, settings = None, folder / "matching_encoder.json"
     if settings.is_file():
@@ -50,7 +55,8 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
 def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module, Callable, Callable]:
     """Model, preprocessing and tokenizer of a name that open_clip knows; pretrained: tag or file of its weights.
 
-    Raises ValueError for no tag or an unknown one, ImportError for a missing package, ConnectionError for weights out of reach.
+    Raises ValueError for no tag, an unknown one, or a file that does not fit; ImportError for a missing package; ConnectionError
+    for weights out of reach.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
@@ -64,6 +70,10 @@ def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module
     if not Path(pretrained).is_file():
         look = open_clip.get_pretrained_cfg(name, pretrained)  # how images are to be prepared goes with the weights
         more |= {f"image_{key}": look[key] for key in ("mean", "std", "interpolation", "resize_mode") if look.get(key)}
+        more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}  # and so does the activation
     file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
-    clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)
+    try:
+        clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)
+    except _UNFIT as error:
+        raise ValueError(f"{file} cannot be loaded as weights of {name}: {type(error).__name__}: {error}") from error
     return clip, preprocess, tokenizer

@@ -45,7 +45,9 @@ class _Names:
 
     def __init__(self, images: ImageFolder):
         self.folder = images.folder.resolve()
-        self.number = {self._key(f.relative_to(images.folder).as_posix()): i for i, f in enumerate(images.files)}
+        number = {f: i for i, f in enumerate(images.files)}
+        copies = {copy: number[first] for copy, first in images.duplicates.items() if first in number}  # of what was kept
+        self.number = {self._key(f.relative_to(images.folder).as_posix()): i for f, i in (copies | number).items()}
         self.broken = {self._key(f.relative_to(images.folder).as_posix()): why for f, why in images.broken.items()}
 
     @staticmethod
@@ -102,7 +104,8 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
     """The captions of each image of the folder, in the table's order; an empty list for an image that has none.
 
     The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored. Any Unicode is a caption,
-    an image may have several, and a row that is there twice counts once. Rows count like a spreadsheet's: the header is 1.
+    an image may have several, and a row that is there twice counts once. The captions of a copy that was left out go to the image
+    that it is a copy of. Rows count like a spreadsheet's: the header is 1.
     Raises FileNotFoundError, or ValueError naming the file, the first rows that cannot be used, and what to do.
     """
     path, names = Path(path), _Names(images)

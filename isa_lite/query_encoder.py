@@ -225,8 +225,11 @@ def prompt_ids(
 
 
 def known_words(vl: VLModel, template: str = TEMPLATE) -> int:
-    """How many positions at the start of a prompt hold the template's own words, the same for every query."""
-    return len(vl.words.prefix) + len(vl.words.ids(template.partition("{")[0]))
+    """How many positions at the start of a prompt hold the template's own words, the same for every query.
+
+    Signs that are glued to the first field do not count: where a modifier is empty, "(" and ")" around it are one token, "()".
+    """
+    return len(vl.words.prefix) + len(vl.words.ids(re.sub(r"\S+$", "", template.partition("{")[0])))
 
 
 def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,8 +196,10 @@ class VLModel(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A key that changes with any weight or with the preprocessing; what is cached on disk is filed under it."""
+        """A key that changes with any weight, the activation or the preprocessing; what is cached on disk is filed under it."""
         digest = hashlib.sha256(repr(self.preprocess).encode())
+        if any(isinstance(module, QuickGELU) for module in self.modules()):  # which the weights do not show
+            digest.update(b"QuickGELU")
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -506,6 +506,38 @@ def test_an_image_that_the_gallery_does_not_list_is_named(fashioniq_root):
         fashioniq.load(fashioniq_root)
 
 
+INFO = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+
+
+@pytest.mark.parametrize(
+    "name, file, spoil, message",
+    [
+        ("circo", INFO, lambda c: {"annotations": []}, "image_info_unlabeled2017.json has no list of images"),
+        ("circo", INFO, lambda c: c["images"], "image_info_unlabeled2017.json has no list of images"),
+        ("circo", INFO, lambda c: {"images": [*c["images"], {**c["images"][0], "file_name": "x.jpg"}]}, "lists an id twice"),
+        ("circo", "annotations/val.json", lambda c: {"data": c}, "annotations/val.json is no list of entries"),
+        ("circo", "annotations/val.json", lambda c: [1], "annotations/val.json is no list of entries"),
+        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": {"id": 1}}], "img_set of query 12 .* members"),
+        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": None}], "img_set of query 12 .* members"),
+        ("cirr", "cirr/image_splits/split.rc2.val.json", list, "split.rc2.val.json does not give each image its path"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(request, name, file, spoil, message):
+    root = request.getfixturevalue(f"{name}_root")
+    put(root / file, spoil(json.loads((root / file).read_text())))
+    with pytest.raises(ValueError, match=message):
+        LOADERS[name](root)
+
+
+def test_a_submission_whose_queries_share_an_id_is_refused(cirr_root, tmp_path):
+    entries = json.loads((cirr_root / "cirr/captions/cap.rc2.test1.json").read_text())
+    put(cirr_root / "cirr/captions/cap.rc2.test1.json", [entries[0], {**entries[1], "pairid": entries[0]["pairid"]}])
+    (task,) = cirr.load(cirr_root, "test1")
+    ranking = rank(task, on_circle([0, 90]), on_circle(range(0, 80, 10)))
+    with pytest.raises(ValueError, match="2 queries have only 1 ids"):
+        cirr.write_submissions(tmp_path, [task], [ranking])
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_tree_of_another_size_than_the_official_one_says_so(request, name):
     task = LOADERS[name](request.getfixturevalue(f"{name}_root"))[0]

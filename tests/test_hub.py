@@ -10,8 +10,13 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save
 
 from isa_lite import hub
+from isa_lite.bench import main as bench_main
+from isa_lite.benchmarks.__main__ import main as benchmarks_main
+from isa_lite.export import main as export_main
 from isa_lite.vl_model import load_vl_model
 
 
@@ -63,6 +68,22 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
     assert re.search(reason, str(caught.value)) and str(own_cache) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "main, arguments",
+    [
+        (benchmarks_main, ["cirr", "--root", "nowhere"]),
+        (export_main, ["--out", "nowhere"]),
+        (bench_main, ["cost"]),
+        (bench_main, ["backbones"]),
+    ],
+    ids=["benchmarks", "export", "bench cost", "bench backbones"],
+)
+def test_a_command_says_so_in_a_line(main, arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--vl-model", "ViT-B-32", "--pretrained", "openai"])
+    assert "error: the weights openai of ViT-B-32" in capsys.readouterr().err
+
+
 def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, monkeypatch):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 20, "width": 32, "heads": 2, "layers": 1}
@@ -72,14 +93,41 @@ def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, 
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
     torch.manual_seed(0)
     clip = open_clip.create_model("tiny")
-    from safetensors.torch import save
-
     fill(own_cache, "me/tiny", {"open_clip_model.safetensors": save(clip.state_dict())})
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
     vl = load_vl_model("tiny", "ours")
     assert torch.equal(vl.clip.text_projection, clip.text_projection)
     assert vl.clip.visual.image_mean == look["mean"] and vl.clip.visual.image_std == look["std"]
     assert "bilinear" in repr(vl.preprocess) and "CenterCrop" not in repr(vl.preprocess)
+    assert not any(type(m) is QuickGELU for m in vl.modules())
+
+
+def test_a_tag_of_weights_that_were_trained_with_quick_gelu_gets_it(own_cache, monkeypatch):
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 20, "width": 32, "heads": 2, "layers": 1}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
+    tag = {"hf_hub": "me/tiny/", "url": "", "mean": (0.5,) * 3, "std": (0.5,) * 3, "quick_gelu": True}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"ours": tag})
+    torch.manual_seed(0)
+    clip = open_clip.create_model("tiny", force_quick_gelu=True)
+    for weight in clip.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    fill(own_cache, "me/tiny", {"open_clip_model.safetensors": save(clip.state_dict())})
+    vl, ids = load_vl_model("tiny", "ours"), open_clip.get_tokenizer("tiny")(["make it red"])
+    with torch.no_grad():
+        torch.testing.assert_close(vl.encode_text(["make it red"]), clip.encode_text(ids, normalize=True))
+        pixels = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(vl.encode_pixels(pixels), clip.encode_image(pixels, normalize=True))
+
+
+def test_whoever_fetches_a_file_of_weights_by_hand_hears_of_quick_gelu():
+    for model, tag in open_clip.list_pretrained():
+        if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
+            assert open_clip.get_model_config(f"{model}-quickgelu")["quick_gelu"]
+    with pytest.raises(ConnectionError, match="pass pretrained='FILE' with the name ViT-L-14-quickgelu"):
+        load_vl_model("ViT-L-14", "openai")
+    with pytest.raises(ConnectionError, match="pass pretrained='FILE'$"):
+        load_vl_model("ViT-L-14", "laion2b_s32b_b82k")
 
 
 @pytest.fixture

@@ -87,6 +87,20 @@ def test_an_absolute_path_inside_the_folder_is_as_good_as_a_relative_one(folder)
     assert captions(folder, f"image,caption\n{folder.folder.resolve() / 'sub/c.png'},x\n") == {"sub/c.png": ["x"]}
 
 
+def test_what_is_said_about_a_copy_is_said_about_the_image_that_was_kept(folder):
+    (folder.folder / "copy.png").write_bytes(folder.files[0].read_bytes())
+    with pytest.warns(UserWarning, match="copies of others"):
+        doubled = ImageFolder(folder.folder)
+    assert captions(doubled, "image,caption\na.png,a kite\ncopy.png,a kite\ncopy.png,a ray") == {"a.png": ["a kite", "a ray"]}
+    entry = {"reference": "copy.png", "modifier": "in red", "targets": ["b.png"]}
+    assert triplets(doubled, [entry]).reference.tolist() == [0]
+    with pytest.raises(ValueError, match="no target but its own reference"):
+        triplets(doubled, [{**entry, "targets": ["a.png"]}])
+    with pytest.warns(UserWarning, match="copies of others"):
+        kept = ImageFolder(folder.folder, keep_duplicates=True)
+    assert captions(kept, "image,caption\na.png,a kite\ncopy.png,a ray") == {"a.png": ["a kite"], "copy.png": ["a ray"]}
+
+
 @pytest.mark.parametrize("mark", ["&lt;end_of_text>", "&amp;lt;end_of_text>", "<start_of_text>"])
 def test_a_caption_cannot_end_or_begin_the_text_in_its_middle(folder, vl, mark):
     (said,) = captions(folder, f"image,caption\na.png,one {mark} two\n")["a.png"]

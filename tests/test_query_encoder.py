@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from isa_lite import backbones
 from isa_lite.backbones import LIGHT, data_config, default_stride, lite0_weights
 from isa_lite.mappings import MAPPINGS
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids, splice
 from isa_lite.vl_model import VLModel, load_vl_model
 
 TEMPLATES = [
@@ -124,6 +125,19 @@ def test_an_empty_modifier_ends_the_prompt_behind_the_sentence(vl):
     }.items():
         for modifier in ("", "  ", "\n"):
             assert torch.allclose(compose(vl, star, [modifier], template), theirs(vl, [text]), atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["a photo ({modifier}) of {sentence}", "a photo-{modifier}-of {sentence}"])
+def test_an_empty_modifier_among_others_changes_none_of_them(vl, template):
+    tokens = torch.randn(3, 2, vl.word_width, generator=torch.Generator().manual_seed(0))
+    nn.init.normal_(vl.tower.table.weight, generator=torch.Generator().manual_seed(1))  # brackets and dashes have vectors, too
+    said = ["", "red", "in the snow"]
+    for order in ([0, 1, 2], [2, 1, 0]):
+        modifiers = [said[i] for i in order]
+        ids, places = prompt_ids(vl, 2, modifiers, template)
+        with torch.no_grad():
+            whole = vl.pool(vl.text_tokens(splice(vl, tokens, ids, places), ids), ids)
+        assert torch.allclose(compose(vl, tokens, modifiers, template), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4])
@@ -292,6 +306,17 @@ def test_every_family_of_light_backbones(vl, tmp_path, family, size):
     encoder.save(tmp_path)
     for one, other in zip(after, QueryEncoder.load(tmp_path, vl).sentences(pictures), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_a_family_whose_constructor_takes_no_feature_getter(vl, images, stride):
+    encoder = fresh(vl, backbone="hardcorenas_a", stride=stride)
+    with torch.no_grad():
+        (found,) = encoder.backbone(encoder.pixels(images))
+        whole = timm.create_model("hardcorenas_a", features_only=True).eval()
+        whole.load_state_dict(encoder.backbone.state_dict())
+        wanted = dict(zip(whole.feature_info.reduction(), whole(encoder.pixels(images)), strict=True))[stride]
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_position_of_the_map_of_a_transformer_is_a_place_in_the_image(vl):

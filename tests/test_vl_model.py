@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 
 import numpy as np
@@ -337,6 +338,21 @@ def test_a_folder_that_holds_settings_but_no_weights(tmp_path, vl_folder, no_net
         load_vl_model(str(tmp_path))
 
 
+def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_path, vl_folder, monkeypatch, no_network):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-ViT", {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT})
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    (tmp_path / "garbage.pt").write_bytes(b"hello" * 100)
+    (tmp_path / "garbage.safetensors").write_bytes(b"hello" * 100)
+    for name in ("other.pt", "garbage.pt", "garbage.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} cannot be loaded as weights of tiny-ViT"):
+            load_vl_model("tiny-ViT", str(tmp_path / name))
+    shutil.copytree(vl_folder, tmp_path / "cut")
+    whole = (vl_folder / "open_clip_model.safetensors").read_bytes()
+    (tmp_path / "cut" / "open_clip_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut holds no weights that fit its open_clip_config.json"):
+        load_vl_model(str(tmp_path / "cut"))
+
+
 def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
     vl = load_vl_model(str(vl_folder))
     first = vl.fingerprint
@@ -357,3 +373,10 @@ def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     seen.add(load_vl_model(str(tmp_path)).fingerprint)
     assert len(seen) == 7
+
+
+def test_the_same_weights_with_another_activation_are_another_model():
+    one, other = build(), build(quick_gelu=True)
+    other.clip.load_state_dict(one.clip.state_dict())
+    assert not torch.allclose(one.encode_text(TEXTS), other.encode_text(TEXTS), atol=1e-4)
+    assert one.fingerprint != other.fingerprint

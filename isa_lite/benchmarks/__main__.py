@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         same = {name: getattr(args, name) for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")}
         config = RunConfig(options=options, **same)
         result = run(args.benchmark, args.root, vl, args.methods, encoder, config, args.out, args.cache)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ConnectionError, ImportError, ValueError) as error:
         parser.error(str(error))
     print(report(result))
 

@@ -69,8 +69,13 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
     present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    pictures = entries(read_json(root, where, _LAYOUT)["images"], ("id", "file_name"), where)
+    info = read_json(root, where, _LAYOUT)
+    if not isinstance(info, dict) or "images" not in info:
+        raise ValueError(f"{where} has no list of images; is it another file under this name?")
+    pictures = list(entries(info["images"], ("id", "file_name"), where))
     found = {number: folder / name if name in present else None for _, number, name in pictures}
+    if len(found) < len(pictures):
+        raise ValueError(f"{where} lists an id twice: {len(pictures)} images have {len(found)} ids")
     protocol = {
         "gallery": "all images of the info file",
         "reference": "stays in the ranking",

@@ -46,10 +46,14 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
     keys = ("pairid", "reference", "caption", "img_set", "target_hard")[: 4 + (split != "test1")]
     queries = []
     for record, pair, reference, caption, group, *target in entries(read_json(annotations, where, _LAYOUT), keys, where):
+        if not isinstance(group, dict) or not isinstance(group.get("members"), list):
+            raise ValueError(f"the img_set of query {pair} of {where} has no list of members")
         others = tuple(name for name in group["members"] if name != reference)
         queries.append(Query(str(pair), reference, (caption,), tuple(target), others, entry=record))
     places = list(dict.fromkeys([base / below for base in (root, annotations, annotations.parent) for below in ("", "img_raw")]))
     paths = read_json(annotations, f"image_splits/split.rc2.{split}.json", _LAYOUT)
+    if not isinstance(paths, dict):
+        raise ValueError(f"image_splits/split.rc2.{split}.json does not give each image its path; is it another file?")
     protocol = {
         "gallery": "all images of the split file",
         "reference": "removed from the ranking",

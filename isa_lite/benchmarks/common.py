@@ -91,7 +91,9 @@ def read_json(root: Path, relative: str, layout: str):
 
 
 def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iterator[tuple[Mapping, ...]]:
-    """Of each record itself and the values of `keys`. ValueError names the record that lacks one."""
+    """Of each record itself and the values of `keys`. ValueError names a record that lacks one, or a file that is no list."""
+    if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
+        raise ValueError(f"{where} is no list of entries; is it another file under this name?")
     for i, record in enumerate(records):
         lacking = [key for key in keys if key not in record]
         if lacking:

@@ -33,6 +33,8 @@ def check_lists(lists: Mapping[str, object], k: int, task: Task, candidates: Cal
     known = {q.id for q in task.queries}
     lacking, extra = [q.id for q in task.queries if q.id not in lists], [key for key in lists if key not in known]
     problems = [f"{len(lacking)} of {len(known)} queries have no list, the first: {lacking[0]}"] if lacking else []
+    if len(known) < len(task.queries):
+        problems.append(f"the annotations' {len(task.queries)} queries have only {len(known)} ids")
     if extra:
         problems.append(f"{len(extra)} keys are no query of {task.name} {task.split}, the first: {extra[0]}")
     faults: dict[str, list[str]] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isa_lite.checkpoint import read_tensors
+from isa_lite.hub import check_backbone_weights
 from isa_lite.symmetric import LARGE_TOWER, LargeTower
 from isa_lite.vl_model import DATA, VLModel
 
@@ -166,7 +167,8 @@ def build_backbone(
     stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded; weights: "lite0" for
     `lite0_weights`, "scenes" or a folder for what `light_backbone` wrote; vl: the model whose image tower is meant by the
     name "vl", which gives its last map, whatever the stride.
-    Raises ValueError for what cannot work, naming it, and ModuleNotFoundError where "lite0" is not installed.
+    Raises ValueError for what cannot work, naming it, ModuleNotFoundError where "lite0" is not installed, and ConnectionError
+    for timm's weights out of reach.
     """
     if name == LARGE_TOWER:
         if weights:
@@ -187,6 +189,8 @@ def build_backbone(
     layer = max(index for index, s in zip(info.out_indices, strides, strict=True) if s == stride)
     if pretrained and not timm.get_pretrained_cfg(name).has_weights:
         raise ValueError(f"timm has no weights for backbone {name!r}; set pretrained to False, or take another backbone")
+    if pretrained:
+        check_backbone_weights(name)
     backbone = _getter(name, image_size, pretrained, layer).eval()
     for layer in backbone.modules():
         if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (3, (1, 1), (0, 0)):

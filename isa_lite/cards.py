@@ -180,15 +180,11 @@ Licence: MIT, like the code.
     write_text(folder / "README.md", text)
 
 
-def example_queries(vl: VLModel, encoder: QueryEncoder, answers: int = 6) -> bytes:
-    """A picture (PNG) of the first three queries of benchmark seed 0 and the first whose target is not the first answer."""
-    bench = make_benchmark(size=vl.image_size)
-    gallery = vl.encode_images(bench.images)
-    queries = composed(bench, vl, encoder)
-    missed = int(np.argmax(benchmark_ranks(bench, queries, gallery)[3:] > 1)) + 3
-    rows = [0, 1, 2, missed]
-    reference = torch.from_numpy(bench.reference[rows])
-    found = Gallery(gallery, [str(i) for i in range(len(gallery))]).search(queries[rows], answers, reference)[1]
+def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers: int = 6) -> bytes:
+    """A picture (PNG) of the first `count` queries of benchmark seed 0, as they come, with their first answers."""
+    bench, rows = make_benchmark(size=vl.image_size), np.arange(count)
+    gallery = Gallery(vl.encode_images(bench.images), [str(i) for i in range(len(bench.images))])
+    found = gallery.search(composed(bench, vl, encoder)[rows], answers, torch.from_numpy(bench.reference[rows]))[1]
     return draw.png(draw.retrieval(bench, rows, found.numpy()))
 
 

@@ -184,6 +184,7 @@ def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[floa
             best = int(np.argmax(found))
             axes.plot(weights[best], found[best], color=color, marker=mark, markersize=12, fillstyle="none", markeredgewidth=2)
         axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
+        axes.set_title("How much should the words count?")
         axes.legend(frameon=False, fontsize=12)
         return figure
 

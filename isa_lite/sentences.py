@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from isa_lite.evaluate import Benchmark, benchmark_ranks
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose
-from isa_lite.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, object_masks, render_many, sample_scenes
+from isa_lite.scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, STYLES, Scene, object_masks, render_many, sample_scenes
 from isa_lite.vl_model import VLModel
 
 
@@ -92,12 +92,15 @@ def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[st
     ]
 
 
-#: What a word of a scene caption names. Words of size and place, and pieces of words, are "other".
+_PLACES = sorted({word for position in POSITIONS for word in position.split()})  # "top left" is two words
+#: What a word of a scene caption names. Words of size, and pieces of words, are "other".
 WORD_KINDS = {
     w: kind
-    for kind, words in (("background", BACKGROUNDS), ("style", STYLES), ("color", COLORS), ("shape", SHAPES))
+    for kind, words in (
+        ("background", BACKGROUNDS), ("style", STYLES), ("color", COLORS), ("shape", SHAPES), ("place", _PLACES)
+    )
     for w in words
-}
+}  # fmt: skip
 
 
 def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
@@ -109,7 +112,7 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     for word, kind in WORD_KINDS.items():
         for i in vl.words.ids(word):
             pieces[vl.words.word(i)] = kind
-    kinds = ["background", "style", "color", "shape", "other"]
+    kinds = [*dict.fromkeys(WORD_KINDS.values()), "other"]
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]
     grid = np.array(found).reshape(count, length)

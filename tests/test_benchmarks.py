@@ -166,7 +166,7 @@ def test_captions_are_stripped_and_joined_in_both_orders_or_one(fashioniq_root):
 def test_an_empty_caption_leaves_the_other_one_alone_and_is_told(fashioniq_root):
     task = fashioniq.load(fashioniq_root)[1]
     assert task.queries[0].texts == ("has $5 on it",)
-    assert any("1 queries have an empty caption" in note for note in task.notes)
+    assert any("an empty caption in 1 of the queries" in note for note in task.notes)
 
 
 def test_the_embeddings_of_both_orders_are_averaged(fashioniq_root, vl):

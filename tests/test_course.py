@@ -43,6 +43,7 @@ WRONG = {
         ("return int((embeddings @ query).topk(2).indices[1])", "need not be the best row"),
         ("return (torch.cat([embeddings[:reference], embeddings[reference + 1 :]]) @ query).argmax()", "the rows move up"),
         ("s = embeddings @ query; s[reference] = -1; return s.max()", "is a score"),
+        ("s = embeddings @ query; s[reference] = 0; return s.argmax()", "lower than any cosine"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),

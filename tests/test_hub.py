@@ -8,12 +8,14 @@ import time
 
 import open_clip
 import pytest
+import timm
 import torch
 from huggingface_hub import constants
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save
 
 from isa_lite import hub
+from isa_lite.backbones import build_backbone
 from isa_lite.bench import main as bench_main
 from isa_lite.benchmarks.__main__ import main as benchmarks_main
 from isa_lite.export import main as export_main
@@ -66,6 +68,20 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
         load_vl_model(name, tag)
     assert time.perf_counter() - began < 5  # seconds, where the libraries underneath take minutes
     assert re.search(reason, str(caught.value)) and str(own_cache) in str(caught.value)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv4_conv_small_050.e3000_r224_in1k"])
+def test_weights_of_a_backbone_out_of_reach_are_refused_at_once(backbone, monkeypatch, own_cache):
+    monkeypatch.setattr("timm.create_model", lambda *a, create=timm.create_model, pretrained=False, **k: create(*a, **k))
+    began = time.perf_counter()
+    with pytest.raises(ConnectionError, match=f"weights of the backbone {backbone} .timm/{backbone}.*set pretrained to False"):
+        build_backbone(backbone, 64, pretrained=True)
+    assert time.perf_counter() - began < 5  # seconds, where timm takes most of a minute
+    build_backbone(backbone, 64)
+    repo = timm.get_pretrained_cfg(backbone).hf_hub_id
+    fill(own_cache, repo, {"model.safetensors": b""})
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
+    build_backbone(backbone, 64, pretrained=True)
 
 
 @pytest.mark.parametrize(

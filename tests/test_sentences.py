@@ -92,12 +92,12 @@ def test_deleting_a_token_takes_that_token_out():
 
 def test_what_the_nearest_words_name():
     vl = load_vl_model()
-    say = [["red", "white", "large"], ["checkered", "striped", "heart"]]  # two sentences of three tokens
+    say = [["red", "white", "large"], ["checkered", "left", "heart"]]  # two sentences of three tokens
     tokens = torch.stack([torch.stack([vl.word_vectors(torch.tensor(vl.tokenizer.encode(w)[:1]))[0] for w in s]) for s in say])
     kinds = word_kinds(vl, tokens.detach())
-    assert kinds.loc["token 1"].to_dict() == {"background": 50, "style": 0, "color": 50, "shape": 0, "other": 0}
-    assert kinds.loc["token 2"].to_dict() == {"background": 50, "style": 50, "color": 0, "shape": 0, "other": 0}
-    assert kinds.loc["token 3"].to_dict() == {"background": 0, "style": 0, "color": 0, "shape": 50, "other": 50}
+    assert kinds.loc["token 1"].to_dict() == {"background": 50, "style": 0, "color": 50, "shape": 0, "place": 0, "other": 0}
+    assert kinds.loc["token 2"].to_dict() == {"background": 50, "style": 0, "color": 0, "shape": 0, "place": 50, "other": 0}
+    assert kinds.loc["token 3"].to_dict() == {"background": 0, "style": 0, "color": 0, "shape": 50, "place": 0, "other": 50}
 
 
 def test_what_an_answer_kept_and_followed_by_hand():

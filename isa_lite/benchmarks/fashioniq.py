@@ -99,7 +99,7 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
     )
     empty = sum(not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
     if empty:
-        task.notes.append(f"{category} {split}: {empty} queries have an empty caption, the other one stands alone")
+        task.notes.append(f"{category} {split}: an empty caption in {empty} of the queries, where the other one stands alone")
     return task
 
 

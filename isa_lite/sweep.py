@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="the gathered record; by default data/results/sweep.json, for the notebook's own steps"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
+    parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
     return parser
 
 
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         took = sum(training["minutes"].values())
         print(f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes. Make it by")
         print(f"  python -m isa_lite.pretrain {' '.join(command)}\n  (or give --pretrain)")
-        if args.pretrain and not args.dry_run:
+        if args.pretrain and not (args.dry_run or args.gather):
             pretrain.main(command)
     models: dict[str, str] = {}
     for name in dict.fromkeys(run["parameters"]["vl_model"] for run in runs):
@@ -165,6 +166,10 @@ def main(argv: list[str] | None = None) -> None:
     _print_plan(runs, waiting, results, defaults, args.jobs)
     if args.dry_run:
         return
+    if args.gather:
+        waiting = []
+        if not results:
+            parser.error(f"--gather: none of these runs is finished in {args.runs}")
 
     failed = []
     ended = execute_all(args.notebook, waiting, args.runs, args.jobs)

@@ -117,6 +117,20 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5]
 
 
+def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, notebook, capsys):
+    ran, _ = notebook
+    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--gather"]
+    with pytest.raises(SystemExit):
+        sweep.main(arguments)
+    assert f"none of these runs is finished in {tmp_path / 'runs'}" in capsys.readouterr().err
+    sweep.main(["--only", "start words", *arguments[:-1]])
+    ran.clear()
+    sweep.main(arguments)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert not ran and {"ablation": "tokens", "label": "4", "seed": 0} in record["missing"]
+    assert ("start words", "none") in [(entry["ablation"], entry["label"]) for entry in record["runs"]]
+
+
 def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch):
     def execute(_, parameters, folder):
         begun.append(parameters)

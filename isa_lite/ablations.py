@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -92,7 +93,10 @@ def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,
 
 
 def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Mapping) -> dict:
-    """All finished runs as one record, an entry for each ablation's value and seed; what is not finished under `missing`."""
+    """All finished runs as one record, an entry for each ablation's value and seed; what is not finished under `missing`.
+
+    An ablation of which nothing but the default is finished has no entries: it compares nothing.
+    """
     entries, missing = [], []
     for run in runs:
         result = results.get(run["key"])
@@ -103,6 +107,9 @@ def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Ma
                 continue
             kept = {name: result[name] for name in ("methods", "training_seconds", "wall_seconds")}
             entries.append({**entry, "changed": changed(run["parameters"], defaults), **kept})
+    labels = {(entry["ablation"], entry["label"]) for entry in entries}
+    compared = {ablation for ablation, count in Counter(ablation for ablation, _ in labels).items() if count > 1}
+    entries = [entry for entry in entries if entry["ablation"] in compared or not entry["ablation"]]
     used = [results[run["key"]] for run in runs if run["key"] in results]
     return {
         "data": "rendered scenes",

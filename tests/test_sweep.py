@@ -169,6 +169,4 @@ def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [(entry["ablation"], entry["label"]) for entry in record["runs"]] == [("", "default")]
     assert record["runs"][0]["methods"]["isa"]["R@10"] > 0 and record["defaults"]["smoke"] is True
-    assert [entry["label"] for entry in record["missing"]] == [
-        "without"
-    ]  # there is no such VL model here, so nothing is compared
+    assert [entry["label"] for entry in record["missing"]] == ["without"]  # there is no such VL model: nothing to compare

@@ -33,6 +33,8 @@ TEMPLATES = (
     "{sentence} {modifier}",
     "a picture of {sentence}, but {modifier}",
 )
+#: What the record keeps of every run's result.
+KEPT = ("methods", "training_seconds", "wall_seconds", "queries", "gallery", "machine", "commit", "date")
 #: What a result does not depend on, apart from rounding.
 ASIDE = ("device", "num_workers", "out_dir")
 
@@ -105,8 +107,9 @@ def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Ma
             if result is None:
                 missing.append(entry)
                 continue
-            kept = {name: result[name] for name in ("methods", "training_seconds", "wall_seconds")}
-            entries.append({**entry, "changed": changed(run["parameters"], defaults), **kept})
+            entries.append(
+                {**entry, "changed": changed(run["parameters"], defaults), **{n: result[n] for n in KEPT}, "key": run["key"]}
+            )
     labels = {(entry["ablation"], entry["label"]) for entry in entries}
     compared = {ablation for ablation, count in Counter(ablation for ablation, _ in labels).items() if count > 1}
     entries = [entry for entry in entries if entry["ablation"] in compared or not entry["ablation"]]

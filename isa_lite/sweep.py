@@ -3,7 +3,8 @@
 Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number of tokens, the mapping
 network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the captions that the VL
 model was trained on. A finished run has a result file in a folder named after its parameters and the VL model's weights, not
-after the commit; it is not run again. A run that was stopped goes on where it was. Ours.
+after the commit; it is not run again. A run that was stopped goes on where it was. With `--add`, what the record has already is
+not run again either, though its folder is gone: so a sweep can take several days or machines. Ours.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
+    parser.add_argument("--add", action="store_true", help="keep what the record at --out holds already, and run only the rest")
     return parser
 
 
@@ -155,6 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in dict.fromkeys(run["parameters"]["vl_model"] for run in runs):
         if name != WITHOUT_CHANGE or Path(name).is_dir():
             models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
+    out = args.out or DATA / "results" / "sweep.json"
+    stored = json.loads(out.read_text()) if args.add and out.is_file() else {"runs": [], "attention": {}}
+    kept = {entry["key"]: entry for entry in stored["runs"]}
     results = {}
     for run in runs:
         model = models.get(run["parameters"]["vl_model"])
@@ -162,6 +167,8 @@ def main(argv: list[str] | None = None) -> None:
         done = args.runs / str(run["key"]) / "result.json"
         if model and done.is_file():
             results[run["key"]] = json.loads(done.read_text())
+        elif run["key"] in kept:
+            results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
     _print_plan(runs, waiting, results, defaults, args.jobs)
     if args.dry_run:
@@ -180,8 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
             tqdm.write(f"FAILED {failed[-1]}")
     record = gather(runs, results, defaults)
-    record["attention"] = _attention(runs, results, args)
-    out = args.out or DATA / "results" / "sweep.json"
+    record["attention"] = _attention(runs, results, args, stored["attention"])
     write_text(out, json.dumps(record) + "\n")
     write_bytes(out.with_suffix(".png"), draw.png(draw.ablations(record)))
     print(table(record).to_string())
@@ -199,14 +205,21 @@ def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Ma
     print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours ({source}); {machine()}")
 
 
-def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespace) -> dict:
-    """What the encoders of the first seed that differ in their number of tokens look at (`sentences.look`), by that number."""
-    encoders, vl = [], None
+def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespace, stored: Mapping) -> dict:
+    """What the encoders of the first seed that differ in their number of tokens look at (`sentences.look`), by that number.
+
+    stored: the same from an earlier record, for encoders that are gone.
+    """
+    found, encoders, vl = {}, [], None
     for run in runs:
         if run["key"] in results and run["parameters"]["seed"] == args.seeds[0] and any(a == "tokens" for a, _ in run["shows"]):
-            vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
-            encoders.append(QueryEncoder.load(args.runs / run["key"], vl))
-    return look(encoders) if encoders else {}
+            if (args.runs / run["key"]).is_dir():
+                vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
+                encoders.append(QueryEncoder.load(args.runs / run["key"], vl))
+            elif (length := str(run["parameters"]["num_tokens"])) in stored:
+                found[length] = stored[length]
+    found |= look(encoders) if encoders else {}
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The sweep: its plan, what names a run, that it goes on, and that its record, table and figure say what the runs said."""
 
+import argparse
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -130,6 +132,32 @@ def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, noteboo
     assert not ran and {"ablation": "tokens", "label": "4", "seed": 0} in record["missing"]
     # nothing of what was not varied, though its default is there; no ablation's name: the default itself
     assert {entry["ablation"] for entry in record["runs"]} == {"", "start words"}
+
+
+def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, notebook):
+    ran, _ = notebook
+    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--only", "tokens"]
+    sweep.main(arguments)
+    before = json.loads((tmp_path / "sweep.json").read_text())
+    shutil.rmtree(tmp_path / "runs")
+    ran.clear()
+    sweep.main([*arguments, "--only", "start words", "--add"])
+    assert [parameters["start_words"] for parameters in ran] == [""]
+    after = json.loads((tmp_path / "sweep.json").read_text())
+    assert [entry for entry in after["runs"] if entry["ablation"] != "start words"] == before["runs"]
+    assert [entry["label"] for entry in after["runs"] if entry["ablation"] == "start words"] == ["a description", "none"]
+
+    ran.clear()
+    sweep.main(arguments)  # without --add everything is run again
+    assert len(ran) == 8
+
+
+def test_what_encoders_that_are_gone_looked_at_is_kept(tmp_path):
+    runs = [{**run, "key": str(i)} for i, run in enumerate(ablations.plan(DEFAULTS, ["tokens"]))]
+    done = {run["key"]: {} for run in runs if run["parameters"]["num_tokens"] != 8}
+    args = argparse.Namespace(seeds=[0], runs=tmp_path)
+    stored = {"24": "twenty-four", "4": "four", "8": "not this sweep's", "9": "not in the plan"}
+    assert list(sweep._attention(runs, done, args, stored).items()) == [("4", "four"), ("24", "twenty-four")]
 
 
 def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch):

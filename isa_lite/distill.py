@@ -2,14 +2,18 @@
 
 The images are the only data here. There is no argument through which a caption or a triplet could come in.
 What the large image tower says about each image does not change during training, so it is computed once and kept
-on disk (`Targets`). A run can be killed at any moment and taken up again with the same result.
+on disk (`targets`). A run can be killed at any moment and taken up again with the same result. `torchrun` starts one run
+on several GPUs or processes (`ranks`), which share every batch.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
+import json
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +21,25 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import resume_run, save_run
-from isa_lite.images import Images, batch_loader, images_key
+from isa_lite import ranks
+from isa_lite.checkpoint import resume_run, save_run, write_text
+from isa_lite.images import ImageFolder, Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.parameters import check_whole
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, prompt_ids, splice
-from isa_lite.vl_model import VLModel, plain_attention
+from isa_lite.mappings import MAPPINGS
+from isa_lite.parameters import add_settings, check_whole
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, check_template, prompt_ids, splice
+from isa_lite.targets import targets
+from isa_lite.vl_model import SCENES_CLIP, VLModel, commit, load_vl_model, machine, plain_attention
 
 
 @dataclass
 class DistillConfig:
     """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
 
-    batch_size: images a step; temperature: of GCD (and of late interaction); gcd_weight, lar_weight: of the two losses, 0
-    switches one off, and with both off nothing is trained; negatives: targets of images outside the batch that each sentence
-    is told apart from (fewer where there are fewer images); word_noise: see `blur`; validation: images held back to watch
-    the recall; dtype: of the matrix products (autocast).
+    batch_size: images a step, of all processes together; temperature: of GCD (and of late interaction); gcd_weight, lar_weight:
+    of the two losses, 0 switches one off, and with both off nothing is trained; negatives: targets of images outside the batch
+    that each sentence is told apart from (fewer where there are fewer images); word_noise: see `blur`; validation: images held
+    back to watch the recall; dtype: of the matrix products (autocast).
     """
 
     steps: int = 800
@@ -62,64 +69,6 @@ class DistillConfig:
         check_template(self.template)
         if self.dtype not in ("float32", "bfloat16"):  # float16 would underflow without loss scaling
             raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
-
-
-# ----------------------------------------------------------------------------------------------- targets
-
-
-@dataclass
-class Targets:
-    """What the large image tower says: embeddings N x E (float32) and, for LAR, patch tokens N x P x width (float16)."""
-
-    embeddings: np.ndarray
-    patches: np.ndarray | None
-
-
-def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None = None, num_workers: int = 0) -> Targets:
-    """The large tower's targets, computed once: later calls read them from `cache`.
-
-    They are filed under a digest of the model, its preprocessing and every image, so a change of any of these is
-    a new entry. The arrays are mapped from disk where there is a cache, and so need not fit into memory.
-    """
-    digest = hashlib.sha256(f"{vl.fingerprint} {images_key(images)} {vl.preprocess}".encode()).hexdigest()[:24]
-    folder = Path(cache) / digest if cache else None
-    wanted = ["embeddings"] + (["patches"] if patches else [])
-    if folder and all((folder / f"{name}.npy").is_file() for name in wanted):
-        return Targets(
-            *(
-                np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) if n in wanted else None
-                for n in ("embeddings", "patches")
-            )
-        )
-    batches = np.array_split(np.arange(len(images)), max(1, -(-len(images) // 128)))
-    out: dict[str, np.ndarray] = {}
-    with torch.inference_mode():
-        for rows, pixels in zip(
-            tqdm(batches, desc="targets of the large tower", mininterval=1),
-            batch_loader(images, batches, vl.pixels, num_workers),
-            strict=True,
-        ):
-            pixels = pixels.to(vl.device)
-            values = vl.encode_pixels_and_patches(pixels) if patches else (vl.encode_pixels(pixels),)
-            for name, value, kind in zip(wanted, values, (np.float32, np.float16), strict=False):
-                if name not in out:
-                    out[name] = _array(folder, name, (len(images), *value.shape[1:]), kind)
-                out[name][rows] = value.cpu().numpy()
-    if folder:
-        for name in wanted:
-            out[name].flush()
-            (folder / f"{name}.part.npy").rename(folder / f"{name}.npy")
-    return Targets(out["embeddings"], out.get("patches"))
-
-
-def _array(folder: Path | None, name: str, shape: tuple[int, ...], kind: type) -> np.ndarray:
-    if folder is None:
-        return np.empty(shape, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(folder / f"{name}.part.npy", "w+", kind, shape)
-
-
-# ---------------------------------------------------------------------------------------------- training
 
 
 @dataclass
@@ -159,7 +108,8 @@ def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
     """
     if amount == 0:
         return tokens
-    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step)).to(tokens)
+    whole = (len(tokens) * ranks.count(), *tokens.shape[1:])  # of the whole batch: the same, however many processes share it
+    noise = ranks.part(torch.randn(whole, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))).to(tokens)
     return tokens + amount * tokens.detach().norm(dim=-1, keepdim=True) / tokens.shape[-1] ** 0.5 * noise
 
 
@@ -182,16 +132,30 @@ def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Ten
 
 
 def _lar(
-    vl: VLModel, context: Tensor, places: Tensor, patches: Tensor, other: Tensor, temperature: float
-) -> tuple[Tensor, float]:
-    """The LAR that the VL model allows: its matching encoder, or late interaction."""
-    if vl.matcher is not None:
-        mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
-        loss, matched = matching_loss(vl.matcher, context, mask, patches, other)
-        return loss, float(matched)
-    count = int(places[0].sum())
-    words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
-    return late_interaction_loss(words, vl.project_patches(patches), temperature), float("nan")
+    vl: VLModel,
+    context: Tensor,
+    places: Tensor,
+    patches: Callable[[np.ndarray], Tensor],
+    rows: np.ndarray,
+    hardest: np.ndarray,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The LAR that the VL model allows, its matching encoder or late interaction: loss, its value, share of matched images.
+
+    patches: of images, by their indices; rows: the images of this process; hardest: the hardest other of each, which may be
+    another process's. Of several processes each gets its share of the loss, so that their gradients add up.
+    """
+    if vl.matcher is None:
+        count = int(places[0].sum())
+        words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
+        loss = late_interaction_loss(ranks.gather(words), ranks.gather(vl.project_patches(patches(rows))), temperature)
+        return loss, loss.detach(), torch.tensor(float("nan"))
+    shown = np.concatenate([rows, np.setdiff1d(hardest, rows)])
+    place = {image: i for i, image in enumerate(shown)}
+    other = torch.tensor([place[image] for image in hardest], device=context.device)
+    mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
+    loss, matched = matching_loss(vl.matcher, context, mask, patches(shown), other)
+    return loss / ranks.count(), ranks.total(loss / ranks.count()), ranks.total(matched / ranks.count())
 
 
 def distill(
@@ -209,11 +173,16 @@ def distill(
     images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the targets.
     checkpoint: a file of this run's state; if it exists, the run goes on from there (ValueError if it belongs to
     other settings or images). Returns the history of losses and validation recall.
+
+    Several processes (`ranks`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
+    are the same files for all. Raises ValueError where they cannot share a batch evenly.
     """
     if len(images) < config.validation + 2:
         raise ValueError(
             f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
         )
+    if min(config.batch_size, len(images) - config.validation) % ranks.count():
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of {ranks.count()}, the number of processes")
     if config.lar_weight > 0:
         vl.check_lar()
     device, began = torch.device(config.device), time.perf_counter()
@@ -234,16 +203,23 @@ def distill(
     if checkpoint and (info := resume_run(checkpoint, {"encoder": encoder}, optimizer, identity)):
         start, history = info["step"], History(**info["history"])
         history.recall = [tuple(point) for point in history.recall]
+    ranks.agree(encoder.state_dict().values())
     began -= history.seconds
+
+    def patches(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # n x P x width
 
     def save(step: int) -> None:
         history.seconds = time.perf_counter() - began
-        save_run(checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)})
+        if ranks.rank() == 0:
+            save_run(
+                checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
+            )
 
     half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
     batches = [batch_indices(len(train), config.batch_size, step, config.seed) for step in range(start, steps)]  # of `train`
-    chosen = [train[batch] for batch in batches]
+    chosen = [ranks.part(train[batch]) for batch in batches]  # b of B images, or all of them where there is one process
     bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
     loader = batch_loader(images, chosen, encoder.pixels, config.num_workers)
     bar = tqdm(
@@ -252,7 +228,7 @@ def distill(
         initial=start,
         desc="distillation",
         mininterval=2,
-        disable=not progress,
+        disable=not progress or ranks.rank() > 0,
     )
     for step, (batch, rows, pixels) in enumerate(bar, start):
         encoder.train()
@@ -264,25 +240,31 @@ def distill(
         with torch.autocast(device.type, half, enabled=mixed and device.type != "cpu"):
             features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
         with plain_attention(device), torch.autocast(device.type, half, enabled=mixed):
-            tokens, _ = encoder.mapping(features)  # B x L x D
+            tokens, _ = encoder.mapping(features)  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
-            query, context, places = sentence_embeddings(vl, tokens, config.template)  # B x E, B x T x width
+            query, context, places = sentence_embeddings(vl, tokens, config.template)  # b x E, b x T x width
+            query = ranks.gather(query)  # B x E
             gcd = gcd_loss(query, own, config.temperature, others)
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
-                patches = torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # B x P x width
-                lar, matched = _lar(vl, context, places, patches, hardest_other(query @ own.T), config.temperature)
+                hardest = ranks.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])
+                lar, value, matched = _lar(vl, context, places, patches, rows, hardest, config.temperature)
                 loss = loss + config.lar_weight * lar
-                history.lar.append(lar.item()), history.matched.append(matched)
+                history.lar.append(value.item()), history.matched.append(matched.item())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        ranks.add_gradients(encoder)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         history.gcd.append(gcd.item())
-        if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+        validate = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
+        keep = checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps)
+        if validate or keep:
+            ranks.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
+        if validate:
             history.recall.append((step + 1, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
             bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
-        if checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps):
+        if keep:
             save(step + 1)
     if not steps:
         history.recall = [(0, own_image_recall(images, held_back, known.embeddings, vl, encoder, config))]
@@ -301,3 +283,42 @@ def own_image_recall(
         found = torch.cat([sentence_embeddings(vl, part, config.template)[0] for part in tokens.split(256)])
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """A folder of images in, a query encoder out. The same line goes on with a run that was stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the query encoder; targets and states are in OUT/run")
+    parser.add_argument("--vl-model", default=SCENES_CLIP, help="see load_vl_model")
+    parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model")
+    parser.add_argument("--backbone", default=QueryEncoderConfig.backbone, help="of timm")
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights of the backbone")
+    parser.add_argument("--backbone-weights", default="", help="scenes, lite0 or a folder")
+    parser.add_argument("--mapping", default=QueryEncoderConfig.mapping, choices=list(MAPPINGS))
+    parser.add_argument("--start-words", default="", help="what the sentence says before training")
+    for name in ("image_size", "stride", "num_tokens", "width", "depth"):
+        default = getattr(QueryEncoderConfig, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=" ")
+    add_settings(parser, DistillConfig)
+    args = vars(parser.parse_args(argv))
+    config = {f.name: args.pop(f.name) for f in fields(DistillConfig)}
+    folder, out, name, tag = (args.pop(key) for key in ("images", "out", "vl_model", "tag"))
+    try:
+        config = DistillConfig(**config)
+        with ranks.joined(config.device):
+            images, vl = ImageFolder(folder), load_vl_model(name, tag)
+            torch.manual_seed(config.seed)
+            encoder = QueryEncoder.for_model(vl, **{key: value for key, value in args.items() if value is not None})
+            history = distill(images, vl, encoder, config, out / "run", out / "run" / "distill.safetensors")
+            if ranks.rank() == 0:
+                info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
+                encoder.cpu().save(out, info | {"seconds": round(history.seconds, 1), "processes": ranks.count()})
+                write_text(out / "history.json", json.dumps(asdict(history)) + "\n")
+                print(f"{out}: own image found in {history.recall[-1][1]:.0f}% of those held back; QueryEncoder.load reads it")
+    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 from isa_lite import scenes
 from isa_lite.backbones import SCENES_BACKBONE, WEIGHTS
 from isa_lite.checkpoint import resume_run, save_run, write_tensors, write_text
-from isa_lite.distill import batch_indices, learning_rate, targets
+from isa_lite.distill import batch_indices, learning_rate
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.parameters import add_settings, check_whole
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.targets import targets
 from isa_lite.vl_model import DATA, VLModel, commit, load_vl_model, machine
 
 

@@ -31,11 +31,11 @@ def hardest_other(similarity: Tensor) -> Tensor:
 def matching_loss(matcher: MatchingEncoder, text: Tensor, mask: Tensor, patches: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Own image against the hardest other one, seen through the frozen matching encoder.
 
-    text: B x T x width contextual sentence tokens, mask: B x T, patches: B x N x width of the large image tower,
-    other: B indices of the non-matching images. Returns the cross-entropy in nats (the mean over both halves) and
-    the share of sentences whose own image scores higher than the other.
+    text: B x T x width contextual sentence tokens, mask: B x T; patches: B x N x width of the large image tower, perhaps
+    with further images behind; other: B indices of the non-matching images among them. Returns the cross-entropy in nats
+    (the mean over both halves) and the share of sentences whose own image scores higher than the other.
     """
-    logits = matcher(text.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([patches, patches[other]]))  # 2B x 2
+    logits = matcher(text.repeat(2, 1, 1), mask.repeat(2, 1), torch.cat([patches[: len(text)], patches[other]]))  # 2B x 2
     own = torch.arange(2, device=logits.device).flip(0).repeat_interleave(len(text))  # 1 ... 1 0 ... 0
     score = logits.detach().diff(dim=1).view(2, -1)  # 2 x B: log-odds of a match, own image above, other below
     return F.cross_entropy(logits, own), (score[0] > score[1]).float().mean()

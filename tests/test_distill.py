@@ -20,10 +20,11 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite import checkpoint as checkpoint_module
-from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, other_indices, targets
+from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, other_indices
 from isa_lite.images import ImageFolder, images_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.targets import targets
 from isa_lite.vl_model import VLModel, load_vl_model
 
 

@@ -1,0 +1,97 @@
+"""One training run on several GPUs or processes, and what they exchange; alone, a process has nothing to exchange.
+
+`torchrun --nproc-per-node 4 -m isa_lite.distill ...` starts the processes. Each works on its part of every batch, the loss is
+that of the whole batch, and all take the same step. A contrastive loss compares across the parts, so embeddings are gathered:
+gradients flow into a process's own rows, and adding up all processes' gradients gives that of the whole. Only batch
+normalisation, which looks at a process's own images, makes this differ from a run of one process. Ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+Rows = TypeVar("Rows", Tensor, np.ndarray)
+
+
+def count() -> int:
+    """How many processes there are: 1, unless torchrun started more."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is; number 0 writes the files."""
+    return distributed.get_rank() if count() > 1 else 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device` is "cuda"."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def part(rows: Rows) -> Rows:
+    """This process's rows of a batch: as many as every other's, in order."""
+    size = len(rows) // count()
+    return rows[rank() * size : (rank() + 1) * size]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """b x ... of this process -> B x ... of all, in order. Gradients flow into this process's own rows only."""
+    if count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    distributed.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of every process's `value`, without gradients."""
+    value = value.detach().clone()
+    if count() > 1:
+        distributed.all_reduce(value)
+    return value
+
+
+def add_gradients(module: nn.Module) -> None:
+    """Put the sum of all processes' gradients in the place of each one's own."""
+    if count() == 1:
+        return
+    known = [p.grad for p in module.parameters() if p.grad is not None]
+    summed = total(torch.cat([g.flatten() for g in known]))
+    for grad, new in zip(known, summed.split([g.numel() for g in known]), strict=True):
+        grad.copy_(new.view_as(grad))
+
+
+def agree(tensors: Iterable[Tensor]) -> None:
+    """Give every process the values of number 0."""
+    for tensor in tensors if count() > 1 else ():
+        distributed.broadcast(tensor, 0)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Give every process the mean of all processes' values."""
+    for tensor in tensors if count() > 1 else ():
+        tensor.copy_(total(tensor) / count())
+
+
+def wait() -> None:
+    """Until all are here."""
+    if count() > 1:
+        distributed.barrier()

@@ -1,0 +1,95 @@
+"""Several processes make the run of one: the same losses, the same targets, the same query encoder, and files written once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import isa_lite
+from isa_lite import distill, ranks
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.vl_model import load_vl_model
+
+# No batch normalisation in this backbone: that would be the one difference.
+SETTINGS = "--backbone test_convnext --num-tokens 3 --width 32 --depth 1 --steps 4 --warmup 2 --batch-size 8 --validation 4"
+SETTINGS += " --validate-every 2 --dtype float32 --lar-weight 0.5"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(render_many(sample_scenes(21, 0), range(21), 64)):
+        Image.fromarray(image).save(tmp_path / "images" / f"{i:02}.png")
+    return tmp_path
+
+
+def arguments(folder: Path, vl: Path, out: str) -> list[str]:
+    return ["--images", str(folder / "images"), "--out", str(folder / out), "--vl-model", str(vl), *SETTINGS.split()]
+
+
+def torchrun(processes: int, *given: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, "-m", "isa_lite.distill", *given], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("matching", [True, False])
+def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
+    vl_folder = Path(shutil.copytree(vl_folder, folder / "vl"))
+    if not matching:  # LAR is late interaction then
+        for file in vl_folder.glob("matching*"):
+            file.unlink()
+    distill.main(arguments(folder, vl_folder, "one"))
+    said = capsys.readouterr().out
+    ran = torchrun(2, *arguments(folder, vl_folder, "two"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.replace("/two:", "/one:") == said and said.count("own image found in") == 1
+
+    one, two = (json.loads((folder / name / "history.json").read_text()) for name in ("one", "two"))
+    for term in ("gcd", "lar", "matched"):
+        assert np.allclose(one[term], two[term], atol=1e-4, equal_nan=True), (term, one, two)
+    assert np.isnan(one["matched"]).any() != matching
+    assert one["recall"] == two["recall"] and len(one["gcd"]) == 4
+    for name in ("embeddings", "patches"):
+        a, b = (np.load(next((folder / out).rglob(f"{name}.npy"))) for out in ("one", "two"))
+        assert np.allclose(a, b, atol=1e-3)
+    assert not list(folder.rglob("*.part*"))
+
+    vl = load_vl_model(str(vl_folder))
+    images = render_many(sample_scenes(6, 1), range(6), 64)
+    a, b = (QueryEncoder.load(folder / name, vl).sentences(images).tokens for name in ("one", "two"))
+    before = QueryEncoder.for_model(vl, backbone="test_convnext", num_tokens=3, width=32, depth=1).sentences(images).tokens
+    assert (a - b).abs().max() < 0.02 * (a - before).abs().max()
+    info = json.loads((folder / "two" / "query_encoder.json").read_text())["info"]
+    assert info["processes"] == 2 and info["images"] == 21 and info["config"]["batch_size"] == 8
+
+
+def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
+    images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
+    config = distill.DistillConfig(steps=1, batch_size=8, validation=4)
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size 8 is not a multiple of 3, the number of processes"):
+        distill.distill(images, vl, encoder, config, progress=False)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ValueError, match="give a cache folder"):
+        distill.distill(images, vl, encoder, config, progress=False)
+
+
+def test_bad_input_on_the_command_line_is_an_error_in_words(folder, capsys):
+    for change, message in {
+        ("--images", "nowhere"): "nowhere",
+        ("--vl-model", "ViT-B-23"): "ViT-B-32",
+        ("--backbone", "mobilnet"): "mobilenet",
+        ("--temperature", "-1"): "temperature must be a number above 0, not -1.0",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            distill.main([*arguments(folder, Path("scenes-clip"), "out"), *change])
+        assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+    assert not (folder / "out").exists()

@@ -1,10 +1,10 @@
 """The ablations: `python -m isa_lite.sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
 
-Every run is notebook 02 by papermill, with half of its steps and one thing changed (`ablations`): the losses, the number of tokens, the mapping
-network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the captions that the VL
-model was trained on. A finished run has a result file in a folder named after its parameters and the VL model's weights, not
-after the commit; it is not run again. A run that was stopped goes on where it was. With `--add`, what the record has already is
-not run again either, though its folder is gone: so a sweep can take several days or machines. Ours.
+Every run is notebook 02 by papermill, with half of its steps and one thing changed (`ablations`): the losses, the number of
+tokens, the mapping network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the
+captions that the VL model was trained on. A finished run has a result file in a folder named after its parameters and the VL
+model's weights, not after the commit; it is not run again. A run that was stopped goes on where it was. With `--add`, what
+the record has already is not run again either, though its folder is gone: so a sweep can take several days or machines. Ours.
 """
 
 from __future__ import annotations

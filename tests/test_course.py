@@ -36,6 +36,8 @@ WRONG = {
         ("return float(a @ b / a.norm() ** 2)", "divided out twice"),
         ("return float((a * b).mean() / a.norm() / b.norm())", "so 0.97"),
         ("return float(abs(a @ b) / a.norm() / b.norm())", "keep the sign"), ("return 63 / 65", "keep the sign"),
+        ("return float((a[0] * b[0] + a[1] * b[1]) / a.norm() / b.norm())", "however many"),
+        ("a @ b", "`return` missing"), ("return a * b / a.norm() / b.norm()", "one number is asked for, not 2"),
     ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
@@ -44,16 +46,22 @@ WRONG = {
         ("return (torch.cat([embeddings[:reference], embeddings[reference + 1 :]]) @ query).argmax()", "the rows move up"),
         ("s = embeddings @ query; s[reference] = -1; return s.max()", "is a score"),
         ("s = embeddings @ query; s[reference] = 0; return s.argmax()", "lower than any cosine"),
+        ("s = embeddings @ query; s[reference] = -1; return int(s.argmax()) + 1", "one row too late"),
+        ("return (embeddings @ query).max(0)", "more than one came back"), ("embeddings @ query", "`return` missing"),
+        ("return float('nan')", "is a score"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
-        ('return "least similar"', "what `search` sorts by"),
+        ('return "least similar"', "what `search` sorts by"), ("return 3", "what `search` sorts by"),
     ],
     "01 my_splice": [
         ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
         ("return torch.cat([vectors[:place], vector[None], vectors[place:]])", "*takes the place*"),
         ("return torch.cat([vectors[:1], vector[None], vectors[2:]])", "at position 2, counted from 0, stands"),
         ("return vector.expand(len(vectors), -1)", "positions other than 2"),
+        ("s = vectors.clone(); s[2] = vector; return s", "does your answer use `place`?"),
+        ("s = vectors.clone(); s[-2] = vector; return s", "does your answer use `place`?"),
+        ("vectors.clone()[place] = vector", "`return` missing"), ("return vectors.tolist()", "a tensor is asked for, not a list"),
     ],
     "01 my_tokens": [
         ('return torch.einsum("lhw,chw->lc", logits.softmax(0), features)', "over the tokens"),
@@ -63,10 +71,16 @@ WRONG = {
         ('return torch.einsum("lhw,chw->lc", logits.flatten().softmax(0).view_as(logits), features)', "each token has its own"),
         ("return features.mean((1, 2)).expand(len(logits), -1)", "the same mean"),
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
-        ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should begin with"),
+        ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should stand"),
+        ("return (logits / 5**0.5).flatten(1).softmax(1) @ features.flatten(1).T", "should stand"),
+        ("return logits.flatten(1).exp() @ features.flatten(1).T", "must add up to 1"),
+        ("return logits.flatten(1).softmax(1) @ features.flatten(1).T / logits[0].numel()", "add up to 1 already"),
+        ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).numpy()", "a tensor is asked for"),
     ],
     "02 recall_with_template": [
         ("return 0.0", "with the template of training it must give the table's"),
+        ("baselines.composed(benchmark, vl, encoder, words)", "`return` missing"),
+        ("return baselines.composed(benchmark, vl, encoder, words)", "one number is asked for"),
         ('return r1["isa"]', "does your answer use `words`?"),
         (
             "q = baselines.composed(benchmark, vl, encoder)"
@@ -82,19 +96,30 @@ WRONG = {
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum()", "the sum over five"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal()", "one number, not (5,)"),
         ("return -float((query @ target.T).log_softmax(1).diagonal().mean())", "temperature changes nothing"),
+        ("return -(query @ target.T * temperature).log_softmax(1).diagonal().mean()", "are multiplied"),
+        ("return -(query @ query.T / temperature).log_softmax(1).diagonal().mean()", "sentences and *images*"),
+        ("return -(query @ target.T / temperature).log_softmax(1).diagonal().mean() / np.log(2)", "the unit"),
+        ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum() / 5", "is a 5 written"),
+        ("query @ target.T / temperature", "`return` missing"),
     ],
     "03 my_recall": [
         ("return float((rank <= k).mean())", "right as a share"),
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
         ("return (rank <= k).sum()", "these are counts"),
         ("return 100 * (rank == k).mean()", "*at most* k"),
-        ("return 50.0", "give 20, 60 and 100 percent"),
+        ("return 50.0", "give 14.3, 71.4 and 100 percent"), ("return 20 * (rank <= k).sum()", "give 14.3, 71.4 and 100 percent"),
+        ("return 100 * len(set(rank[rank <= k])) / len(rank)", "each of them counts"),
+        ("return rank <= k", "one number is asked for"), ("rank <= k", "`return` missing"),
     ],
     "03 smaller": [
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
         ("return image @ gallery.T", "expected 0.6"),
         ("a, b = image @ gallery.T, text @ gallery.T; return torch.where(a.abs() < b.abs(), a, b)", "expected 0.6"),
-        ("return torch.zeros(3)", "scores of shape (1, 3)"),
+        ("return torch.zeros(3)", "scores of shape (2, 3)"),
+        ("return torch.cat([image @ gallery.T, text @ gallery.T]).amin(0, keepdim=True)", "not (1, 3)"),
+        ("return torch.minimum(image[:1] @ gallery.T, text[:1] @ gallery.T).expand(len(image), -1)", "expected 0.8"),
+        ("return torch.minimum(image @ gallery.T, (text @ gallery.T).flip(0))", "got [0.6, 0.6"),
+        ("torch.minimum(image @ gallery.T, text @ gallery.T)", "`return` missing"),
     ],
     "04 my_grounding": [
         ("return float(attention[:1, :1].sum())", "still to be divided"),
@@ -213,7 +238,18 @@ WRONG = {
 
 #: Right answers, written in another way than the solution's, that a check took for wrong ones.
 ALSO_RIGHT = {
-    "00 why_is_there_always_an_answer": ['return "nearby"'],
+    "00 why_is_there_always_an_answer": [
+        'return "nearby"',
+        'return "Nearest!"',
+        "return '\"most alike\"'",
+        'return "nearest-neighbours"',
+    ],
+    "00 my_cosine": ["return torch.nn.functional.cosine_similarity(a[None], b[None])"],
+    "01 my_tokens": ["return torch.einsum('lhw,chw->lc', logits.flatten(1).softmax(1).view_as(logits), features)"],
+    "02 recall_with_template": [
+        "q = baselines.composed(benchmark, vl, encoder, words)"
+        "; return torch.tensor(evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1))"
+    ],
     "02 one_way": ["return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())"],
     "03 my_recall": ["return 100 * torch.as_tensor(rank <= k).float().mean()"],
 }

@@ -17,12 +17,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from isa_lite import export as exporting
+from isa_lite import images
 from isa_lite.baselines import composed
-from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, session
+from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, read_image, session
 from isa_lite.client import main as client_main
 from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.export import export, main, measured_recall, quantize, to_onnx
 from isa_lite.gallery import Gallery
+from isa_lite.images import ImageFolder
 from isa_lite.latency import export_pieces, latency
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.query_timing import PARTS, WHOLE, calls, timed
@@ -394,6 +396,33 @@ def test_a_query_is_answered_where_there_is_no_pytorch(pair, folder, tmp_path, p
     printed = [line.split("  ") for line in done.stdout.splitlines()]
     assert [name for _, name in printed] == [gallery.ids[i] for i in found[0]]
     assert [float(score) for score, _ in printed] == pytest.approx(scores[0].tolist(), abs=1e-4)
+
+
+def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path, pictures, capsys):
+    """A photograph on its side, transparency, 16 bits: the picture as it is seen, not as it is stored."""
+    vl, encoder = pair
+    noise, _, alpha = pictures[:3]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=exif)
+    noise.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    noise.convert("P").save(tmp_path / "palette.png", transparency=3)
+    noise.save(tmp_path / "animated.gif", save_all=True, append_images=[noise.rotate(90)])
+    alpha.save(tmp_path / "alpha.png")
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    for name, values in (("16.png", ramp), ("32.tif", ramp.astype(np.int32)), ("float.tif", (ramp / 65535).astype(np.float32))):
+        Image.fromarray(values).save(tmp_path / name)
+    files = ImageFolder(tmp_path).files
+    assert len(files) == 8
+    for path in files:
+        assert np.array_equal(read_image(path), images.read_image(path)), path.name
+    gallery = Gallery(vl.encode_images(list(ImageFolder(tmp_path))), [f.name for f in files], vl.fingerprint)
+    gallery.save(tmp_path / "gallery.safetensors")
+    turned = images.read_image(tmp_path / "turned.jpg")
+    expected, _ = gallery.search(compose(vl, encoder.sentences([turned]).tokens, ["red"]), 1)
+    query = ["--image", str(tmp_path / "turned.jpg"), "--modifier", "red", "--k", "1"]
+    client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *query])
+    assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(expected[0]), abs=1e-4)
 
 
 def test_the_client_says_what_it_lacks(folder, tmp_path, pictures, capsys):

@@ -158,11 +158,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modifier", default="", help="what should be different")
     parser.add_argument("--k", type=int, default=5, help="answers to print")
     args = parser.parse_args(argv)
-    embeddings, ids, model = read_gallery(args.gallery)
-    if not model:
-        parser.error(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
-    client = QueryClient(args.folder, vl_model=model)
-    scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
+    try:
+        embeddings, ids, model = read_gallery(args.gallery)
+        if not model:
+            raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
+        client = QueryClient(args.folder, vl_model=model)
+        scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
+    except (OSError, ValueError) as error:  # a file that is not there, not an image, of another model; too many words
+        parser.error(str(error))
     for i in np.argsort(-scores)[: args.k]:
         print(f"{scores[i]:.4f}  {ids[i]}")
 

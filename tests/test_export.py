@@ -425,18 +425,26 @@ def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path,
     assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(expected[0]), abs=1e-4)
 
 
-def test_the_client_says_what_it_lacks(folder, tmp_path, pictures, capsys):
-    pictures[0].save(tmp_path / "query.png")
-    rest = ["--image", str(tmp_path / "query.png")]
-    with pytest.raises(FileNotFoundError, match="there is no gallery"):
-        client_main([str(folder), "--gallery", str(tmp_path / "none"), *rest])
-    Gallery(torch.eye(3), ["a", "b", "c"]).save(tmp_path / "gallery.safetensors")
-    with pytest.raises(SystemExit):
-        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
-    assert "does not say which model embedded it" in capsys.readouterr().err
-    Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(tmp_path / "gallery.safetensors")
-    with pytest.raises(ValueError, match="and the gallery to 0123456789abcdef"):
-        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
+def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, capsys):
+    query, stored = tmp_path / "query.png", tmp_path / "gallery.safetensors"
+    pictures[0].save(query)
+    (tmp_path / "page.jpg").write_text("404")
+
+    def refused(message: str, image: str | Path = query, folder: str | Path = folder, modifier: str = "red") -> None:
+        with pytest.raises(SystemExit):
+            client_main([str(folder), "--gallery", str(stored), "--image", str(image), "--modifier", modifier])
+        assert message in capsys.readouterr().err
+
+    refused("there is no gallery")
+    Gallery(torch.eye(3), ["a", "b", "c"]).save(stored)
+    refused("does not say which model embedded it")
+    Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(stored)
+    refused("and the gallery to 0123456789abcdef")
+    refused("holds no query.json", folder=tmp_path)
+    Gallery(torch.eye(3), ["a", "b", "c"], QueryClient(folder).settings["vl_model"]).save(stored)
+    refused("nowhere.png", image="nowhere.png")
+    refused("page.jpg", image=tmp_path / "page.jpg")
+    refused("too long for the text tower", modifier="red " * 90)
 
 
 def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys, monkeypatch):

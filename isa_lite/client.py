@@ -46,7 +46,7 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as `isa_lite.images.decode` gives it, and so as the gallery's were read: upright, RGB, laid on white."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
         wide = image.mode.startswith("I;16") or values.max() > 255
         values = values / 257 if wide else values * 255 if image.mode == "F" and values.max() <= 1 else values
         image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))

@@ -126,7 +126,7 @@ def decode(data: bytes, at_least: int = 0) -> Image.Image:
         image.draft(None, (at_least, at_least))  # only the JPEG decoder listens
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
         top = values.max()
         wide = image.mode.startswith("I;16") or top > 255
         values = values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values

@@ -165,6 +165,18 @@ def test_sixteen_bits_are_scaled_however_dark(tmp_path):
         assert abs(seen - np.round(values / 257.0).astype(int)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
+def test_pixels_without_data_are_black_and_leave_the_others_as_they_are(tmp_path, hole):
+    values = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    values[2, 3] = hole
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = np.asarray(read_image(tmp_path / "a.tif"), int)
+    expected = np.nan_to_num(values * 255, posinf=0, neginf=0)
+    assert abs(seen - expected[..., None]).max() <= 1
+
+
 def test_the_first_frame_of_an_animation(tmp_path):
     frames = [Image.new("RGB", (20, 20), c) for c in ("red", "lime", "blue")]
     for ending in ("gif", "webp", "png"):

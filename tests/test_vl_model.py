@@ -361,6 +361,12 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
             load_vl_model(str(tmp_path / "matcher"))
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_not_taken_for_bad_weights(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*; take 'cpu'"):
+        load_vl_model(device=device)
+
+
 def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
     vl = load_vl_model(str(vl_folder))
     first = vl.fingerprint

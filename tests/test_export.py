@@ -319,12 +319,18 @@ def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_the_client_cannot_imitate_is_refused():
+def test_a_tokenizer_that_the_client_cannot_imitate_is_refused_before_a_network_is_made(pair, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="mine: only open_clip's own tokenizer can be exported, and this model has a object"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=object()))
     other = open_clip.SimpleTokenizer(clean="canonicalize")
     with pytest.raises(ValueError, match="mine: its tokenizer cleans texts in a way of its own"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=other))
+    vl, encoder = pair
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: pytest.fail("a network was made first"))
+    monkeypatch.setattr(vl.tokenizer, "clean_fn", other.clean_fn)
+    with pytest.raises(ValueError, match="its tokenizer cleans texts in a way of its own"):
+        export(encoder, vl, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_exporting_leaves_pytorch_and_the_logs_as_they_were(folder):

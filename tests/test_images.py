@@ -101,6 +101,17 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, picture, vl, data, rea
     assert [w.category for w in seen] == [UserWarning] and folder.files == [good]
 
 
+def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_over(tmp_path, picture):
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"all 1 files are broken, the first: .*phone\.HEIC \(Pillow does not read"):
+        ImageFolder(tmp_path)
+    good = save(tmp_path / "good.png", picture)
+    with pytest.warns(UserWarning, match=r"skipped 1 of 2 files .*phone\.HEIC \(Pillow does not read \.HEIC"):
+        folder = ImageFolder(tmp_path)
+    assert folder.files == [good]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_every_cut_of_a_file_is_read_or_refused(tmp_path, picture):
     """Whatever a decoder throws, it comes out as the one error that names the file."""

@@ -87,6 +87,14 @@ def _named(parser: argparse.ArgumentParser, args: argparse.Namespace) -> VLModel
         parser.error(str(error))
 
 
+def _trained(parser: argparse.ArgumentParser, args: argparse.Namespace, vl: VLModel) -> QueryEncoder:
+    """The query encoder that the command names, likewise."""
+    try:
+        return QueryEncoder.load(args.encoder, vl)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["cost", "query", "split", "embed", "backbones"])
@@ -129,14 +137,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "split":
         large, own = random_model("ViT-B-32"), load_vl_model()
         for name, vl, encoder in (
-            ("the shipped models", own, QueryEncoder.load(args.encoder, own)),
+            ("the shipped models", own, _trained(parser, args, own)),
             ("ViT-B-32 and a light encoder at its size, random weights", large, QueryEncoder.for_model(large)),
         ):
             print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
             print(split(vl, encoder).round(2).to_string(na_rep="-"))
         return
     vl = _named(parser, args)
-    encoder = QueryEncoder.load(args.encoder, vl)
+    encoder = _trained(parser, args, vl)
     print(machine())
     for batch in (1, 32):
         print(f"\nbatch {batch}; per image; multiply-adds in millions")

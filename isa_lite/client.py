@@ -20,7 +20,7 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -40,6 +40,19 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as `isa_lite.images.decode` gives it, and so as the gallery's were read: upright, RGB, laid on white."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
+        wide = image.mode.startswith("I;16") or values.max() > 255
+        values = values / 257 if wide else values * 255 if image.mode == "F" and values.max() <= 1 else values
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class QueryClient:
@@ -145,12 +158,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modifier", default="", help="what should be different")
     parser.add_argument("--k", type=int, default=5, help="answers to print")
     args = parser.parse_args(argv)
-    embeddings, ids, model = read_gallery(args.gallery)
-    if not model:
-        parser.error(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
-    client = QueryClient(args.folder, vl_model=model)
-    with Image.open(args.image) as image:
-        scores = embeddings @ client.encode([image], [args.modifier])[0]  # N
+    try:
+        embeddings, ids, model = read_gallery(args.gallery)
+        if not model:
+            raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
+        client = QueryClient(args.folder, vl_model=model)
+        scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
+    except (OSError, ValueError) as error:  # a file that is not there, not an image, of another model; too many words
+        parser.error(str(error))
     for i in np.argsort(-scores)[: args.k]:
         print(f"{scores[i]:.4f}  {ids[i]}")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -115,8 +116,8 @@ def embed_files(
             if cache:
                 key = hashlib.sha256("\n".join([model, *map(_stamp, group)]).encode()).hexdigest()[:24]
                 stored = Path(cache) / f"{key}.safetensors"
-            if stored and stored.is_file():
-                part = read_tensors(stored)[0]
+            part = _kept(stored) if stored else None
+            if part is not None:
                 bar.update(len(group))
             else:
                 part = embed(group)
@@ -126,6 +127,14 @@ def embed_files(
             digests += [bytes(d) for d in part["digests"].tolist()]
     _count_copies(files, digests)
     return torch.cat(parts)
+
+
+def _kept(shard: Path) -> dict[str, Tensor] | None:
+    """A finished shard; None where there is none, or a damaged one, as a machine that lost its power may leave it."""
+    try:
+        return read_tensors(shard)[0]
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def _count_copies(files: Sequence[Path], digests: Sequence[bytes]) -> None:

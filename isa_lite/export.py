@@ -141,12 +141,13 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
     """Write the query side into `folder`, try it there against PyTorch, and return the largest difference found.
 
     What was in the folder before is replaced only after that. Raises ValueError for an encoder of another VL model, a template
-    without its fields, or a difference above `tolerance`; RuntimeError for a network that cannot be exported.
+    without its fields, a tokenizer that a client cannot have, or a difference above `tolerance`; RuntimeError for a network
+    that cannot be exported.
     """
     check_template(template)
     if encoder.config.vl_model != vl.fingerprint:
         raise ValueError(f"the query encoder belongs to VL model {encoder.config.vl_model}, not {vl.fingerprint} ({vl.name})")
-    folder, config = Path(folder), encoder.config
+    folder, config, tokenizer = Path(folder), encoder.config, tokenizer_of(vl)  # before the networks, which take minutes
     folder.mkdir(parents=True, exist_ok=True)
     encoder.eval()
     batch = torch.export.Dim("batch", min=1)
@@ -159,7 +160,7 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
         part = Path(part)
         to_onnx(ImageToSentence(encoder), {"pixels": pixels}, ["tokens", "maps"], {"pixels": {0: batch}}, part / IMAGE)
         to_onnx(SentenceToQuery(vl), {"tokens": tokens, "ids": ids}, ["query"], {"tokens": {0: batch}, "ids": axes}, part / TEXT)
-        write_text(part / TOKENIZER, tokenizer_of(vl).to_str() + "\n")
+        write_text(part / TOKENIZER, tokenizer.to_str() + "\n")
         settings = {
             "vl_model": vl.fingerprint,
             "image_size": config.image_size,

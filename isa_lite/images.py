@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 #: A picture that is longer than this many times its short side is refused: resized, it would fill the memory.
 LONGEST = 1000
+#: Kinds of pictures that Pillow does not read by itself (phones, cameras, drawings): not to be passed over in silence.
+UNREAD = {".heic", ".heif", ".svg", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
 
 
 class ImageFolder(Sequence):
@@ -37,13 +39,16 @@ class ImageFolder(Sequence):
             raise FileNotFoundError(f"there is no folder {self.folder}; images= names a folder of images")
         Image.init()
         readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-        found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in readable)
+        found = sorted(p for p in self.folder.rglob("*") if p.is_file() and p.suffix.lower() in readable | UNREAD)
         self.files: list[Path] = []
         self.broken: dict[Path, str] = {}
         self.duplicates: dict[Path, Path] = {}
         seen: dict[bytes, Path] = {}
         digest = hashlib.sha256()
         for path in tqdm(found, desc="checking images", disable=len(found) < 500):
+            if path.suffix.lower() not in readable:
+                self.broken[path] = f"Pillow does not read {path.suffix}; save it as PNG or JPEG"
+                continue
             try:
                 data = path.read_bytes()
                 own = hashlib.sha256(data).digest()
@@ -61,13 +66,13 @@ class ImageFolder(Sequence):
             seen.setdefault(own, path)
             digest.update(own)
             self.files.append(path)
+        first, why = next(iter(self.broken.items()), (None, ""))
         if not self.files:
             raise ValueError(
                 f"{self.folder} holds no image that can be read"
-                + (f"; all {len(self.broken)} files are broken, the first: {next(iter(self.broken))}" if self.broken else "")
+                + (f"; all {len(self.broken)} files are broken, the first: {first} ({why})" if self.broken else "")
             )
         if self.broken:
-            first, why = next(iter(self.broken.items()))
             warnings.warn(
                 f"skipped {len(self.broken)} of {len(found)} files in {self.folder}, the first: {first} ({why})",
                 stacklevel=2,
@@ -126,7 +131,7 @@ def decode(data: bytes, at_least: int = 0) -> Image.Image:
         image.draft(None, (at_least, at_least))  # only the JPEG decoder listens
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        values = np.asarray(image, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
         top = values.max()
         wide = image.mode.startswith("I;16") or top > 255
         values = values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values

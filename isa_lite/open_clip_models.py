@@ -23,7 +23,7 @@ from isa_lite.text_tower import text_config
 from isa_lite.words import load_tokenizer
 
 #: What a file of weights raises that is cut off, or of another model, or no such file at all.
-_UNFIT = (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+_UNFIT = (RuntimeError, LookupError, EOFError, UnicodeDecodeError, pickle.UnpicklingError, SafetensorError)
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
@@ -47,7 +47,11 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
     matcher, settings = None, folder / "matching_encoder.json"
     if settings.is_file():
         matcher = MatchingEncoder(**json.loads(settings.read_text()))
-        matcher.load_state_dict({k: v.float() for k, v in load_file(folder / "matching_encoder.safetensors").items()})
+        try:
+            weights = load_file(folder / "matching_encoder.safetensors")
+            matcher.load_state_dict({k: v.float() for k, v in weights.items()})
+        except (*_UNFIT, FileNotFoundError) as error:
+            raise ValueError(f"{folder} holds no weights that fit its matching_encoder.json: {error}") from error
         matcher.to(device)
     return clip, preprocess, tokenizer, matcher
 

@@ -16,6 +16,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -70,9 +71,10 @@ class _Names:
                 return self.number[key]
             if key in self.broken:
                 raise ValueError(f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or delete the entry")
-        if (self.folder / name.strip()).exists():
+        if os.path.exists(self.folder / name.strip()):  # False also for what no file can be called, such as a long caption
             raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
-        same = [known for known in self.number if PurePosixPath(known).name == PurePosixPath(key).name]
+        same = [known for known in self.number if known.casefold() == key.casefold()]  # some systems do not tell .JPG from .jpg
+        same += [known for known in self.number if PurePosixPath(known).name == PurePosixPath(key).name]
         alike = difflib.get_close_matches(key, self.number, n=50)  # of names that differ in a digit, one that begins alike
         near = same[:1] or sorted(alike, key=lambda known: len(commonprefix([known, key])), reverse=True)
         hint = f"did you mean {near[0]!r}?" if near else "put it there, or delete the entry"

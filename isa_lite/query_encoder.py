@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision import transforms as T
 
@@ -163,7 +164,10 @@ class QueryEncoder(nn.Module):
         folder = Path(folder)
         if not (folder / "query_encoder.json").is_file():
             raise FileNotFoundError(f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote")
-        config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
+        try:
+            config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'query_encoder.json'} holds no settings of a query encoder: {error}") from error
         if vl is not None and config.vl_model != vl.fingerprint:
             raise ValueError(
                 f"the query encoder in {folder} belongs to VL model {config.vl_model}, not {vl.fingerprint} ({vl.name}); "
@@ -172,7 +176,7 @@ class QueryEncoder(nn.Module):
         encoder = cls(config, vl, initial_weights=False)  # the weights follow; nothing is to be downloaded
         try:
             encoder.load_state_dict(read_tensors(folder / "query_encoder.safetensors")[0])
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:  # of other shapes, or a file that is cut off
             raise ValueError(f"the weights in {folder} do not fit its query_encoder.json: {error}") from error
         return encoder.eval()
 

@@ -212,9 +212,14 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
     name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of transformers; the name of any
     open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub; `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
     pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file.
-    Raises ValueError for an unknown name or tag (with the nearest ones), a model without weights, or one that cannot be entered
-    with word vectors; ImportError where a package is missing; ConnectionError, at once, where what you named is out of reach.
+    Raises ValueError for an unknown name or tag (with the nearest ones), a device that is not there, a model without weights, or
+    one that cannot be entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what
+    you named is out of reach.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch that knows none
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from error
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
     if name.startswith("blip:") or is_blip(folder):
         clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)

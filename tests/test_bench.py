@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from isa_lite.bench import backbones
+from isa_lite.bench import backbones, main
 from isa_lite.fold import _pairs, folded
 from isa_lite.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.query_encoder import QueryEncoder, compose
@@ -148,3 +148,10 @@ def test_costs_an_image_do_not_depend_on_the_batch(vl):
     one, three = (cost(vl, encoder, batch, rounds=1, gallery=20) for batch in (1, 3))
     assert (three["multiply-adds"] / one["multiply-adds"]).round(6).eq(1).all() and (one["ms"] > 0).all()
     assert one.loc["VL image tower", "VL tower / ms"] == 1
+
+
+@pytest.mark.parametrize("what", ["cost", "split"])
+def test_an_encoder_that_is_not_there_is_named_in_a_line(tmp_path, capsys, what):
+    with pytest.raises(SystemExit):
+        main([what, "--encoder", str(tmp_path)])
+    assert f"{tmp_path} holds no query_encoder.json" in capsys.readouterr().err

@@ -506,6 +506,7 @@ def test_an_image_that_the_gallery_does_not_list_is_named(fashioniq_root):
         fashioniq.load(fashioniq_root)
 
 
+DRESS = "captions/cap.dress.val.json"
 INFO = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
 
 
@@ -520,6 +521,12 @@ INFO = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
         ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": {"id": 1}}], "img_set of query 12 .* members"),
         ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": None}], "img_set of query 12 .* members"),
         ("cirr", "cirr/image_splits/split.rc2.val.json", list, "split.rc2.val.json does not give each image its path"),
+        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [], "captions/cap.rc2.val.json is no list of entries"),
+        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "caption": None}], "query 12 of cirr val is None, and no"),
+        ("circo", "annotations/val.json", lambda c: [], "annotations/val.json is no list of entries"),
+        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": "is red"}], "captions of entry 0 .* are no list of texts, but 'is"),
+        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": ["x", None]}], "captions of entry 0 of .* are no list of texts"),
+        ("fashioniq", "image_splits/split.dress.val.json", lambda c: {"d0": 1}, "split.dress.val.json is no list of image names"),
     ],
 )
 def test_a_file_of_another_kind_is_named(request, name, file, spoil, message):
@@ -529,13 +536,18 @@ def test_a_file_of_another_kind_is_named(request, name, file, spoil, message):
         LOADERS[name](root)
 
 
-def test_a_submission_whose_queries_share_an_id_is_refused(cirr_root, tmp_path):
-    entries = json.loads((cirr_root / "cirr/captions/cap.rc2.test1.json").read_text())
-    put(cirr_root / "cirr/captions/cap.rc2.test1.json", [entries[0], {**entries[1], "pairid": entries[0]["pairid"]}])
-    (task,) = cirr.load(cirr_root, "test1")
-    ranking = rank(task, on_circle([0, 90]), on_circle(range(0, 80, 10)))
-    with pytest.raises(ValueError, match="2 queries have only 1 ids"):
-        cirr.write_submissions(tmp_path, [task], [ranking])
+def test_queries_that_share_an_id_are_refused_before_anything_is_embedded(cirr_root, circo_root):
+    """A submission has one list an id, and on a validation split one of the two would count twice."""
+    for split in ("val", "test1"):
+        file = cirr_root / f"cirr/captions/cap.rc2.{split}.json"
+        entries = json.loads(file.read_text())
+        put(file, [entries[0], {**entries[1], "pairid": entries[0]["pairid"]}])
+        with pytest.raises(ValueError, match=f"1 ids of cirr {split} are those of several queries, the first: 12"):
+            cirr.load(cirr_root, split)
+    entries = json.loads((circo_root / "annotations/test.json").read_text())
+    put(circo_root / "annotations/test.json", [{**e, "id": e["id"] + 1} for e in entries])
+    with pytest.raises(ValueError, match=r"ids of annotations/test.json are not 0 to 1, which the test server expects"):
+        circo.load(circo_root, "test")
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -62,6 +62,15 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_pat
     )
 
 
+def test_a_damaged_shard_is_made_again(files, vl, tmp_path):
+    cache = tmp_path / "cache"
+    first = embed_files(files, vl, cache, shard=3, progress=False)
+    for shard, left in zip(sorted(cache.iterdir()), (0, 5, 100), strict=True):
+        shard.write_bytes(shard.read_bytes()[:left])
+    assert torch.equal(embed_files(files, vl, cache, shard=3, progress=False), first)
+    assert torch.equal(embed_files(files, vl, cache, shard=3, progress=False), first) and len(list(cache.iterdir())) == 3
+
+
 def test_bad_input_is_refused_before_anything_is_embedded(files, vl, tmp_path):
     with pytest.raises(FileNotFoundError, match="2 of 9 image files are missing, the first: .*nowhere.png"):
         embed_files([*files, tmp_path / "nowhere.png", tmp_path / "neither.png"], vl)

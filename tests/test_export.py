@@ -17,12 +17,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from isa_lite import export as exporting
+from isa_lite import images
 from isa_lite.baselines import composed
-from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, session
+from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, read_image, session
 from isa_lite.client import main as client_main
 from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.export import export, main, measured_recall, quantize, to_onnx
 from isa_lite.gallery import Gallery
+from isa_lite.images import ImageFolder
 from isa_lite.latency import export_pieces, latency
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.query_timing import PARTS, WHOLE, calls, timed
@@ -317,12 +319,18 @@ def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_the_client_cannot_imitate_is_refused():
+def test_a_tokenizer_that_the_client_cannot_imitate_is_refused_before_a_network_is_made(pair, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="mine: only open_clip's own tokenizer can be exported, and this model has a object"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=object()))
     other = open_clip.SimpleTokenizer(clean="canonicalize")
     with pytest.raises(ValueError, match="mine: its tokenizer cleans texts in a way of its own"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=other))
+    vl, encoder = pair
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: pytest.fail("a network was made first"))
+    monkeypatch.setattr(vl.tokenizer, "clean_fn", other.clean_fn)
+    with pytest.raises(ValueError, match="its tokenizer cleans texts in a way of its own"):
+        export(encoder, vl, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_exporting_leaves_pytorch_and_the_logs_as_they_were(folder):
@@ -396,18 +404,53 @@ def test_a_query_is_answered_where_there_is_no_pytorch(pair, folder, tmp_path, p
     assert [float(score) for score, _ in printed] == pytest.approx(scores[0].tolist(), abs=1e-4)
 
 
-def test_the_client_says_what_it_lacks(folder, tmp_path, pictures, capsys):
-    pictures[0].save(tmp_path / "query.png")
-    rest = ["--image", str(tmp_path / "query.png")]
-    with pytest.raises(FileNotFoundError, match="there is no gallery"):
-        client_main([str(folder), "--gallery", str(tmp_path / "none"), *rest])
-    Gallery(torch.eye(3), ["a", "b", "c"]).save(tmp_path / "gallery.safetensors")
-    with pytest.raises(SystemExit):
-        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
-    assert "does not say which model embedded it" in capsys.readouterr().err
-    Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(tmp_path / "gallery.safetensors")
-    with pytest.raises(ValueError, match="and the gallery to 0123456789abcdef"):
-        client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *rest])
+def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path, pictures, capsys):
+    """A photograph on its side, transparency, 16 bits: the picture as it is seen, not as it is stored."""
+    vl, encoder = pair
+    noise, _, alpha = pictures[:3]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=exif)
+    noise.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    noise.convert("P").save(tmp_path / "palette.png", transparency=3)
+    noise.save(tmp_path / "animated.gif", save_all=True, append_images=[noise.rotate(90)])
+    alpha.save(tmp_path / "alpha.png")
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    for name, values in (("16.png", ramp), ("32.tif", ramp.astype(np.int32)), ("float.tif", (ramp / 65535).astype(np.float32))):
+        Image.fromarray(values).save(tmp_path / name)
+    files = ImageFolder(tmp_path).files
+    assert len(files) == 8
+    for path in files:
+        assert np.array_equal(read_image(path), images.read_image(path)), path.name
+    gallery = Gallery(vl.encode_images(list(ImageFolder(tmp_path))), [f.name for f in files], vl.fingerprint)
+    gallery.save(tmp_path / "gallery.safetensors")
+    turned = images.read_image(tmp_path / "turned.jpg")
+    expected, _ = gallery.search(compose(vl, encoder.sentences([turned]).tokens, ["red"]), 1)
+    query = ["--image", str(tmp_path / "turned.jpg"), "--modifier", "red", "--k", "1"]
+    client_main([str(folder), "--gallery", str(tmp_path / "gallery.safetensors"), *query])
+    assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(expected[0]), abs=1e-4)
+
+
+def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, capsys):
+    query, stored = tmp_path / "query.png", tmp_path / "gallery.safetensors"
+    pictures[0].save(query)
+    (tmp_path / "page.jpg").write_text("404")
+
+    def refused(message: str, image: str | Path = query, folder: str | Path = folder, modifier: str = "red") -> None:
+        with pytest.raises(SystemExit):
+            client_main([str(folder), "--gallery", str(stored), "--image", str(image), "--modifier", modifier])
+        assert message in capsys.readouterr().err
+
+    refused("there is no gallery")
+    Gallery(torch.eye(3), ["a", "b", "c"]).save(stored)
+    refused("does not say which model embedded it")
+    Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(stored)
+    refused("and the gallery to 0123456789abcdef")
+    refused("holds no query.json", folder=tmp_path)
+    Gallery(torch.eye(3), ["a", "b", "c"], QueryClient(folder).settings["vl_model"]).save(stored)
+    refused("nowhere.png", image="nowhere.png")
+    refused("page.jpg", image=tmp_path / "page.jpg")
+    refused("too long for the text tower", modifier="red " * 90)
 
 
 def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys, monkeypatch):

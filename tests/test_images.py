@@ -101,6 +101,17 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, picture, vl, data, rea
     assert [w.category for w in seen] == [UserWarning] and folder.files == [good]
 
 
+def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_over(tmp_path, picture):
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"all 1 files are broken, the first: .*phone\.HEIC \(Pillow does not read"):
+        ImageFolder(tmp_path)
+    good = save(tmp_path / "good.png", picture)
+    with pytest.warns(UserWarning, match=r"skipped 1 of 2 files .*phone\.HEIC \(Pillow does not read \.HEIC"):
+        folder = ImageFolder(tmp_path)
+    assert folder.files == [good]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_every_cut_of_a_file_is_read_or_refused(tmp_path, picture):
     """Whatever a decoder throws, it comes out as the one error that names the file."""
@@ -163,6 +174,18 @@ def test_sixteen_bits_are_scaled_however_dark(tmp_path):
         Image.fromarray(values).save(tmp_path / "a.png")
         seen = np.asarray(read_image(tmp_path / "a.png"), int)
         assert abs(seen - np.round(values / 257.0).astype(int)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
+def test_pixels_without_data_are_black_and_leave_the_others_as_they_are(tmp_path, hole):
+    values = np.linspace(0, 1, 48, dtype=np.float32).reshape(6, 8)
+    values[2, 3] = hole
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = np.asarray(read_image(tmp_path / "a.tif"), int)
+    expected = np.nan_to_num(values * 255, posinf=0, neginf=0)
+    assert abs(seen - expected[..., None]).max() <= 1
 
 
 def test_the_first_frame_of_an_animation(tmp_path):

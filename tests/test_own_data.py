@@ -305,3 +305,12 @@ def test_of_names_that_differ_in_one_character_the_one_that_begins_alike_is_mean
     (tmp_path / "captions.csv").write_text("image,caption\nicon_000x.png,x\n")
     with pytest.raises(ValueError, match=r"did you mean 'icon_0001\.png'\?"):
         read_captions(tmp_path / "captions.csv", ImageFolder(tmp_path))
+
+
+def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_place_is_no_crash(folder):
+    Image.new("RGB", (8, 8), "lime").save(folder.folder / "B2.PNG")
+    images = ImageFolder(folder.folder)
+    with pytest.raises(ValueError, match=r"row 2: 'A\.PNG' is not in the folder \w+; did you mean 'a\.png'\?"):
+        captions(images, "image,caption\nA.PNG,x\n")
+    with pytest.raises(ValueError, match="row 2: 'a red star a red star .* is not in the folder"):  # the columns are swapped
+        captions(images, f"image,caption\n{'a red star ' * 40},a.png\n")

@@ -571,6 +571,18 @@ def test_weights_that_do_not_fit_their_settings(vl, tmp_path, changed):
         QueryEncoder.load(tmp_path, vl)
 
 
+def test_a_file_that_is_cut_off_or_of_another_kind_is_named(vl, tmp_path):
+    fresh(vl).save(tmp_path)
+    weights, settings = tmp_path / "query_encoder.safetensors", tmp_path / "query_encoder.json"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ValueError, match=f"the weights in {tmp_path} do not fit"):
+        QueryEncoder.load(tmp_path, vl)
+    for content in ("{", "[]", "{}", '{"config": {"from_a_later_version": 1}}'):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match="query_encoder.json holds no settings of a query encoder"):
+            QueryEncoder.load(tmp_path, vl)
+
+
 def test_a_sentence_starts_from_words_that_the_text_tower_knows():
     shipped = load_vl_model()
     torch.manual_seed(0)

@@ -343,7 +343,9 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "garbage.pt").write_bytes(b"hello" * 100)
     (tmp_path / "garbage.safetensors").write_bytes(b"hello" * 100)
-    for name in ("other.pt", "garbage.pt", "garbage.safetensors"):
+    (tmp_path / "short.pt").write_bytes(b"abc")  # the unpickler trips over each in another way
+    (tmp_path / "binary.pt").write_bytes(b"X\x01\x00\x00\x00\xff.")
+    for name in ("other.pt", "garbage.pt", "garbage.safetensors", "short.pt", "binary.pt"):
         with pytest.raises(ValueError, match=f"{name} cannot be loaded as weights of tiny-ViT"):
             load_vl_model("tiny-ViT", str(tmp_path / name))
     shutil.copytree(vl_folder, tmp_path / "cut")
@@ -351,6 +353,18 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     (tmp_path / "cut" / "open_clip_model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut holds no weights that fit its open_clip_config.json"):
         load_vl_model(str(tmp_path / "cut"))
+    shutil.copytree(vl_folder, tmp_path / "matcher")
+    matcher = tmp_path / "matcher" / "matching_encoder.safetensors"
+    for spoil in (lambda: matcher.write_bytes(matcher.read_bytes()[:500]), matcher.unlink):
+        spoil()
+        with pytest.raises(ValueError, match="matcher holds no weights that fit its matching_encoder.json"):
+            load_vl_model(str(tmp_path / "matcher"))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_not_taken_for_bad_weights(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*; take 'cpu'"):
+        load_vl_model(device=device)
 
 
 def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):

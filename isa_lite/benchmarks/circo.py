@@ -66,6 +66,8 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         queries.append(
             Query(str(number), reference, (text,), targets, aspects=tuple(record.get("semantic_aspects", ())), entry=record)
         )
+    if split == "test" and {q.id for q in queries} != {str(i) for i in range(len(queries))}:
+        raise ValueError(f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is the file whole?")
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
     present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()

@@ -7,6 +7,7 @@ those that a test server would compute from the file.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,8 +92,8 @@ def read_json(root: Path, relative: str, layout: str):
 
 
 def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iterator[tuple[Mapping, ...]]:
-    """Of each record itself and the values of `keys`. ValueError names a record that lacks one, or a file that is no list."""
-    if not isinstance(records, list) or not all(isinstance(record, Mapping) for record in records):
+    """Of each record itself and the values of `keys`. ValueError names a record that lacks one, or a file without a list."""
+    if not isinstance(records, list) or not records or not all(isinstance(record, Mapping) for record in records):
         raise ValueError(f"{where} is no list of entries; is it another file under this name?")
     for i, record in enumerate(records):
         lacking = [key for key in keys if key not in record]
@@ -127,12 +128,17 @@ def make_task(
 ) -> Task:
     """A task out of what was found on disk; `found` has the file of each gallery id, None for a missing one.
 
-    known: queries and images of the complete split; a difference becomes a note. Raises ValueError for a query that names
-    an image which the gallery does not list, and FileNotFoundError for missing images, unless `partial`: then they are
-    left out, with every query that needs one of them, and a note says how many.
+    known: queries and images of the complete split; a difference becomes a note. Raises ValueError for two queries with one
+    id, a query without words or one that names an image which the gallery does not list, and FileNotFoundError for missing
+    images, unless `partial`: then they are left out, with every query that needs one of them, and a note says how many.
     """
     what = f"{name} {split}"
+    twice = [query for query, count in Counter(q.id for q in queries).items() if count > 1]
+    if twice:  # a submission has one list an id
+        raise ValueError(f"{len(twice)} ids of {what} are those of several queries, the first: {twice[0]}; is the file whole?")
     for query in queries:
+        if not all(isinstance(text, str) for text in query.texts):
+            raise ValueError(f"the caption of query {query.id} of {what} is {query.texts[0]!r}, and no text")
         strange = sorted(map(str, query.images - found.keys()))
         if strange:
             raise ValueError(

@@ -72,11 +72,14 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
     where = f"captions/cap.{category}.{split}.json"
     answered = split != "test"
     keys = ("candidate", "captions", "target")[: 2 + answered]
-    queries = [
-        Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
-        for i, (record, reference, texts, *target) in enumerate(entries(read_json(root, where, _LAYOUT), keys, where))
-    ]
-    names = read_json(root, f"image_splits/split.{category}.{split}.json", _LAYOUT)
+    queries = []
+    for i, (record, reference, texts, *target) in enumerate(entries(read_json(root, where, _LAYOUT), keys, where)):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"the captions of entry {i} of {where} are no list of texts, but {texts!r}")
+        queries.append(Query(str(i), reference, joined(texts, captions), tuple(target), entry=record))
+    names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
+    if not isinstance(names, list):
+        raise ValueError(f"{listing} is no list of image names; is it another file under this name?")
     if gallery == "triplets":
         used = set().union(*(q.images for q in queries))
         names = [name for name in names if name in used]

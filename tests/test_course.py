@@ -152,7 +152,7 @@ WRONG = {
         ),
         (
             "six = {i for m in members for i in m}"
-            "; kept = [[i for i in row if i in six and i != r] for row, r in zip(rows, references)]"
+            "; kept = [[i for i in row if i in six and i not in references] for row in rows]"
             "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
             "its own set, reference and target",
         ),

@@ -123,8 +123,9 @@ WRONG = {
     ],
     "04 my_grounding": [
         ("return float(attention[:1, :1].sum())", "still to be divided"),
-        ("return 1.0", "a score of 2.8"),
-        ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out among its pixels"),
+        ("pass", "is there a `return`"), ("return 1.0", "a score of 2.8"),
+        ("a = np.kron(attention, np.ones((4, 4))); return float(a[mask].mean() / a[~mask].mean())", "over that beside it"),
+        ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out equally"),
         ("return 2.8", "half of a cell"),
         (
             "cell = np.ones((mask.shape[0] // 2, mask.shape[1] // 2))"
@@ -138,14 +139,17 @@ WRONG = {
         ),
     ],
     "04 my_nearest": [
-        ("return int((table @ vector).argmax())", "cosine ignores length"),
+        ("pass", "is there a `return`"), ("return int((table @ vector).argmax())", "cosine ignores length"),
+        ("return (table @ vector / table.norm(dim=1).clamp(min=1e-9) / vector.norm()).max()", "the number of its row"),
+        ("t = table[table.norm(dim=1) > 0]; return int((t @ vector / t.norm(dim=1)).argmax())", "the rows move up"),
+        ("return int((table - vector / vector.norm()).norm(dim=1).argmin())", "at whatever length"),
         ("return 0", "never met"),
         ("return int((table - vector).norm(dim=1).argmin())", "smallest distance"),
         ("return int((table @ vector / (table**2).sum(1).clamp(min=1e-9)).argmax())", "divided out twice"),
         ("return int((table @ vector / table.norm(dim=1).clamp(min=1e-9)).abs().argmax())", "opposite"),
     ],
     "06 my_average_precision": [
-        ("return 8 / 9", "only where place k is right"),
+        ("pass", "is there a `return`"), ("return 8 / 9", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
         (
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
@@ -160,7 +164,23 @@ WRONG = {
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
-        ("return 100.0", "at K = 1"),
+        ("return 100.0", "at K = 1"), ("pass", "is there a `return`"),
+        (
+            "kept = [[i for i in row if i in six and i not in references] for row, six in zip(rows, members)]"
+            "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
+            "its own set, reference and target",
+        ),
+        (
+            "kept = [[i for i in row if i in six] for row, six in zip(rows, members)]"
+            "; return 100 * sum(t in row[: k + 1] for row, t in zip(kept, targets)) / len(rows)",
+            "its own set, reference and target",
+        ),
+        (
+            "six = {i for m in members for i in m}"
+            "; kept = [[i for i in row if i in six and i not in references] for row in rows]"
+            "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
+            "its own set, reference and target",
+        ),
         (
             "kept = [[i for i in row if i in members[0] and i != references[0]] for row in rows]"
             "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
@@ -169,7 +189,22 @@ WRONG = {
     ],
     "05 my_rank": [
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
-        ("return 5", "*any* of them"),
+        ("return 5", "*any* of them"), ("pass", "is there a `return`"),
+        (
+            "b = min(scores[t] for t in targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",
+            "not the worst",
+        ),
+        (
+            "b = max(scores[t] for t in targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i and i not in targets)",
+            "may be any image",
+        ),
+        (
+            "scores[reference], b = 0, max(scores[t] for t in targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i not in targets)",
+            "may be negative",
+        ),
         ("return 1 + sum(s > max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "a tie"),
         ("return sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)", "no harm"),
         ("return 9", "rank 3, not 9"),
@@ -188,6 +223,22 @@ WRONG = {
         ("return 'red', 'blue'", "lists of words"),
         (
             "i = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))"
+            "; j = next((k for k in range(min(len(a), len(b)) - i) if a[-1 - k] != b[-1 - k]), min(len(a), len(b)) - i)"
+            "; return a[i:-j], b[i:-j]",
+            "ends at -0",
+        ),
+        (
+            "k = [w for w in set(a) | set(b) for _ in range(a.count(w) - b.count(w))]"
+            "; return k, [w for w in set(a) | set(b) for _ in range(b.count(w) - a.count(w))]",
+            "one run of words",
+        ),
+        (
+            "[(a.pop(0), b.pop(0)) for _ in range(min(len(a), len(b))) if a[0] == b[0]]"
+            "; [(a.pop(), b.pop()) for _ in range(min(len(a), len(b))) if a[-1] == b[-1]]; return a, b",
+            "have changed",
+        ),
+        (
+            "i = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))"
             "; j = next((k for k in range(len(a) - i) if k >= len(b) or a[-1 - k] != b[-1 - k]), len(a) - i)"
             "; return a[i : len(a) - j], b[i : max(i, len(b) - j)]",
             "one 'very' is lost",
@@ -195,15 +246,24 @@ WRONG = {
     ],
     "05 my_twins": [
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
-        ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 6", "of captions"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 7", "of captions"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
-        ("return 100.0", "50, not 100"),
+        ("return 100.0", "40, not 100"), ("pass", "is there a `return`"),
+        (
+            "heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / len(new)",
+            "counts once",
+        ),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(not heard & {*n} for n in new) / len(new)", "*with* a twin"),
         ("return 100 * sum(captions in trained for captions in new) / len(new)", "makes a twin"),
         ("return 100 * sum(any(c in str(trained) for c in n) for n in new) / len(new)", "whole caption"),
     ],
-    "06 mean_over_queries": [("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent")],
+    "06 mean_over_queries": [
+        ("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent"),
+        ("pass", "is there a `return`"), ("return sum(r * n for r, n in zip(recalls, numbers)) / 60", "not for every benchmark"),
+        ("return sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers) / 100", "in percent, please"),
+    ],
     "07 my_prompt": [
-        ("return parts", "lists in your list"),
+        ("return parts", "lists in your list"), ("pass", "is there a `return`"),
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),
         ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
         ("return [9, -1, -1, -1, 4, 5, 6, 7, 8, 10]", "order that of the parts"),
@@ -217,7 +277,9 @@ WRONG = {
     "07 my_agreement": [
         ("return sum(len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)) / len(found)", "right as a share"),
         ("return 100 * sum(a == b for f, e in zip(found, exact) for a, b in zip(f, e)) / 6", "at the same place"),
-        ("return 100.0", "2 of 3 in either row"),
+        ("return 100.0", "2 of 3 in either row"), ("pass", "is there a `return`"),
+        ("return 100 * len(set(found[0]) & set(exact[0])) / len(exact[0])", "not for every search"),
+        ("return 100 * sum(len(set(f) & set(e)) / 3 for f, e in zip(found, exact)) / len(found)", "not for every search"),
         (
             "a, b = {i for row in found for i in row}, {i for row in exact for i in row}; return 100 * len(a & b) / len(b)",
             "row by row",
@@ -225,7 +287,8 @@ WRONG = {
     ],
     "07 my_speedup": [
         ("return factor", "the gain of the part"),
-        ("return 0.5", "new over old"),
+        ("return 0.5", "new over old"), ("pass", "is there a `return`"),
+        ("t = milliseconds.values(); return sum(t) / (sum(t) - max(t) + max(t) / factor)", "not for every query"),
         ("return 3.0", "2 times faster, not 3.00"),
         ("return 2.0 if factor == 6 else 1.0", "not for every query"),
         (

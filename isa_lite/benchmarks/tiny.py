@@ -123,18 +123,24 @@ def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
 
 
 def _circo(root: Path, queries: int, seed: int, size: int) -> None:
-    """One to four right answers (other renderings of the same scene), semantic aspects, and one gallery for both splits."""
+    """One to four right answers (other renderings of the same scene), semantic aspects, and one gallery for both splits.
+
+    A picture of another query that happens to show the scene is a right answer, too.
+    """
     rng = np.random.default_rng((seed, 23))
     pictures: list[dict] = []
+    shown: dict[Scene, list[int]] = {}
 
     def picture(scene: Scene) -> int:
         number = 7 * len(pictures) + 1000
+        shown.setdefault(scene, []).append(number)
         pictures.append({"id": number, "file_name": f"{number:012d}.jpg"})
         _picture(root / "COCO2017_unlabeled/unlabeled2017" / pictures[-1]["file_name"], scene, rng, size)
         return number
 
+    answers: dict[str, list[tuple[dict, Scene]]] = {}
     for split in ("val", "test"):
-        entries = []
+        answers[split] = []
         for i in range(queries):
             base = scenes.sample_scene(rng)
             (target, change), *others = _changed(base, rng, 3)
@@ -151,9 +157,14 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
             if split == "val":
                 aspects = {_ASPECTS[kind] for kind in change.kinds}
                 aspects |= {"statement_with_conjunction"} if len(change.kinds) > 1 else set()
-                entry |= {"target_img_id": truths[0], "gt_img_ids": truths, "semantic_aspects": sorted(aspects)}
-            entries.append(entry)
-        _json(root / f"annotations/{split}.json", entries)
+                entry |= {"target_img_id": truths[0], "semantic_aspects": sorted(aspects)}
+            answers[split].append((entry, target))
+    for split, entries in answers.items():  # not before all pictures are there
+        for entry, target in entries:
+            if split == "val":  # the target first, then its other renderings, wherever they come from
+                others_too = [number for number in shown[target] if number != entry["target_img_id"]]
+                entry["gt_img_ids"] = [entry["target_img_id"], *others_too]
+        _json(root / f"annotations/{split}.json", [entry for entry, _ in entries])
     _json(root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": pictures})
 
 

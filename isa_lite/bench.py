@@ -95,9 +95,19 @@ def _trained(parser: argparse.ArgumentParser, args: argparse.Namespace, vl: VLMo
         parser.error(str(error))
 
 
+#: What each measurement listens to.
+_OPTIONS = {
+    "cost": ("vl_model", "pretrained", "encoder"),
+    "query": (),
+    "split": ("encoder",),
+    "embed": ("rounds",),
+    "backbones": ("vl_model", "pretrained", "image_size", "rounds"),
+}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["cost", "query", "split", "embed", "backbones"])
+    parser.add_argument("what", choices=list(_OPTIONS))
     logging.getLogger().addFilter(lambda record: "No pretrained weights" not in record.getMessage())  # on purpose here
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
@@ -105,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=None, help="of the light backbones; else the VL model's")
     parser.add_argument("--rounds", type=int, default=10, help="of the timing of backbones and embed")
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value != parser.get_default(name) and name not in ("what", *_OPTIONS[args.what]):
+            parser.error(f"{args.what} does not use --{name.replace('_', '-')}; it measures models of its own")
     if args.rounds < 1 or (args.image_size is not None and args.image_size < 1):
         parser.error(f"--rounds and --image-size must be at least 1, not {args.rounds} and {args.image_size}")
     if args.what == "backbones":

@@ -85,6 +85,8 @@ def embed_files(
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     if not files:
         raise ValueError("there are no files to embed")
+    if cache and Path(cache).is_file():
+        raise ValueError(f"cache= names a folder for the shards, and {cache} is a file")
     missing = [f for f in files if not f.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(files)} image files are missing, the first: {missing[0]}")

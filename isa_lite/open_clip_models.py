@@ -36,7 +36,11 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
     """Model, preprocessing, tokenizer, and our matching encoder where one lies beside them. Raises ValueError for no model."""
     if not (folder / "open_clip_config.json").is_file():
         raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
-    source, config = f"local-dir:{folder}", json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    source = f"local-dir:{folder}"
+    try:
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{folder / 'open_clip_config.json'} is no JSON: {error}") from error
     text = text_config(config.get("model_cfg", config), name)
     tokenizer = load_tokenizer(source, text, name, folder)  # before the weights: it is small, and may be out of reach
     changed = {"text_cfg": text} if text.get("hf_model_name") else {}
@@ -66,6 +70,8 @@ def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module
     if pretrained is None:
         raise ValueError(f"{name} needs weights: give pretrained= a file or one of the tags {', '.join(tags) or '(none known)'}")
     if not Path(pretrained).is_file() and pretrained not in tags:
+        if Path(pretrained).suffix or Path(pretrained).name != pretrained:  # no tag has a dot or a slash
+            raise ValueError(f"there is no file of weights {pretrained}")
         raise unknown(f"tag of weights for {name}:", pretrained, tags)
     text = text_config(open_clip.get_model_config(name), name)
     tokenizer = load_tokenizer(name, text, name)

@@ -155,3 +155,12 @@ def test_an_encoder_that_is_not_there_is_named_in_a_line(tmp_path, capsys, what)
     with pytest.raises(SystemExit):
         main([what, "--encoder", str(tmp_path)])
     assert f"{tmp_path} holds no query_encoder.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "what, option", [("query", "--encoder"), ("embed", "--vl-model"), ("cost", "--rounds"), ("split", "--pretrained")]
+)
+def test_an_option_that_would_be_ignored_is_refused(capsys, what, option):
+    with pytest.raises(SystemExit):
+        main([what, option, "7"])
+    assert f"{what} does not use {option}" in capsys.readouterr().err

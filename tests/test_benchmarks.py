@@ -338,6 +338,16 @@ def test_circo_annotations_without_aspects_are_read(circo_root):
     assert list(found) == [f"{m}@{k}" for m in ("mAP", "Recall") for k in (5, 10, 25, 50)]
 
 
+@pytest.mark.parametrize("key, value", [("semantic_aspects", "negation"), ("semantic_aspects", None), ("gt_img_ids", None)])
+def test_circo_lists_that_are_none_are_named(circo_root, key, value):
+    entries = json.loads((circo_root / "annotations/val.json").read_text())
+    put(circo_root / "annotations/val.json", [entries[0] | {key: value}, *entries[1:]])
+    with pytest.raises(
+        ValueError, match=f"query {entries[0]['id']} of annotations/val.json: gt_img_ids and .* are lists, not .*{value}"
+    ):
+        circo.load(circo_root)
+
+
 def test_the_reference_stays_in_the_ranking_of_circo(circo_root):
     (task,) = circo.load(circo_root)
     assert [row[0] for row in rank(task, on_circle([0, 50]), on_circle(range(0, 70, 10))).top] == [100, 105]

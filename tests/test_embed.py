@@ -62,6 +62,13 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_pat
     )
 
 
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_embedded(files, vl, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(type(vl), "encode_pixels", lambda *_: pytest.fail("embedded"))
+    with pytest.raises(ValueError, match="cache= names a folder for the shards, and .*cache is a file"):
+        embed_files(files, vl, tmp_path / "cache", progress=False)
+
+
 def test_a_damaged_shard_is_made_again(files, vl, tmp_path):
     cache = tmp_path / "cache"
     first = embed_files(files, vl, cache, shard=3, progress=False)

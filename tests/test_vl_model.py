@@ -319,7 +319,8 @@ def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch
         ("%%%%%%", None, "unknown VL model '%%%%%%'$"),
         ("ViT-B-32", None, "needs weights.*laion2b_s34b_b79k"),
         ("ViT-B-32", "laion2b_s34b_b97k", "tag of weights for ViT-B-32.*did you mean.*laion2b_s34b_b79k"),
-        ("ViT-B-32", "no/such/file.pt", "tag of weights for ViT-B-32"),
+        ("ViT-B-32", "no/such/file.pt", "there is no file of weights no/such/file.pt"),
+        ("ViT-B-32", "missing.safetensors", "there is no file of weights missing.safetensors"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_what_is_near(name, pretrained, message, no_network):
@@ -351,6 +352,10 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     shutil.copytree(vl_folder, tmp_path / "cut")
     whole = (vl_folder / "open_clip_model.safetensors").read_bytes()
     (tmp_path / "cut" / "open_clip_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "open_clip_config.json").write_text('{"model_cfg": ')
+    with pytest.raises(ValueError, match="half.open_clip_config.json is no JSON"):
+        load_vl_model(str(tmp_path / "half"))
     with pytest.raises(ValueError, match="cut holds no weights that fit its open_clip_config.json"):
         load_vl_model(str(tmp_path / "cut"))
     shutil.copytree(vl_folder, tmp_path / "matcher")

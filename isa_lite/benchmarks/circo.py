@@ -59,13 +59,16 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
     queries = []
     for record, number, reference, caption, concept, *answer in entries(read_json(root, where, _LAYOUT), keys, where):
         target, truths = answer or (None, [])
+        aspects = record.get("semantic_aspects", [])
+        if not isinstance(truths, list) or not isinstance(aspects, list):
+            raise ValueError(
+                f"query {number} of {where}: gt_img_ids and semantic_aspects are lists, not {truths!r} and {aspects!r}"
+            )
         if answer and target not in truths:
             raise ValueError(f"query {number} of {where}: its target {target} is not among its ground truths {truths}")
         text = f"{concept}, {caption}" if shared_concept else caption
         targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
-        queries.append(
-            Query(str(number), reference, (text,), targets, aspects=tuple(record.get("semantic_aspects", ())), entry=record)
-        )
+        queries.append(Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record))
     if split == "test" and {q.id for q in queries} != {str(i) for i in range(len(queries))}:
         raise ValueError(f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is the file whole?")
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"

@@ -147,6 +147,7 @@ WRONG = {
         ("return int((table - vector).norm(dim=1).argmin())", "smallest distance"),
         ("return int((table @ vector / (table**2).sum(1).clamp(min=1e-9)).argmax())", "divided out twice"),
         ("return int((table @ vector / table.norm(dim=1).clamp(min=1e-9)).abs().argmax())", "opposite"),
+        ("return int((table @ vector / table.abs().sum(1).clamp(min=1e-9)).argmax())", "by the angle"),
     ],
     "06 my_average_precision": [
         ("pass", "is there a `return`"), ("return 8 / 9", "only where place k is right"),
@@ -210,6 +211,16 @@ WRONG = {
         ("return 9", "rank 3, not 9"),
         ("b = max(scores[t] for t in targets); return sum(s >= b for i, s in enumerate(scores) if i not in targets)", "always"),
         (
+            "b = scores[max(targets)]"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",
+            "the last",
+        ),
+        (
+            "b = sum(scores[t] for t in targets) / len(targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",
+            "their mean",
+        ),
+        (
             "wrong, best = {0, 1, 2, 3, 4, 5} - {0, *targets}, max(scores[t] for t in targets)"
             "; return sum(scores[i] >= best for i in wrong if i < len(scores))",
             "not 0",
@@ -243,6 +254,19 @@ WRONG = {
             "; return a[i : len(a) - j], b[i : max(i, len(b) - j)]",
             "one 'very' is lost",
         ),
+        *(
+            (
+                f"i = {front}"
+                "; j = next((k for k in range(min(len(a), len(b)) - i) if a[-1 - k] != b[-1 - k]), min(len(a), len(b)) - i)"
+                "; return a[i : len(a) - j], b[i : len(b) - j]",
+                "has to stop",
+            )
+            for front in (
+                "next(k for k in range(99) if a[k] != b[k])",
+                "[x == y for x, y in zip(a, b)].index(False)",
+                "next(k for k, (x, y) in enumerate(zip(a, b)) if x != y)",
+            )
+        ),
     ],
     "05 my_twins": [
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
@@ -256,6 +280,8 @@ WRONG = {
         ("heard = {c for t in trained for c in t}; return 100 * sum(not heard & {*n} for n in new) / len(new)", "*with* a twin"),
         ("return 100 * sum(captions in trained for captions in new) / len(new)", "makes a twin"),
         ("return 100 * sum(any(c in str(trained) for c in n) for n in new) / len(new)", "whole caption"),
+        ("a, b = ({c for x in s for c in x} for s in (trained, new)); return 100 * len(a & b) / len(new)", "both sides share"),
+        ("said = {c for n in new for c in n}; return 100 * sum(bool(said & {*t}) for t in trained) / len(new)", "in training"),
     ],
     "06 mean_over_queries": [
         ("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent"),

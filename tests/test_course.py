@@ -34,10 +34,11 @@ WRONG = {
     "00 my_cosine": [
         ("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length"),
         ("return float(a @ b / a.norm() ** 2)", "divided out twice"),
-        ("return float((a * b).mean() / a.norm() / b.norm())", "so 0.97"),
+        ("return float((a * b).mean() / a.norm() / b.norm())", "so 0.9692"),
         ("return float(abs(a @ b) / a.norm() / b.norm())", "keep the sign"), ("return 63 / 65", "keep the sign"),
         ("return float((a[0] * b[0] + a[1] * b[1]) / a.norm() / b.norm())", "however many"),
         ("a @ b", "`return` missing"), ("return a * b / a.norm() / b.norm()", "one number is asked for, not 2"),
+        ("return round(float(a @ b / a.norm() / b.norm()), 2)", "so 0.9692, not 0.9700"),
     ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
@@ -49,6 +50,12 @@ WRONG = {
         ("s = embeddings @ query; s[reference] = -1; return int(s.argmax()) + 1", "one row too late"),
         ("return (embeddings @ query).max(0)", "more than one came back"), ("embeddings @ query", "`return` missing"),
         ("return float('nan')", "is a score"),
+        (
+            "return int((torch.cat([embeddings[:reference], embeddings[reference + 1 :]]) @ query).argmax()) + 1",
+            "keep their number",
+        ),
+        ("s = (embeddings @ query).abs(); s[reference] = -1; return s.argmax()", "a negative cosine is a low one"),
+        ("s = embeddings @ embeddings[reference]; s[reference] = -2; return s.argmax()", "does your answer use `query`?"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
@@ -71,6 +78,7 @@ WRONG = {
         ('return torch.einsum("lhw,chw->lc", logits.flatten().softmax(0).view_as(logits), features)', "each token has its own"),
         ("return features.mean((1, 2)).expand(len(logits), -1)", "the same mean"),
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).T", "not (5, 3)"),
+        ("return logits.flatten(1).softmax(1) @ features.reshape(-1, len(features))", "mixes channels and positions"),
         ("return logits.flatten(1).softmax(1) @ features.flatten(1).T + 1", "should stand"),
         ("return (logits / 5**0.5).flatten(1).softmax(1) @ features.flatten(1).T", "should stand"),
         ("return logits.flatten(1).exp() @ features.flatten(1).T", "must add up to 1"),
@@ -95,6 +103,8 @@ WRONG = {
         ("return -(query @ target.T / temperature).log_softmax(1).mean()", "do not add up"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum()", "the sum over five"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal()", "one number, not (5,)"),
+        ("return -(query @ target.T / temperature).log_softmax(1).diagonal().mean() / 2", "half of it"),
+        ("return -(query @ target.T / temperature).softmax(1).diagonal().mean().log()", "the mean that of the logarithms"),
         ("return -float((query @ target.T).log_softmax(1).diagonal().mean())", "temperature changes nothing"),
         ("return -(query @ target.T * temperature).log_softmax(1).diagonal().mean()", "are multiplied"),
         ("return -(query @ query.T / temperature).log_softmax(1).diagonal().mean()", "sentences and *images*"),
@@ -107,6 +117,8 @@ WRONG = {
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
         ("return (rank <= k).sum()", "these are counts"),
         ("return 100 * (rank == k).mean()", "*at most* k"),
+        ("return round(100 * float((rank <= k).mean()), 1)", "but for the rounding"),
+        ("return int(100 * (rank <= k).mean())", "but for the rounding"),
         ("return 50.0", "give 14.3, 71.4 and 100 percent"), ("return 20 * (rank <= k).sum()", "give 14.3, 71.4 and 100 percent"),
         ("return 100 * len(set(rank[rank <= k])) / len(rank)", "each of them counts"),
         ("return rank <= k", "one number is asked for"), ("rank <= k", "`return` missing"),
@@ -114,6 +126,7 @@ WRONG = {
     "03 smaller": [
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
         ("return image @ gallery.T", "expected 0.6"),
+        ("return torch.minimum(image, text) @ gallery.T", "take both cosines first"),
         ("a, b = image @ gallery.T, text @ gallery.T; return torch.where(a.abs() < b.abs(), a, b)", "expected 0.6"),
         ("return torch.zeros(3)", "scores of shape (2, 3)"),
         ("return torch.cat([image @ gallery.T, text @ gallery.T]).amin(0, keepdim=True)", "not (1, 3)"),
@@ -329,6 +342,7 @@ WRONG = {
 ALSO_RIGHT = {
     "00 why_is_there_always_an_answer": [
         'return "nearby"',
+        'return "closer"',
         'return "Nearest!"',
         "return '\"most alike\"'",
         'return "nearest-neighbours"',

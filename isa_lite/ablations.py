@@ -94,10 +94,11 @@ def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,
     return list(runs.values())
 
 
-def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Mapping) -> dict:
+def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Mapping, stored: Sequence[Mapping] = ()) -> dict:
     """All finished runs as one record, an entry for each ablation's value and seed; what is not finished under `missing`.
 
-    An ablation of which nothing but the default is finished has no entries: it compares nothing.
+    stored: entries of an earlier record; those stay that are of other ablations or seeds, or of a VL model that is not here
+    (no key). An ablation of which nothing but the default is finished has no entries: it compares nothing.
     """
     entries, missing = [], []
     for run in runs:
@@ -110,10 +111,14 @@ def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Ma
             entries.append(
                 {**entry, "changed": changed(run["parameters"], defaults), **{n: result[n] for n in KEPT}, "key": run["key"]}
             )
+    here = {(*shown, run["parameters"]["seed"]) for run in runs if run["key"] for shown in run["shows"]}
+    others = [e for e in stored if (e["ablation"], e["label"], e["seed"]) not in here]
+    entries += others
+    missing = [m for m in missing if all(m != {name: e[name] for name in m} for e in others)]
     labels = {(entry["ablation"], entry["label"]) for entry in entries}
     compared = {ablation for ablation, count in Counter(ablation for ablation, _ in labels).items() if count > 1}
     entries = [entry for entry in entries if entry["ablation"] in compared or not entry["ablation"]]
-    used = [results[run["key"]] for run in runs if run["key"] in results]
+    used = [*(results[run["key"]] for run in runs if run["key"] in results), *others]
     return {
         "data": "rendered scenes",
         "defaults": dict(defaults),

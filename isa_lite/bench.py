@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if value != parser.get_default(name) and name not in ("what", *_OPTIONS[args.what]):
-            parser.error(f"{args.what} does not use --{name.replace('_', '-')}; it measures models of its own")
+            parser.error(f"{args.what} does not use --{name.replace('_', '-')}; leave it out")
     if args.rounds < 1 or (args.image_size is not None and args.image_size < 1):
         parser.error(f"--rounds and --image-size must be at least 1, not {args.rounds} and {args.image_size}")
     if args.what == "backbones":

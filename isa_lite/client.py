@@ -43,8 +43,17 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as `isa_lite.images.decode` gives it, and so as the gallery's were read: upright, RGB, laid on white."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    """An image file as `isa_lite.images.decode` gives it, and so as the gallery's were read: upright, RGB, laid on white.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a decoder throws at a broken file
+        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
         wide = image.mode.startswith("I;16") or values.max() > 255

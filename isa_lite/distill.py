@@ -181,8 +181,9 @@ def distill(
         raise ValueError(
             f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
         )
-    if min(config.batch_size, len(images) - config.validation) % ranks.count():
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of {ranks.count()}, the number of processes")
+    if (size := min(config.batch_size, len(images) - config.validation)) % ranks.count():
+        cut = f", cut to the {size} images that are left to train on," if size < config.batch_size else ""
+        raise ValueError(f"batch_size {config.batch_size}{cut} is not a multiple of {ranks.count()}, the number of processes")
     if config.lar_weight > 0:
         vl.check_lar()
     device, began = torch.device(config.device), time.perf_counter()
@@ -203,6 +204,7 @@ def distill(
     if checkpoint and (info := resume_run(checkpoint, {"encoder": encoder}, optimizer, identity)):
         start, history = info["step"], History(**info["history"])
         history.recall = [tuple(point) for point in history.recall]
+    ranks.same(start, f"the step that they go on from, by what they see of {checkpoint}")
     ranks.agree(encoder.state_dict().values())
     began -= history.seconds
 
@@ -307,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = DistillConfig(**config)
         with ranks.joined(config.device):
-            images, vl = ImageFolder(folder), load_vl_model(name, tag)
+            images, vl = ImageFolder(folder), load_vl_model(name, tag, config.device)
             torch.manual_seed(config.seed)
             encoder = QueryEncoder.for_model(vl, **{key: value for key, value in args.items() if value is not None})
             history = distill(images, vl, encoder, config, out / "run", out / "run" / "distill.safetensors")

@@ -32,17 +32,22 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device` is "cuda"."""
+    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device` is "cuda".
+
+    Raises ValueError where there is no such GPU. After an error inside there is no farewell: it would wait for the others,
+    which wait for this process, and torchrun ends them all.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        own = int(os.environ["LOCAL_RANK"])
+        if own >= torch.cuda.device_count():
+            raise ValueError(f"process {own} has no GPU of its own, as there are {torch.cuda.device_count()}: start fewer")
+        torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
 
 
 def part(rows: Rows) -> Rows:
@@ -89,6 +94,15 @@ def average(tensors: Iterable[Tensor]) -> None:
     """Give every process the mean of all processes' values."""
     for tensor in tensors if count() > 1 else ():
         tensor.copy_(total(tensor) / count())
+
+
+def same(value: object, what: str) -> None:
+    """Raises ValueError in every process where they differ in `value`: they would wait for each other forever."""
+    values: list[object] = [value] * count()
+    if count() > 1:
+        distributed.all_gather_object(values, value)
+    if any(other != value for other in values):
+        raise ValueError(f"the {count()} processes differ in {what}: {values}; give all of them the same files")
 
 
 def wait() -> None:

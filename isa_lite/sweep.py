@@ -124,7 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help=f"the gathered record; by default data/results/sweep.json, for {STEPS} steps")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
-    parser.add_argument("--add", action="store_true", help="keep what the record at --out holds already, and run only the rest")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep what the record at --out holds already, of any ablation and seed, and run only the rest",
+    )
     return parser
 
 
@@ -160,6 +164,8 @@ def main(argv: list[str] | None = None) -> None:
             models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
     out = args.out or DATA / "results" / "sweep.json"
     stored = json.loads(out.read_text()) if args.add and out.is_file() else {"runs": [], "attention": {}}
+    if stored["runs"] and (why := _foreign(stored, defaults, models)):
+        parser.error(f"--add: the record {out} is of {why}; choose another --out, or leave out --add to write over it")
     kept = {entry["key"]: entry for entry in stored["runs"]}
     results = {}
     for run in runs:
@@ -187,14 +193,27 @@ def main(argv: list[str] | None = None) -> None:
         else:
             failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
             tqdm.write(f"FAILED {failed[-1]}")
-    record = gather(runs, results, defaults)
+    record = gather(runs, results, defaults, stored["runs"])
     record["attention"] = _attention(runs, results, args, stored["attention"])
+    if not any(ablation == "tokens" for run in runs for ablation, _ in run["shows"]):
+        record["attention"] = stored["attention"]
     write_text(out, json.dumps(record) + "\n")
     write_bytes(out.with_suffix(".png"), draw.png(draw.ablations(record)))
     print(table(record).to_string())
     print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
     if failed:
         parser.exit(1, "\n".join([f"{len(failed)} runs failed:", *failed]) + "\n")
+
+
+def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:
+    """What makes a record one that this sweep cannot go on with; "" if nothing does."""
+    if other := [n for n, v in defaults.items() if n not in ASIDE and stored["defaults"].get(n) != v]:
+        return f"another default of {', '.join(other)}"
+    for entry in stored["runs"]:
+        default = {**defaults, "single_vector": False, "seed": entry["seed"]}
+        if "key" not in entry or not entry["ablation"] and entry["key"] != key(default, models[defaults["vl_model"]]):
+            return "another VL model, or was written by an earlier version"
+    return ""
 
 
 def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Mapping, defaults: Mapping, jobs: int) -> None:
@@ -214,7 +233,7 @@ def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespa
     found, encoders, vl = {}, [], None
     for run in runs:
         if run["key"] in results and run["parameters"]["seed"] == args.seeds[0] and any(a == "tokens" for a, _ in run["shows"]):
-            if (args.runs / run["key"]).is_dir():
+            if (args.runs / run["key"] / "result.json").is_file():  # a folder without is that of a run that was stopped
                 vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
                 encoders.append(QueryEncoder.load(args.runs / run["key"], vl))
             elif (length := str(run["parameters"]["num_tokens"])) in stored:

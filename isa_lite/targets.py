@@ -28,14 +28,17 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
 
     They are filed under a digest of the model, its preprocessing and every image, so a change of any of these is
     a new entry. The arrays are mapped from disk where there is a cache, and so need not fit into memory. Several processes
-    (`ranks`) share the work; they need a cache, in a folder that all of them see (ValueError).
+    (`ranks`) share the work; they need a cache, in a folder that all of them see (ValueError). On several machines, make it on
+    one first: neighbouring rows share a page of the file, and a network's file system may lose one machine's half of it.
     """
     if ranks.count() > 1 and not cache:
         raise ValueError("several processes exchange the targets of the large tower through files: give a cache folder")
     digest = hashlib.sha256(f"{vl.fingerprint} {images_key(images)} {vl.preprocess}".encode()).hexdigest()[:24]
     folder = Path(cache) / digest if cache else None
     wanted = ["embeddings"] + (["patches"] if patches else [])
-    if folder and all((folder / f"{name}.npy").is_file() for name in wanted):
+    ready = folder is not None and all((folder / f"{name}.npy").is_file() for name in wanted)
+    ranks.same((digest, ready), f"their images, or in whether they see the targets of these in {cache}")
+    if ready:
         return Targets(
             *(
                 np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) if n in wanted else None

@@ -431,6 +431,18 @@ def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path,
     assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(expected[0]), abs=1e-4)
 
 
+def test_the_client_names_a_picture_that_it_cannot_read(tmp_path, monkeypatch):
+    Image.effect_noise((64, 64), 99).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut.png cannot be read as an image \(OSError"):
+        read_image(tmp_path / "cut.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"whole.png cannot be read as an image \(DecompressionBombError"):
+        read_image(tmp_path / "whole.png")
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        read_image(tmp_path / "nowhere.png")
+
+
 def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, capsys):
     query, stored = tmp_path / "query.png", tmp_path / "gallery.safetensors"
     pictures[0].save(query)

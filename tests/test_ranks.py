@@ -80,6 +80,44 @@ def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     with pytest.raises(ValueError, match="give a cache folder"):
         distill.distill(images, vl, encoder, config, progress=False)
+    config = distill.DistillConfig(steps=1, batch_size=32, validation=5)
+    with pytest.raises(ValueError, match="batch_size 32, cut to the 15 images that are left to train on, is not a multiple of 2"):
+        distill.distill(images, vl, encoder, config, progress=False)
+
+
+def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, monkeypatch, tmp_path):
+    images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
+    config = distill.DistillConfig(steps=2, batch_size=8, validation=4)
+    distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
+
+    def gather(values, value):  # another process has neither images nor states
+        values[:] = [value, strange.get(type(value), value)]
+
+    monkeypatch.setattr(ranks.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    strange = {tuple: ("0123", False)}
+    with pytest.raises(ValueError, match="2 processes differ in their images, or in whether they see the targets"):
+        distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
+    strange = {int: 0}
+    with pytest.raises(ValueError, match=r"differ in the step that they go on from, by what they see of .*state: \[2, 0\]"):
+        distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
+
+
+def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_the_others(monkeypatch):
+    said = []
+    monkeypatch.setattr(ranks.distributed, "init_process_group", lambda _: said.append("joined"))
+    monkeypatch.setattr(ranks.distributed, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 has no GPU of its own, as there are 1"), ranks.joined("cuda"):
+        pass
+    with pytest.raises(OSError, match="broken"), ranks.joined("cpu"):
+        raise OSError("broken")
+    assert said == ["joined"]
+    with ranks.joined("cpu"):
+        pass
+    assert said == ["joined", "joined", "left"]
 
 
 def test_bad_input_on_the_command_line_is_an_error_in_words(folder, capsys):
@@ -87,6 +125,7 @@ def test_bad_input_on_the_command_line_is_an_error_in_words(folder, capsys):
         ("--images", "nowhere"): "nowhere",
         ("--vl-model", "ViT-B-23"): "ViT-B-32",
         ("--backbone", "mobilnet"): "mobilenet",
+        ("--device", "cuda:99"): "device 'cuda:99' cannot be used",
         ("--temperature", "-1"): "temperature must be a number above 0, not -1.0",
     }.items():
         with pytest.raises(SystemExit) as stopped:

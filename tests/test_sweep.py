@@ -134,7 +134,7 @@ def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, noteboo
     assert {entry["ablation"] for entry in record["runs"]} == {"", "start words"}
 
 
-def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, notebook):
+def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, notebook, capsys, monkeypatch):
     ran, _ = notebook
     arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--only", "tokens"]
     sweep.main(arguments)
@@ -147,15 +147,41 @@ def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, noteb
     assert [entry for entry in after["runs"] if entry["ablation"] != "start words"] == before["runs"]
     assert [entry["label"] for entry in after["runs"] if entry["ablation"] == "start words"] == ["a description", "none"]
 
+    # nor is what another ablation, seed or number of steps would leave out
+    only = [*arguments[:-1], "start words", "--add"]
+    for seed in "01":
+        sweep.main([*only, "--seeds", seed])
+        again = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+        assert all(entry in again for entry in after["runs"]), seed
+    assert {entry["seed"] for entry in again} == {0, 1}
+    with pytest.raises(SystemExit):
+        sweep.main([*arguments, "--add", "--steps", "5"])
+    assert "sweep.json is of another default of steps; choose another --out" in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sweep, "load_vl_model", lambda *_: argparse.Namespace(fingerprint="other"))
+        sweep.main([*arguments, "--add"])
+    assert "sweep.json is of another VL model" in capsys.readouterr().err
+
     ran.clear()
     sweep.main(arguments)  # without --add everything is run again
     assert len(ran) == 8
+
+
+def test_the_record_keeps_what_a_vl_model_says_that_is_not_on_this_machine():
+    runs = [{**run, "key": str(i)} for i, run in enumerate(ablations.plan(DEFAULTS, ["captions of the VL model"]))]
+    result = dict.fromkeys(ablations.KEPT, "m")
+    first = ablations.gather(runs, {run["key"]: result for run in runs}, DEFAULTS)
+    runs[1]["key"] = None
+    again = ablations.gather(runs, {"0": result}, DEFAULTS, first["runs"])
+    assert again["runs"] == first["runs"] and len(first["runs"]) == 3 and not again["missing"]
+    assert ablations.gather(runs, {"0": result}, DEFAULTS)["missing"]
 
 
 def test_what_encoders_that_are_gone_looked_at_is_kept(tmp_path):
     runs = [{**run, "key": str(i)} for i, run in enumerate(ablations.plan(DEFAULTS, ["tokens"]))]
     done = {run["key"]: {} for run in runs if run["parameters"]["num_tokens"] != 8}
     args = argparse.Namespace(seeds=[0], runs=tmp_path)
+    (tmp_path / next(run["key"] for run in runs if run["parameters"]["num_tokens"] == 4)).mkdir()  # a run that was stopped
     stored = {"24": "twenty-four", "4": "four", "8": "not this sweep's", "9": "not in the plan"}
     assert list(sweep._attention(runs, done, args, stored).items()) == [("4", "four"), ("24", "twenty-four")]
 

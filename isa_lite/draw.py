@@ -317,9 +317,14 @@ def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
         if default:
             axes.plot(at, mean, color=ORANGE, marker="D", markersize=10)
     axes.plot(x, [point[5] for point in points], color=GREY, linestyle="--", linewidth=1.5)
-    axes.set(xscale="log", ylim=(0, 102), ylabel=f"Recall@{k} in %")
+    positive = min(x) > 0  # a logarithm has no place for 0
+    axes.set(xscale="log" if positive else "linear", ylim=(0, 102), ylabel=f"Recall@{k} in %")
     axes.minorticks_off()
-    axes.set_xticks(x, [f"{v:g}" for v in x], rotation=30 if max(x) >= 1000 else 0)
+    named = [at for at, point in zip(x, points, strict=True) if point[1]]  # the default keeps its number, whatever is beside it
+    for at in x:
+        if not positive or all(abs(np.log2(at / other)) > 0.5 for other in named):
+            named.append(at)
+    axes.set_xticks(x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0)
 
 
 def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
@@ -327,8 +332,8 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         axes.barh(y, mean, color=ORANGE if default else BLUE)
         axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.plot([ceiling, ceiling], [y - 0.5, y + 0.5], color=GREY, linestyle="--", linewidth=1.5)
-        text = f"{mean:.0f}" + (" default" if default else "")
-        axes.text(np.nanmax([mean, high]) + 1, y, text, va="center", fontsize=11, backgroundcolor="white", zorder=0)
+        text = f"{mean:.1f}" + (" default" if default else "")
+        axes.text(np.nanmax([mean, high]) + 1, y, text, va="center", fontsize=11, backgroundcolor="white", zorder=3)
     axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11)
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")

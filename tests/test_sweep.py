@@ -116,6 +116,16 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     axes = draw.ablations(record).axes[0]
     assert axes.get_title(loc="left") == "tokens"
     assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 20, 24]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "1",
+        "2",
+        "4",
+        "8",
+        "12",
+        "",
+        "20",
+        "",
+    ]  # not over one another
     assert list(axes.lines[0].get_ydata()) == [2.5, 3.5, 5.5, 9.5, 13.5, 17.5, 21.5, 25.5]
 
 
@@ -213,8 +223,17 @@ def test_names_become_bars_and_the_default_is_said_in_words():
 
     axes = draw.ablations({"runs": [entry("GCD", 40.0, {}), entry("neither", 3.0, {"gcd_weight": 0})]}).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [40, 3]
-    assert [text.get_text() for text in axes.texts] == ["40 default", "3"]
+    assert [text.get_text() for text in axes.texts] == ["40.0 default", "3.0"]
     assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+
+
+def test_a_curve_shows_a_value_of_nothing():
+    def entry(label, value, changed):
+        methods = {"isa": {"R@1": value}, "composition ceiling": {"R@1": 60.0}}
+        return {"ablation": "noise on words", "label": label, "seed": 0, "changed": changed, "methods": methods}
+
+    axes = draw.ablations({"runs": [entry("0", 30.0, {"word_noise": 0.0}), entry("1", 40.0, {})]}).axes[0]
+    assert axes.get_xscale() == "linear" and [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
 
 
 def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):

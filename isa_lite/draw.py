@@ -333,7 +333,8 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.plot([ceiling, ceiling], [y - 0.5, y + 0.5], color=GREY, linestyle="--", linewidth=1.5)
         text = f"{mean:.1f}" + (" default" if default else "")
-        axes.text(np.nanmax([mean, high]) + 1, y, text, va="center", fontsize=11, backgroundcolor="white", zorder=3)
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.text(np.nanmax([mean, high]) + 2, y, text, va="center", fontsize=11, bbox=ground, zorder=3)
     axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11)
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")

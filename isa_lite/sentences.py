@@ -55,7 +55,7 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
 def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) -> dict[str, dict]:
     """Several encoders over the same rendered scenes, by their number of tokens: where they look, in plain lists.
 
-    maps: L x h x w, on the first scene with three objects (`look_scene`); grounding: of each token with its best object,
+    maps: L x h x w, on one scene (`look_scene`); grounding: of each token with its best object,
     over all the scenes; elsewhere: the same with each image's maps laid over another image's objects. Raises ValueError
     for two encoders with the same number of tokens.
     """
@@ -76,8 +76,12 @@ def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) 
 
 
 def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
-    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering seed."""
-    return next((i, scene) for i, scene in enumerate(sample_scenes(images, seed)) if len(scene.objects) == 3)
+    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering seed.
+
+    The first with three filled objects on white: that shows well under a map.
+    """
+    world = enumerate(sample_scenes(images, seed))
+    return next((i, s) for i, s in world if len(s.objects) == 3 and (s.style, s.background) == ("flat", "white"))
 
 
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:

@@ -252,8 +252,8 @@ WRONG = {
             "ends at -0",
         ),
         (
-            "k = [w for w in set(a) | set(b) for _ in range(a.count(w) - b.count(w))]"
-            "; return k, [w for w in set(a) | set(b) for _ in range(b.count(w) - a.count(w))]",
+            "k = [w for w in dict.fromkeys(a + b) for _ in range(a.count(w) - b.count(w))]"
+            "; return k, [w for w in dict.fromkeys(a + b) for _ in range(b.count(w) - a.count(w))]",
             "one run of words",
         ),
         (

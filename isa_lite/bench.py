@@ -75,8 +75,17 @@ def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.v
 
 def random_model(name: str) -> VLModel:
     """A model of open_clip with random weights, for timing."""
-    clip, _, preprocess = open_clip.create_model_and_transforms(name)
+    warnings = logging.getLogger()
+    warnings.addFilter(_on_purpose)
+    try:
+        clip, _, preprocess = open_clip.create_model_and_transforms(name)
+    finally:
+        warnings.removeFilter(_on_purpose)
     return VLModel(clip, preprocess, open_clip.get_tokenizer(name), name=f"{name}, random weights")
+
+
+def _on_purpose(record: logging.LogRecord) -> bool:
+    return "No pretrained weights" not in record.getMessage()
 
 
 def _named(parser: argparse.ArgumentParser, args: argparse.Namespace) -> VLModel:
@@ -108,7 +117,6 @@ _OPTIONS = {
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(_OPTIONS))
-    logging.getLogger().addFilter(lambda record: "No pretrained weights" not in record.getMessage())  # on purpose here
     parser.add_argument("--vl-model", default=SCENES_CLIP)
     parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
     parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")

@@ -1,3 +1,4 @@
+import logging
 from functools import partial
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from isa_lite.bench import backbones, main
+from isa_lite.bench import backbones, main, random_model
 from isa_lite.fold import _pairs, folded
 from isa_lite.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.query_encoder import QueryEncoder, compose
@@ -72,6 +73,12 @@ def test_the_table_of_backbones(vl):
     blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)  # weights and biases of attention, MLP, norms
     assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18  # patches; positions and class
     assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (table[["multiply-adds", "ms"]] > 0).all().all()
+
+
+def test_only_the_warning_of_random_weights_is_hushed_and_only_while_they_are_made(caplog):
+    filters = list(logging.getLogger().filters)
+    assert random_model("ViT-S-32-alt").image_size == 224
+    assert not [r for r in caplog.records if "weights" in r.getMessage()] and logging.getLogger().filters == filters
 
 
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "resnet18"])

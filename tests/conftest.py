@@ -1,3 +1,9 @@
+import os
+
+# With `-n`, the processes of pytest-xdist share the cores; set before torch is imported, and passed on to what a test starts.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import pytest
 import torch
 

@@ -138,8 +138,8 @@ Image to sentence: `{encoder.config.backbone}` up to stride {encoder.config.stri
 
 **What it saw.** {settings["num_images"]} rendered scenes as images alone, and what `scenes-clip` says about them: no caption, no query, no held-out shape-colour pair.
 
-**How it was made.** By `notebooks/02_distillation.ipynb` with its default parameters, seed {settings["seed"]} ("Run it" in the README), and copied from its
-`out_dir`; {settings["steps"]} steps of {settings["batch_size"]} images, {info["seconds"] / 60:.1f} minutes on {info["machine"]}, commit `{info["commit"]}`.
+**How it was made.** By `notebooks/02_distillation.ipynb` with `-p steps {settings["steps"]}`, seed {settings["seed"]}, and copied from its
+`out_dir` ("Make it again" in the README); {settings["steps"]} steps of {settings["batch_size"]} images, {info["seconds"] / 60:.1f} minutes on {info["machine"]}, commit `{info["commit"]}`.
 
 ## What it can do
 

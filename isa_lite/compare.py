@@ -1,10 +1,11 @@
 """ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/seeds/0 runs/seeds/1 runs/seeds/2`.
 
-With `--symmetric`, symmetric ISA beside it: runs of notebook 02 with `-p backbone vl`, the large image tower on the query side.
-For each folder with a query encoder (notebook 02 writes one into its out_dir): the benchmark of its seed, late fusion with
-weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings. All but ISA
-do not depend on the query encoder: one file a seed keeps them, so that an interrupted comparison goes on where it was and a new
-query encoder is compared in seconds. At the end all seeds are in one file, for notebook 03. `--rivals 0 1` makes only the former.
+For each folder with a query encoder (notebook 02 with `-p steps 800` writes one into its out_dir): the benchmark of its seed,
+late fusion with weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings.
+With `--symmetric`, symmetric ISA beside it: runs with `-p backbone vl` too, the large image tower on the query side.
+All but ISA do not depend on the query encoder: one file a seed keeps them, so that an interrupted comparison goes on where it
+was and a new query encoder is compared in seconds. At the end all seeds are in one file, for notebook 03. `--rivals 0 1` makes
+only the former.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of th
 
 @dataclass
 class CompareConfig:
-    """Settings of one comparison. Images, steps and batch size are those of notebook 02."""
+    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's; every run must have them."""
 
     num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
     inverted: int = 1000  # of these images, those for which SEARLE-like first optimises a word
@@ -111,12 +112,17 @@ def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True)
     }
 
 
-def _encoders(folders: Sequence[Path], vl: VLModel) -> dict[int, QueryEncoder]:
-    """The query encoders by the seed that each run names. Raises ValueError for a seed twice."""
+def _encoders(folders: Sequence[Path], vl: VLModel, config: CompareConfig) -> dict[int, QueryEncoder]:
+    """The query encoders by the seed that each run names. Raises ValueError for a seed twice, or another budget than config's."""
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl)
-        seed = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]["seed"]
+        parameters = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]
+        for name in ("num_images", "steps", "batch_size"):
+            if parameters[name] != getattr(config, name):
+                wanted = f"{getattr(config, name)} of all other methods; train it with -p {name} {getattr(config, name)}"
+                raise ValueError(f"{folder} had {name} {parameters[name]}, and not the {wanted}")
+        seed = parameters["seed"]
         if seed in found:
             raise ValueError(f"{folder} is a second run with seed {seed}; give one a seed")
         found[seed] = encoder
@@ -142,7 +148,9 @@ def relative(runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: st
 def main(argv: list[str] | None = None) -> None:
     """Compare for each query encoder given, and gather."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", type=Path, nargs="+", default=[], help="out_dir of a run of notebook 02, one a seed")
+    parser.add_argument(
+        "--isa", type=Path, nargs="+", default=[], help="out_dir of a run of notebook 02 with -p steps 800, one a seed"
+    )
     parser.add_argument("--symmetric", type=Path, nargs="+", default=[], help="the same of runs with -p backbone vl, same seeds")
     parser.add_argument("--rivals", type=int, nargs="+", default=[], help="only measure all other methods, for these seeds")
     parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
@@ -156,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.rivals:
         return
     try:  # all of them, before any work is done
-        encoders, symmetric = _encoders(args.isa, vl), _encoders(args.symmetric, vl)
+        encoders, symmetric = _encoders(args.isa, vl, config), _encoders(args.symmetric, vl, config)
     except ValueError as error:
         parser.error(str(error))
     if symmetric and set(symmetric) != set(encoders):

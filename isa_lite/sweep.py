@@ -1,6 +1,6 @@
 """The ablations: `python -m isa_lite.sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
 
-Every run is notebook 02 by papermill, with half of its steps and one thing changed (`ablations`): the losses, the number of
+Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number of
 tokens, the mapping network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the
 captions that the VL model was trained on. A finished run has a result file in a folder named after its parameters and the VL
 model's weights, not after the commit; it is not run again. A run that was stopped goes on where it was. With `--add`, what
@@ -33,7 +33,6 @@ from isa_lite.query_encoder import QueryEncoder
 from isa_lite.sentences import look
 from isa_lite.vl_model import DATA, SCENES_CLIP, commit, load_vl_model, machine
 
-STEPS = 400  #: of every run; half of notebook 02's, and so half of the hours
 NOTEBOOK = DATA.parent / "notebooks" / "02_distillation.ipynb"
 
 
@@ -110,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="an ablation; may be given several times")
     parser.add_argument("--seeds", type=_seeds, default=[0], help="for example 0,1,2")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help="training steps of every run; with another number give --out too"
-    )
+    parser.add_argument("--steps", type=int, help="training steps of every run, if not the notebook's; give --out too")
     parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
     parser.add_argument("--device", help="cpu or cuda")
     parser.add_argument(
@@ -121,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK)
     parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help=f"the gathered record; by default data/results/sweep.json, for {STEPS} steps")
+    parser.add_argument("--out", type=Path, help="the gathered record; by default data/results/sweep.json")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
     parser.add_argument(
@@ -138,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
-    if args.out is None and (args.smoke or args.steps != STEPS) and not args.dry_run:
+    if args.out is None and (args.smoke or args.steps) and not args.dry_run:
         parser.error("a sweep of other steps does not replace the committed one: say with --out where its record goes")
     defaults = notebook_defaults(args.notebook)
     given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device}

@@ -4,17 +4,18 @@ import json
 
 import pytest
 
-from isa_lite import compare, sweep
+from isa_lite import compare
 from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.compare import CompareConfig
 from isa_lite.evaluate import benchmark_ranks, make_benchmark, recall
 from isa_lite.fusion import FUSIONS
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import load_vl_model
+from isa_lite.vl_model import DATA, load_vl_model
 
 TINY = CompareConfig(
     num_images=24, inverted=6, steps=2, batch_size=6, queries=20, gallery=100, chosen_queries=10, chosen_gallery=40
 )
+BUDGET = {name: getattr(CompareConfig(), name) for name in ("num_images", "steps", "batch_size")}
 
 
 def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
@@ -44,7 +45,7 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
 def folders(tmp_path):
     vl = load_vl_model()
     for seed in (0, 1):
-        QueryEncoder.for_model(vl, num_tokens=1).save(tmp_path / str(seed), {"parameters": {"seed": seed}})
+        QueryEncoder.for_model(vl, num_tokens=1).save(tmp_path / str(seed), {"parameters": {"seed": seed, **BUDGET}})
     return [str(tmp_path / str(seed)) for seed in (0, 1)]
 
 
@@ -81,7 +82,7 @@ def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, co
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [(run["seed"], set(run["methods"])) for run in runs] == [(0, {"isa", "text only"}), (1, {"isa", "text only"})]
     assert "isa (2 seeds)" in capsys.readouterr().out
-    monkeypatch.setattr(compare, "CompareConfig", lambda: TINY)
+    monkeypatch.setattr(compare, "CompareConfig", lambda: CompareConfig(queries=20))
     compare.main(arguments)
     assert counted == [0, 1, 1, 0, 1]  # other settings: measured again
 
@@ -105,7 +106,7 @@ def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
     vl = load_vl_model()
     for seed in (0, 1):
         encoder = QueryEncoder.for_model(vl, backbone="vl", num_tokens=1)
-        encoder.save(tmp_path / f"s{seed}", {"parameters": {"seed": seed}})
+        encoder.save(tmp_path / f"s{seed}", {"parameters": {"seed": seed, **BUDGET}})
     arguments = ["--isa", *reversed(folders), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json"), "--symmetric"]
     with pytest.raises(SystemExit):
         compare.main([*arguments, str(tmp_path / "s1")])
@@ -117,9 +118,15 @@ def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
     assert "R@1 of asymmetric / symmetric ISA: 0.741" in capsys.readouterr().out
 
 
-def test_the_budget_is_that_of_notebook_02():
-    notebook = sweep.notebook_defaults(sweep.NOTEBOOK)
-    config = CompareConfig()
-    assert (config.num_images, config.steps, config.batch_size) == tuple(
-        notebook[n] for n in ("num_images", "steps", "batch_size")
-    )
+def test_the_budget_is_that_of_the_shipped_query_encoder():
+    shipped = json.loads((DATA / "scenes-query-encoder" / "query_encoder.json").read_text())["info"]["parameters"]
+    assert BUDGET == {name: shipped[name] for name in BUDGET}
+
+
+def test_an_encoder_of_another_budget_is_refused(folders, tmp_path, counted, capsys):
+    vl = load_vl_model()
+    QueryEncoder.for_model(vl, num_tokens=1).save(tmp_path / "short", {"parameters": {"seed": 2, **BUDGET, "steps": 400}})
+    with pytest.raises(SystemExit):
+        compare.main(["--isa", *folders, str(tmp_path / "short"), "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
+    error = capsys.readouterr().err
+    assert "short had steps 400, and not the 800 of all other methods; train it with -p steps 800" in error and not counted

@@ -34,12 +34,14 @@ def rank() -> int:
 def joined(device: str) -> Iterator[None]:
     """Inside, this process is one of those that torchrun started, with a GPU of its own if `device` is "cuda".
 
-    Raises ValueError where there is no such GPU. After an error inside there is no farewell: it would wait for the others,
-    which wait for this process, and torchrun ends them all.
+    Raises ValueError where there is no such GPU, or `device` names one. After an error inside there is no farewell: it would wait
+    for the others, which wait for this process, and torchrun ends them all.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"several processes share no {device!r}: give device cuda, and each takes a GPU of its own, or cpu")
     if device == "cuda":
         own = int(os.environ["LOCAL_RANK"])
         if own >= torch.cuda.device_count():

@@ -169,6 +169,15 @@ def test_an_empty_caption_leaves_the_other_one_alone_and_is_told(fashioniq_root)
     assert any("an empty caption in 1 of the queries" in note for note in task.notes)
 
 
+def test_a_name_twice_in_a_split_file_is_one_image_and_told(fashioniq_root):
+    listed = fashioniq_root / "image_splits/split.toptee.val.json"
+    assert not any("more than once" in note for task in fashioniq.load(fashioniq_root) for note in task.notes)
+    put(listed, ["t0", "same", "t0"])
+    task = fashioniq.load(fashioniq_root)[2]
+    assert list(task.files) == ["t0", "same"]
+    assert any("toptee val: 1 names stand more than once in image_splits/split.toptee.val.json" in note for note in task.notes)
+
+
 def test_the_embeddings_of_both_orders_are_averaged(fashioniq_root, vl):
     task = fashioniq.load(fashioniq_root)[0]
     image = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -251,6 +260,21 @@ def test_cirr_recalls_worked_by_hand(cirr_root):
     ranking = rank(task, on_circle([1, 61]), on_circle(range(0, 80, 10)))
     half = everything | {"R@1": 50, "Recall_subset@1": 50, "Recall_subset@2": 50, "Recall_subset@3": 100}
     assert cirr.score([task], [ranking]) == half
+
+
+def test_a_target_outside_its_set_is_a_miss_that_is_told(cirr_root):
+    path = cirr_root / "cirr/captions/cap.rc2.val.json"
+    entries = json.loads(path.read_text())
+    entries[0]["target_hard"] = "dev-7-0-img1"
+    (before,) = cirr.load(cirr_root)
+    put(path, entries)
+    (task,) = cirr.load(cirr_root)
+    ranking = rank(task, on_circle([71, 61]), on_circle(range(0, 80, 10)))
+    found = cirr.score([task], [ranking])
+    assert found["R@1"] == 100 and found["Recall_subset@3"] == 50
+    assert [n for n in task.notes if n not in before.notes] == [
+        "the target of 1 queries is not in their img_set: each is a miss in every Recall_subset"
+    ]
 
 
 def test_the_soft_target_of_cirr_plays_no_part(cirr_root):

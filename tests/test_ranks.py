@@ -112,6 +112,8 @@ def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_th
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="process 1 has no GPU of its own, as there are 1"), ranks.joined("cuda"):
         pass
+    with pytest.raises(ValueError, match="several processes share no 'cuda:0': give device cuda"), ranks.joined("cuda:0"):
+        pass
     with pytest.raises(OSError, match="broken"), ranks.joined("cpu"):
         raise OSError("broken")
     assert said == ["joined"]

@@ -60,7 +60,10 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
         "subset": "the members of img_set without the reference",
     }
     found = {name: next((p for place in places if (p := place / path).is_file()), None) for name, path in paths.items()}
-    return [make_task("cirr", split, found, places, queries, protocol, SIZES.get(split), partial, remove_reference=True)]
+    task = make_task("cirr", split, found, places, queries, protocol, SIZES.get(split), partial, remove_reference=True)
+    if lost := sum(not set(q.targets) <= set(q.subset) for q in task.queries):
+        task.notes.append(f"the target of {lost} queries is not in their img_set: each is a miss in every Recall_subset")
+    return [task]
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:

@@ -80,6 +80,7 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
     names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
     if not isinstance(names, list):
         raise ValueError(f"{listing} is no list of image names; is it another file under this name?")
+    twice = len(names) - len(set(names))
     if gallery == "triplets":
         used = set().union(*(q.images for q in queries))
         names = [name for name in names if name in used]
@@ -103,6 +104,10 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
     empty = sum(not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
     if empty:
         task.notes.append(f"{category} {split}: an empty caption in {empty} of the queries, where the other one stands alone")
+    if twice:
+        task.notes.append(
+            f"{category} {split}: {twice} names stand more than once in {listing}; each image is in the gallery once"
+        )
     return task
 
 

@@ -99,6 +99,8 @@ def _rankings(rows: Sequence[tuple], title: str) -> Figure:
                 axes[-1].set_xlabel("no target so far", fontsize=10, color=GREY)
             for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
                 _picture(a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
+        for a in grid.flat:
+            a.set_anchor("N")  # where the reference is drawn larger, the pictures of a row still begin at the same height
         figure.suptitle(title, fontsize=14, x=0.01, ha="left")
         return figure
 

@@ -150,6 +150,12 @@ WRONG = {
             "; return float(np.kron(attention, np.ones((n, n)) / n**2)[:, :mask.shape[1]][mask].sum() / mask.mean())",
             "need not be square",
         ),
+        (
+            "H, W = mask.shape; cell = np.ones((H // 2, W // 2)) / (H * W / 4)"
+            "; return float(np.kron(attention, cell)[mask].sum() / mask.mean())",
+            "from the map",
+        ),
+        ("return attention * attention", "one number is asked for"),
     ],
     "04 my_nearest": [
         ("pass", "is there a `return`"), ("return int((table @ vector).argmax())", "cosine ignores length"),
@@ -161,6 +167,9 @@ WRONG = {
         ("return int((table @ vector / (table**2).sum(1).clamp(min=1e-9)).argmax())", "divided out twice"),
         ("return int((table @ vector / table.norm(dim=1).clamp(min=1e-9)).abs().argmax())", "opposite"),
         ("return int((table @ vector / table.abs().sum(1).clamp(min=1e-9)).argmax())", "by the angle"),
+        ("t = table[:, :2]; return int((t @ vector[:2] / t.norm(dim=1).clamp(min=1e-9)).argmax())", "all components count"),
+        ("return torch.nn.functional.cosine_similarity(table, vector[None])", "one number is asked for"),
+        ("return torch.nn.functional.cosine_similarity(table, vector[None]).max(0)", "one number is asked for"),
     ],
     "06 my_average_precision": [
         ("pass", "is there a `return`"), ("return 8 / 9", "only where place k is right"),
@@ -174,6 +183,8 @@ WRONG = {
             "; return sum(len(right & set(ranked[:i])) / i for i in n if ranked[i - 1] in right) / min(k, len(right))",
             "first K places",
         ),
+        ("return len(right & set(ranked[:k])) / min(k, len(right))", "the share that was found"),
+        ("return [len(right & set(ranked[:i])) / i for i in range(1, k + 1)]", "one number is asked for"),
     ],
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
@@ -200,6 +211,12 @@ WRONG = {
             "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
             "one target was not counted",
         ),
+        (
+            "kept = [[i for i in row if i in m and i != r] for row, m, r in zip(rows, members, references)]"
+            "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / 2",
+            "of one query",
+        ),
+        ("return [t in row[:k] for row, t in zip(rows, targets)]", "one number is asked for"),
     ],
     "05 my_rank": [
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
@@ -238,6 +255,17 @@ WRONG = {
             "; return sum(scores[i] >= best for i in wrong if i < len(scores))",
             "not 0",
         ),
+        (
+            "b = max(scores[t] for t in targets)"
+            "; return 1 + len({s for i, s in enumerate(scores) if s >= b and i != reference and i not in targets})",
+            "each of them counts",
+        ),
+        (
+            "b = max(scores[t] for t in targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if s != scores[reference] and i not in targets)",
+            "by its number, not by its score",
+        ),
+        ("return [1 for t in targets]", "one number is asked for"),
     ],
     "05 my_difference": [
         ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),
@@ -267,6 +295,11 @@ WRONG = {
             "; return a[i : len(a) - j], b[i : max(i, len(b) - j)]",
             "one 'very' is lost",
         ),
+        (
+            "i = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))"
+            "; j = next(k for k in range(99) if a[-1 - k] != b[-1 - k]); return a[i : len(a) - j], b[i : len(b) - j]",
+            "from the back has to stop",
+        ),
         *(
             (
                 f"i = {front}"
@@ -293,6 +326,12 @@ WRONG = {
         ("heard = {c for t in trained for c in t}; return 100 * sum(not heard & {*n} for n in new) / len(new)", "*with* a twin"),
         ("return 100 * sum(captions in trained for captions in new) / len(new)", "makes a twin"),
         ("return 100 * sum(any(c in str(trained) for c in n) for n in new) / len(new)", "whole caption"),
+        (
+            "heard = {c for t in trained for c in t}"
+            "; return 100 * sum(any(h in c for h in heard for c in n) for n in new) / len(new)",
+            "is a part of 'a ring in red'",
+        ),
+        ("return [bool(n) for n in new]", "one number is asked for"),
         ("a, b = ({c for x in s for c in x} for s in (trained, new)); return 100 * len(a & b) / len(new)", "both sides share"),
         ("said = {c for n in new for c in n}; return 100 * sum(bool(said & {*t}) for t in trained) / len(new)", "in training"),
     ],
@@ -300,9 +339,11 @@ WRONG = {
         ("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent"),
         ("pass", "is there a `return`"), ("return sum(r * n for r, n in zip(recalls, numbers)) / 60", "not for every benchmark"),
         ("return sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers) / 100", "in percent, please"),
+        ("return [r * n / sum(numbers) for r, n in zip(recalls, numbers)]", "one number is asked for"),
     ],
     "07 my_prompt": [
         ("return parts", "lists in your list"), ("pass", "is there a `return`"),
+        ("return [np.array(part) for part in parts]", "lists in your list"),
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),
         ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
         ("return [9, -1, -1, -1, 4, 5, 6, 7, 8, 10]", "order that of the parts"),
@@ -319,6 +360,7 @@ WRONG = {
         ("return 100.0", "2 of 3 in either row"), ("pass", "is there a `return`"),
         ("return 100 * len(set(found[0]) & set(exact[0])) / len(exact[0])", "not for every search"),
         ("return 100 * sum(len(set(f) & set(e)) / 3 for f, e in zip(found, exact)) / len(found)", "not for every search"),
+        ("return np.array([100 * len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)])", "one number is asked for"),
         (
             "a, b = {i for row in found for i in row}, {i for row in exact for i in row}; return 100 * len(a & b) / len(b)",
             "row by row",
@@ -335,6 +377,11 @@ WRONG = {
             "; return old / (old - first + first / factor)",
             "not for every query",
         ),
+        (
+            "old = sum(milliseconds.values()); milliseconds[part] /= factor; return old / sum(milliseconds.values())",
+            "the times that were given have changed",
+        ),
+        ("return [t / factor for t in milliseconds.values()]", "one number is asked for"),
     ],
 }  # fmt: skip
 
@@ -355,6 +402,9 @@ ALSO_RIGHT = {
     ],
     "02 one_way": ["return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())"],
     "03 my_recall": ["return 100 * torch.as_tensor(rank <= k).float().mean()"],
+    "07 my_agreement": [
+        "f, e = torch.tensor(found), torch.tensor(exact); return 100 * (e[:, :, None] == f[:, None]).any(2).float().mean()"
+    ],
 }
 
 

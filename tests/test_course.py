@@ -39,6 +39,9 @@ WRONG = {
         ("return float((a[0] * b[0] + a[1] * b[1]) / a.norm() / b.norm())", "however many"),
         ("a @ b", "`return` missing"), ("return a * b / a.norm() / b.norm()", "one number is asked for, not 2"),
         ("return round(float(a @ b / a.norm() / b.norm()), 2)", "so 0.9692, not 0.9700"),
+        ("return round(float(a @ b / a.norm() / b.norm()), 4)", "but for the rounding"),
+        ("return [float(a @ b / a.norm() / b.norm())]", "one number is asked for, not a list"),
+        ("return (a * b).numpy()", "one number is asked for, not a ndarray"), ("return 'near'", "asked for, not a str"),
     ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
@@ -56,10 +59,13 @@ WRONG = {
         ),
         ("s = (embeddings @ query).abs(); s[reference] = -1; return s.argmax()", "a negative cosine is a low one"),
         ("s = embeddings @ embeddings[reference]; s[reference] = -2; return s.argmax()", "does your answer use `query`?"),
+        ("return (embeddings @ query).argsort(descending=True)[1:2].tolist()", "that of the row, not a list"),
+        ("return (embeddings @ query).argsort()[-2:].numpy()", "that of the row, not a ndarray"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
         ('return "least similar"', "what `search` sorts by"), ("return 3", "what `search` sorts by"),
+        ('return "the opposite of near"', "what `search` sorts by"),
     ],
     "01 my_splice": [
         ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
@@ -69,6 +75,8 @@ WRONG = {
         ("s = vectors.clone(); s[2] = vector; return s", "does your answer use `place`?"),
         ("s = vectors.clone(); s[-2] = vector; return s", "does your answer use `place`?"),
         ("vectors.clone()[place] = vector", "`return` missing"), ("return vectors.tolist()", "a tensor is asked for, not a list"),
+        ("s = vectors.clone(); s[(s == s[place]).all(1)] = vector; return s", "only the one at `place`"),
+        ("return torch.stack([vector if i == place else vectors[i] for i in range(4)])", "is a 4 written"),
     ],
     "01 my_tokens": [
         ('return torch.einsum("lhw,chw->lc", logits.softmax(0), features)', "over the tokens"),
@@ -84,6 +92,8 @@ WRONG = {
         ("return logits.flatten(1).exp() @ features.flatten(1).T", "must add up to 1"),
         ("return logits.flatten(1).softmax(1) @ features.flatten(1).T / logits[0].numel()", "add up to 1 already"),
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).numpy()", "a tensor is asked for"),
+        ("return logits.reshape(3, 6).softmax(1) @ features.reshape(5, 6).T", "is a size written"),
+        ("return logits.view(3, -1).softmax(1) @ features.view(5, -1).T", "is a size written"),
     ],
     "02 recall_with_template": [
         ("return 0.0", "with the template of training it must give the table's"),
@@ -95,6 +105,8 @@ WRONG = {
             "; return evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1)",
             "does your answer use `words`?",
         ),
+        ('return r1["isa"] / 100', "right as a share"), ('return [r1["isa"]]', "one number is asked for"),
+        ("return words", "one number is asked for"),
     ],
     "02 one_way": [
         ("return gcd_loss(query, target, temperature)", "mean of both directions"),
@@ -111,6 +123,9 @@ WRONG = {
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().mean() / np.log(2)", "the unit"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum() / 5", "is a 5 written"),
         ("query @ target.T / temperature", "`return` missing"),
+        ("return torch.nn.functional.cross_entropy(query @ target.T / temperature, torch.arange(5))", "is a 5 written"),
+        ("return 'loss'", "one number, not a str"),
+        ("return list(-(query @ target.T / temperature).log_softmax(1))", "one number, not a list"),
     ],
     "03 my_recall": [
         ("return float((rank <= k).mean())", "right as a share"),
@@ -122,6 +137,10 @@ WRONG = {
         ("return 50.0", "give 14.3, 71.4 and 100 percent"), ("return 20 * (rank <= k).sum()", "give 14.3, 71.4 and 100 percent"),
         ("return 100 * len(set(rank[rank <= k])) / len(rank)", "each of them counts"),
         ("return rank <= k", "one number is asked for"), ("rank <= k", "`return` missing"),
+        ("return [100 * (rank <= k).mean()]", "one number is asked for"), ("return 'all'", "one number is asked for"),
+        ("return 100 * np.searchsorted(rank, k, side='right') / len(rank)", "in any order"),
+        ("return 100 * (rank <= k).sum() / 7", "in any order and number"),
+        ("return 100 * sum(rank[i] <= k for i in range(7)) / 7", "in any order and number"),
     ],
     "03 smaller": [
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
@@ -133,6 +152,12 @@ WRONG = {
         ("return torch.minimum(image[:1] @ gallery.T, text[:1] @ gallery.T).expand(len(image), -1)", "expected 0.8"),
         ("return torch.minimum(image @ gallery.T, (text @ gallery.T).flip(0))", "got [0.6, 0.6"),
         ("torch.minimum(image @ gallery.T, text @ gallery.T)", "`return` missing"),
+        ("return torch.stack([image @ gallery.T, text @ gallery.T]).min(0)", "take its `values`"),
+        (
+            "a, b = image @ gallery.T, text @ gallery.T"
+            "; return torch.stack([torch.stack([min(a[i, j], b[i, j]) for j in range(3)]) for i in range(2)])",
+            "but not for others",
+        ),
     ],
     "04 my_grounding": [
         ("return float(attention[:1, :1].sum())", "still to be divided"),
@@ -393,15 +418,24 @@ ALSO_RIGHT = {
         'return "Nearest!"',
         "return '\"most alike\"'",
         'return "nearest-neighbours"',
+        'return "neighbouring"',
     ],
     "00 my_cosine": ["return torch.nn.functional.cosine_similarity(a[None], b[None])"],
     "01 my_tokens": ["return torch.einsum('lhw,chw->lc', logits.flatten(1).softmax(1).view_as(logits), features)"],
     "02 recall_with_template": [
         "q = baselines.composed(benchmark, vl, encoder, words)"
-        "; return torch.tensor(evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1))"
+        "; return torch.tensor(evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1))",
+        # off by what float32 may be off by
+        "q = baselines.composed(benchmark, vl, encoder, words)"
+        "; return (1 + 6e-8) * evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1)",
     ],
-    "02 one_way": ["return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())"],
+    "02 one_way": [
+        "return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())",
+        "return np.float64(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())",
+        "return -(query.double() @ target.double().T / temperature).log_softmax(1).diagonal().mean()",
+    ],
     "03 my_recall": ["return 100 * torch.as_tensor(rank <= k).float().mean()"],
+    "03 smaller": ["return torch.minimum(image @ gallery.T, text @ gallery.T).double()"],
     "07 my_agreement": [
         "f, e = torch.tensor(found), torch.tensor(exact); return 100 * (e[:, :, None] == f[:, None]).any(2).float().mean()"
     ],

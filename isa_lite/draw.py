@@ -324,7 +324,7 @@ def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
     axes.minorticks_off()
     named = [at for at, point in zip(x, points, strict=True) if point[1]]  # the default keeps its number, whatever is beside it
     for at in x:
-        if not positive or all(abs(np.log2(at / other)) > 0.5 for other in named):
+        if not positive or all(abs(np.log(at / other)) > 0.15 * np.log(max(x) / min(x)) for other in named):
             named.append(at)
     axes.set_xticks(x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0)
 

@@ -236,6 +236,23 @@ def test_a_curve_shows_a_value_of_nothing():
     assert axes.get_xscale() == "linear" and [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
 
 
+def test_long_numbers_do_not_lie_over_one_another():
+    sizes = (250, 1000, 4000, 8000, 16000, 32000)
+    methods = {"isa": {"R@1": 50.0}, "composition ceiling": {"R@1": 60.0}}
+    runs = [
+        {
+            "ablation": "training images",
+            "label": f"{n}",
+            "seed": 0,
+            "changed": {"num_images": n} if n != 8000 else {},
+            "methods": methods,
+        }
+        for n in sizes
+    ]
+    axes = draw.ablations({"runs": runs}).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["250", "1000", "", "8000", "", "32000"]
+
+
 def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):
     arguments = ["--smoke", "--only", "captions of the VL model", "--runs", str(tmp_path / "runs")]
     sweep.main([*arguments, "--out", str(tmp_path / "sweep.json")])

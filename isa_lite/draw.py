@@ -320,11 +320,12 @@ def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
             axes.plot(at, mean, color=ORANGE, marker="D", markersize=10)
     axes.plot(x, [point[5] for point in points], color=GREY, linestyle="--", linewidth=1.5)
     positive = min(x) > 0  # a logarithm has no place for 0
+    apart = (0.15 if max(x) >= 1000 else 0.12) * np.log(max(x) / min(x)) if positive else 0  # of numbers that can be read
     axes.set(xscale="log" if positive else "linear", ylim=(0, 102), ylabel=f"Recall@{k} in %")
     axes.minorticks_off()
     named = [at for at, point in zip(x, points, strict=True) if point[1]]  # the default keeps its number, whatever is beside it
     for at in x:
-        if not positive or all(abs(np.log(at / other)) > 0.15 * np.log(max(x) / min(x)) for other in named):
+        if not positive or all(abs(np.log(at / other)) > apart for other in named):
             named.append(at)
     axes.set_xticks(x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0)
 

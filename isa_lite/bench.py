@@ -7,7 +7,6 @@ Every figure that matters is a ratio, with both sides measured in one run on one
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from torch import nn
 
 from isa_lite.backbones import LIGHT, build_backbone
 from isa_lite.embed import embed_files
+from isa_lite.hushed import hushed
 from isa_lite.images import read_image
 from isa_lite.measure import multiply_adds, side_by_side
 from isa_lite.query_encoder import QueryEncoder
@@ -75,17 +75,9 @@ def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.v
 
 def random_model(name: str) -> VLModel:
     """A model of open_clip with random weights, for timing."""
-    warnings = logging.getLogger()
-    warnings.addFilter(_on_purpose)
-    try:
+    with hushed("No pretrained weights"):  # on purpose here
         clip, _, preprocess = open_clip.create_model_and_transforms(name)
-    finally:
-        warnings.removeFilter(_on_purpose)
     return VLModel(clip, preprocess, open_clip.get_tokenizer(name), name=f"{name}, random weights")
-
-
-def _on_purpose(record: logging.LogRecord) -> bool:
-    return "No pretrained weights" not in record.getMessage()
 
 
 def _named(parser: argparse.ArgumentParser, args: argparse.Namespace) -> VLModel:

@@ -1,4 +1,4 @@
-"""ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/seeds/0 runs/seeds/1 runs/seeds/2`.
+"""ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/long/0 runs/long/1 runs/long/2`.
 
 For each folder with a query encoder (notebook 02 with `-p steps 800` writes one into its out_dir): the benchmark of its seed,
 late fusion with weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings.

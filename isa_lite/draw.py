@@ -468,11 +468,18 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
                 # Right below its point: the curve comes from the left.
                 text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
             else:
-                # Each name one line lower than the last: points of like times lie side by side.
-                text, shift = name, {"xytext": (0, -20 - 15 * others.index(name)), "ha": "center"}
+                # Above its point, clear of the curve, and one line higher than the last: points of like times lie side by side.
+                text, shift = name, {"xytext": (0, 9 + 15 * others.index(name)), "ha": "center"}
                 axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
             axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
-        axes.set(xscale="log", xlabel="one search, ms", ylabel="exact answers found, %", ylim=(0, 108), title=title)
+        axes.set(
+            xscale="log",
+            xlabel="one search, ms",
+            ylabel="exact answers found, %",
+            ylim=(0, 122),
+            yticks=range(0, 101, 20),
+            title=title,
+        )
         axes.legend(frameon=False, fontsize=12, loc="lower right")
         axes.margins(x=0.12)
         low, high = axes.get_xlim()

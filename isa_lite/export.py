@@ -3,7 +3,7 @@
 Two networks, because an image's sentence can be kept while its owner tries several modifiers:
 `image_to_sentence.onnx` (light backbone and token learner) and `sentence_to_query.onnx` (the frozen text tower, entered
 with word vectors). With them `tokenizer.json`, and `query.json` with everything else that a client needs.
-`isa_lite.client` runs the folder without PyTorch. Ours: the paper says nothing of deployment.
+`isa_lite.client` runs the folder without PyTorch. Ours.
 
 Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
 """

@@ -1,4 +1,4 @@
-"""Networks as ONNX files: traced from PyTorch, and again with 8 bits a weight. Ours: the paper says nothing of deployment.
+"""Networks as ONNX files: traced from PyTorch, and again with 8 bits a weight. Ours.
 
 `isa_lite.export` makes the query side of them, `isa_lite.client` runs that.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from isa_lite.checkpoint import write_text
 from isa_lite.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
+from isa_lite.hushed import hushed
 
 
 @contextmanager
@@ -85,23 +86,14 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     # It advises to infer shapes and fold constants first, which the exporter has done.
-    advice = logging.getLogger()
-    advice.addFilter(_no_advice)
-    try:
-        with tempfile.TemporaryDirectory(dir=out) as part:
-            kinds = ["MatMul", "Gemm", "Gather"]
-            for name in (IMAGE, TEXT):
-                quantize_dynamic(folder / name, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
-            write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
-            settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
-            settings["made"]["weights"] = "int8"
-            for name in settings["files"]:
-                os.replace(Path(part) / name, out / name)
-    finally:
-        advice.removeFilter(_no_advice)
+    with hushed("consider to run pre-processing before quantization"), tempfile.TemporaryDirectory(dir=out) as part:
+        kinds = ["MatMul", "Gemm", "Gather"]
+        for name in (IMAGE, TEXT):
+            quantize_dynamic(folder / name, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+        write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
+        settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
+        settings["made"]["weights"] = "int8"
+        for name in settings["files"]:
+            os.replace(Path(part) / name, out / name)
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return out
-
-
-def _no_advice(record: logging.LogRecord) -> bool:
-    return "consider to run pre-processing before quantization" not in record.getMessage()

@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
-    if args.out is None and (args.smoke or args.steps) and not args.dry_run:
-        parser.error("a sweep of other steps does not replace the committed one: say with --out where its record goes")
     defaults = notebook_defaults(args.notebook)
+    if args.out is None and (args.smoke or args.steps not in (None, defaults["steps"])) and not args.dry_run:
+        parser.error("a sweep of other steps does not replace the committed one: say with --out where its record goes")
     given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device}
     defaults |= {name: value for name, value in given.items() if value is not None}
     try:

@@ -141,6 +141,15 @@ def test_the_names_of_points_side_by_side_do_not_lie_over_one_another():
     assert not one.overlaps(other)
 
 
+def test_a_name_beside_the_end_of_the_search_curve_does_not_lie_over_its_number():
+    times = {"exact, PyTorch": 0.355, "exact, FAISS": 0.74, "IVF, 1": 0.052, "IVF, 32": 0.27}
+    found = {"exact, PyTorch": 100.0, "exact, FAISS": 100.0, "IVF, 1": 43.0, "IVF, 32": 99.7}
+    figure = draw.search_curve(times, found, ["IVF, 1", "IVF, 32"])
+    figure.draw_without_rendering()
+    name, _, _, number = (t.get_window_extent() for t in figure.axes[0].texts)
+    assert not name.overlaps(number)
+
+
 def test_bars_in_pairs_stand_together_and_the_second_is_paler():
     ranks = {name: np.array([1, 2]) for name in ("a, with", "a, without", "b, with", "b, without")}
     bars = draw.recall_bars(ranks, pairs=True).axes[0].patches

@@ -20,6 +20,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from isa_lite import baselines, evaluate
+from isa_lite.answers import one_number
 from isa_lite.gallery import Gallery
 from isa_lite.losses import gcd_loss
 from isa_lite.query_encoder import QueryEncoder
@@ -41,7 +42,7 @@ WRONG = {
         ("return round(float(a @ b / a.norm() / b.norm()), 2)", "so 0.9692, not 0.9700"),
         ("return round(float(a @ b / a.norm() / b.norm()), 4)", "but for the rounding"),
         ("return [float(a @ b / a.norm() / b.norm())]", "one number is asked for, not a list"),
-        ("return (a * b).numpy()", "one number is asked for, not a ndarray"), ("return 'near'", "asked for, not a str"),
+        ("return (a * b).numpy()", "one number is asked for, not 2 numbers"), ("return 'near'", "asked for, not a str"),
     ],
     "00 my_search": [
         ("return int((embeddings @ query).argmax())", "the reference itself"),
@@ -51,16 +52,16 @@ WRONG = {
         ("s = embeddings @ query; s[reference] = -1; return s.max()", "is a score"),
         ("s = embeddings @ query; s[reference] = 0; return s.argmax()", "lower than any cosine"),
         ("s = embeddings @ query; s[reference] = -1; return int(s.argmax()) + 1", "one row too late"),
-        ("return (embeddings @ query).max(0)", "more than one came back"), ("embeddings @ query", "`return` missing"),
-        ("return float('nan')", "is a score"),
+        ("return (embeddings @ query).max(0)", "not a max"), ("embeddings @ query", "`return` missing"),
+        ("return 0.5", "is a score"),
         (
             "return int((torch.cat([embeddings[:reference], embeddings[reference + 1 :]]) @ query).argmax()) + 1",
             "keep their number",
         ),
         ("s = (embeddings @ query).abs(); s[reference] = -1; return s.argmax()", "a negative cosine is a low one"),
         ("s = embeddings @ embeddings[reference]; s[reference] = -2; return s.argmax()", "does your answer use `query`?"),
-        ("return (embeddings @ query).argsort(descending=True)[1:2].tolist()", "that of the row, not a list"),
-        ("return (embeddings @ query).argsort()[-2:].numpy()", "that of the row, not a ndarray"),
+        ("return (embeddings @ query).argsort(descending=True)[1:2].tolist()", "the number of its row, not a list"),
+        ("return (embeddings @ query).argsort()[-2:].numpy()", "the number of its row, not 2"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
@@ -161,7 +162,7 @@ WRONG = {
     ],
     "04 my_grounding": [
         ("return float(attention[:1, :1].sum())", "still to be divided"),
-        ("pass", "is there a `return`"), ("return 1.0", "a score of 2.8"),
+        ("pass", "`return` missing"), ("return 1.0", "a score of 2.8"),
         ("a = np.kron(attention, np.ones((4, 4))); return float(a[mask].mean() / a[~mask].mean())", "over that beside it"),
         ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out equally"),
         ("return 2.8", "half of a cell"),
@@ -183,7 +184,7 @@ WRONG = {
         ("return attention * attention", "one number is asked for"),
     ],
     "04 my_nearest": [
-        ("pass", "is there a `return`"), ("return int((table @ vector).argmax())", "cosine ignores length"),
+        ("pass", "`return` missing"), ("return int((table @ vector).argmax())", "cosine ignores length"),
         ("return (table @ vector / table.norm(dim=1).clamp(min=1e-9) / vector.norm()).max()", "the number of its row"),
         ("t = table[table.norm(dim=1) > 0]; return int((t @ vector / t.norm(dim=1)).argmax())", "the rows move up"),
         ("return int((table - vector / vector.norm()).norm(dim=1).argmin())", "at whatever length"),
@@ -197,7 +198,7 @@ WRONG = {
         ("return torch.nn.functional.cosine_similarity(table, vector[None]).max(0)", "one number is asked for"),
     ],
     "06 my_average_precision": [
-        ("pass", "is there a `return`"), ("return 8 / 9", "only where place k is right"),
+        ("pass", "`return` missing"), ("return 8 / 9", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
         (
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
@@ -214,7 +215,7 @@ WRONG = {
     "06 my_subset_recall": [
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
-        ("return 100.0", "at K = 1"), ("pass", "is there a `return`"),
+        ("return 100.0", "at K = 1"), ("pass", "`return` missing"),
         (
             "kept = [[i for i in row if i in six and i not in references] for row, six in zip(rows, members)]"
             "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
@@ -245,7 +246,7 @@ WRONG = {
     ],
     "05 my_rank": [
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
-        ("return 5", "*any* of them"), ("pass", "is there a `return`"),
+        ("return 5", "*any* of them"), ("pass", "`return` missing"),
         (
             "b = min(scores[t] for t in targets)"
             "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",
@@ -343,7 +344,7 @@ WRONG = {
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 7", "of captions"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
-        ("return 100.0", "40, not 100"), ("pass", "is there a `return`"),
+        ("return 100.0", "40, not 100"), ("pass", "`return` missing"),
         (
             "heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / len(new)",
             "counts once",
@@ -362,12 +363,12 @@ WRONG = {
     ],
     "06 mean_over_queries": [
         ("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent"),
-        ("pass", "is there a `return`"), ("return sum(r * n for r, n in zip(recalls, numbers)) / 60", "not for every benchmark"),
+        ("pass", "`return` missing"), ("return sum(r * n for r, n in zip(recalls, numbers)) / 60", "not for every benchmark"),
         ("return sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers) / 100", "in percent, please"),
         ("return [r * n / sum(numbers) for r, n in zip(recalls, numbers)]", "one number is asked for"),
     ],
     "07 my_prompt": [
-        ("return parts", "lists in your list"), ("pass", "is there a `return`"),
+        ("return parts", "lists in your list"), ("pass", "`return` missing"),
         ("return [np.array(part) for part in parts]", "lists in your list"),
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),
         ("return [9, 4, 5, -1, 6, 7, 8, 10]", "3 places with -1, not 1"),
@@ -382,7 +383,7 @@ WRONG = {
     "07 my_agreement": [
         ("return sum(len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)) / len(found)", "right as a share"),
         ("return 100 * sum(a == b for f, e in zip(found, exact) for a, b in zip(f, e)) / 6", "at the same place"),
-        ("return 100.0", "2 of 3 in either row"), ("pass", "is there a `return`"),
+        ("return 100.0", "2 of 3 in either row"), ("pass", "`return` missing"),
         ("return 100 * len(set(found[0]) & set(exact[0])) / len(exact[0])", "not for every search"),
         ("return 100 * sum(len(set(f) & set(e)) / 3 for f, e in zip(found, exact)) / len(found)", "not for every search"),
         ("return np.array([100 * len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)])", "one number is asked for"),
@@ -393,7 +394,7 @@ WRONG = {
     ],
     "07 my_speedup": [
         ("return factor", "the gain of the part"),
-        ("return 0.5", "new over old"), ("pass", "is there a `return`"),
+        ("return 0.5", "new over old"), ("pass", "`return` missing"),
         ("t = milliseconds.values(); return sum(t) / (sum(t) - max(t) + max(t) / factor)", "not for every query"),
         ("return 3.0", "2 times faster, not 3.00"),
         ("return 2.0 if factor == 6 else 1.0", "not for every query"),
@@ -507,6 +508,30 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
     for body, words in WRONG[id_of(exercise)]:
         wrong = said(path, place, with_body(source, body), names)
         assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), wrong
+
+
+NUMBERS = [e for e in exercises() if "one_number(" in code(student.read(e[0]))[e[1] + 1].source]
+
+
+@pytest.mark.parametrize("exercise", NUMBERS, ids=id_of)
+def test_where_one_number_is_asked_for_an_answer_of_another_kind_is_named(exercise, names):
+    path, place, _ = exercise
+    source = code(student.read(path))[place].source
+    kinds = {"pass": "`return` missing", "[1.0]": "not a list", "'one'": "not a str", "{}": "not a dict", "1j": "not a complex"}
+    kinds |= {
+        "np.array(['one'])": "not an array of <U3",
+        "np.ones(3)": "not 3 numbers",
+        "__import__('torch').ones(0)": "not 0 num",
+    }
+    for answer, words in kinds.items():
+        body = answer if answer == "pass" else f"import numpy as np; return {answer}"
+        assert words in said(path, place, with_body(source, body), names), answer
+
+
+def test_one_number_may_come_in_any_wrapping():
+    for answer in (2, 2.0, True + 1, np.float32(2), np.array([[2]]), torch.tensor(2), torch.tensor([2.0], dtype=torch.bfloat16)):
+        assert one_number(answer) == 2 and type(one_number(answer)) is float
+    assert one_number(torch.tensor(1 / 3, dtype=torch.float64, requires_grad=True)) == 1 / 3
 
 
 @pytest.mark.parametrize("exercise", [e for e in exercises() if id_of(e) in ALSO_RIGHT], ids=id_of)

@@ -1,0 +1,50 @@
+"""What the self-checks of the notebooks ask of every answer before they look whether it is right. Ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+
+class NotAnAnswer(ValueError):
+    """Says what an answer is, or is not, where another kind of thing was asked for."""
+
+
+def one_number(answer: object, asked: str = "") -> float:
+    """An exercise's answer as a float: a number, or a tensor or array that holds one.
+
+    asked: what that number is. Raises NotAnAnswer for everything else, and for nan, which stands in holes not filled yet.
+    """
+    wanted = "one number is asked for, " + (asked and f"{asked}, ")
+    if answer is None:
+        raise NotAnAnswer("your function returns nothing; is its `return` missing?")
+    if isinstance(answer, torch.Tensor):
+        answer = answer.detach().cpu().double().numpy()
+    if not isinstance(answer, (int, float, np.number, np.ndarray)):
+        raise NotAnAnswer(f"{wanted}not a {type(answer).__name__}")
+    numbers = np.asarray(answer)
+    if numbers.size != 1:
+        raise NotAnAnswer(f"{wanted}not {numbers.size} numbers")
+    try:
+        number = float(numbers.item())
+    except (TypeError, ValueError):  # an array of something else
+        raise NotAnAnswer(f"{wanted}not an array of {numbers.dtype}") from None
+    if np.isnan(number):
+        raise NotAnAnswer("nothing computed yet")
+    return number
+
+
+def self_check(check: Callable[[], str]) -> Callable[[], str]:
+    """Decorates `check_N`: what `one_number` objects to becomes its verdict, "exercise N: ..."."""
+
+    @functools.wraps(check)
+    def verdict() -> str:
+        try:
+            return check()
+        except NotAnAnswer as why:
+            return f"exercise {check.__name__.rpartition('_')[2]}: {why}"
+
+    return verdict

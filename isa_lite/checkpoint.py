@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -48,6 +48,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What `write_tensors` wrote: the tensors by name, and `info`."""
     with safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, read_info(path)
+
+
+def read_shard(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a finished shard; None where there is none, or one damaged, as a loss of power may leave it."""
+    try:
+        return read_tensors(path)[0]
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def _optimizer_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor, str]]:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import read_tensors, write_tensors
+from isa_lite.checkpoint import read_shard, write_tensors
 from isa_lite.images import quiet, read_image
 from isa_lite.vl_model import VLModel
 
@@ -118,7 +117,7 @@ def embed_files(
             if cache:
                 key = hashlib.sha256("\n".join([model, *map(_stamp, group)]).encode()).hexdigest()[:24]
                 stored = Path(cache) / f"{key}.safetensors"
-            part = _kept(stored) if stored else None
+            part = read_shard(stored) if stored else None
             if part is not None:
                 bar.update(len(group))
             else:
@@ -129,14 +128,6 @@ def embed_files(
             digests += [bytes(d) for d in part["digests"].tolist()]
     _count_copies(files, digests)
     return torch.cat(parts)
-
-
-def _kept(shard: Path) -> dict[str, Tensor] | None:
-    """A finished shard; None where there is none, or a damaged one, as a machine that lost its power may leave it."""
-    try:
-        return read_tensors(shard)[0]
-    except (FileNotFoundError, SafetensorError):
-        return None
 
 
 def _count_copies(files: Sequence[Path], digests: Sequence[bytes]) -> None:

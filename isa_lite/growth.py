@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.baselines import composed, composition_ceiling, image_plus_text
-from isa_lite.checkpoint import read_info, read_tensors, write_tensors, write_text
+from isa_lite.checkpoint import read_info, read_shard, write_tensors, write_text
 from isa_lite.evaluate import KS, Benchmark, bootstrap_interval, make_benchmark, recall
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
@@ -46,7 +46,8 @@ def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: in
     with tqdm(total=count, desc="distractors", unit="image", mininterval=2, disable=not progress) as bar:
         for start in range(0, count, shard):
             path = _shard(vl, seed, cache, start, shard)
-            if not path.is_file():
+            stored = read_shard(path)
+            if stored is None:
                 began = time.perf_counter()
                 rng = np.random.default_rng((seed, 9, start))
                 world = [sample_scene(rng, held_out=True) for _ in range(shard)]
@@ -55,8 +56,8 @@ def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: in
                 for s in range(0, shard, 500):
                     parts.append(vl.encode_images(render_many(world[s : s + 500], jitter[s : s + 500], vl.image_size)).half())
                 seconds = time.perf_counter() - began
-                write_tensors(path, {"embeddings": torch.cat(parts), "keys": keys}, {"seconds": seconds})
-            stored = read_tensors(path)[0]
+                stored = {"embeddings": torch.cat(parts), "keys": keys}
+                write_tensors(path, stored, {"seconds": seconds})
             here = min(shard, count - start)
             bar.update(here)
             yield stored["embeddings"][:here], stored["keys"][:here]

@@ -191,9 +191,8 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
             tqdm.write(f"FAILED {failed[-1]}")
     record = gather(runs, results, defaults, stored["runs"])
-    record["attention"] = _attention(runs, results, args, stored["attention"])
-    if not any(ablation == "tokens" for run in runs for ablation, _ in run["shows"]):
-        record["attention"] = stored["attention"]
+    first = min((entry["seed"] for entry in record["runs"]), default=0)
+    record["attention"] = _attention(runs, results, args.runs, first, stored["attention"]) or stored["attention"]
     write_text(out, json.dumps(record) + "\n")
     write_bytes(out.with_suffix(".png"), draw.png(draw.ablations(record)))
     print(table(record).to_string())
@@ -222,17 +221,17 @@ def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Ma
     print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours ({source}); {machine()}")
 
 
-def _attention(runs: Sequence[Mapping], results: Mapping, args: argparse.Namespace, stored: Mapping) -> dict:
-    """What the encoders of the first seed that differ in their number of tokens look at (`sentences.look`), by that number.
+def _attention(runs: Sequence[Mapping], results: Mapping, folder: Path, seed: int, stored: Mapping) -> dict:
+    """What the encoders of one seed that differ in their number of tokens look at (`sentences.look`), by that number.
 
     stored: the same from an earlier record, for encoders that are gone.
     """
     found, encoders, vl = {}, [], None
     for run in runs:
-        if run["key"] in results and run["parameters"]["seed"] == args.seeds[0] and any(a == "tokens" for a, _ in run["shows"]):
-            if (args.runs / run["key"] / "result.json").is_file():  # a folder without is that of a run that was stopped
+        if run["key"] in results and run["parameters"]["seed"] == seed and any(a == "tokens" for a, _ in run["shows"]):
+            if (folder / run["key"] / "result.json").is_file():  # a folder without is that of a run that was stopped
                 vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
-                encoders.append(QueryEncoder.load(args.runs / run["key"], vl))
+                encoders.append(QueryEncoder.load(folder / run["key"], vl))
             elif (length := str(run["parameters"]["num_tokens"])) in stored:
                 found[length] = stored[length]
     found |= look(encoders) if encoders else {}

@@ -57,6 +57,15 @@ def test_shards_are_kept_and_begin_alike_whatever_the_count(vl, tmp_path, monkey
     assert not torch.equal(long[0][1], long[1][1])
 
 
+def test_a_damaged_shard_is_made_again(vl, tmp_path):
+    first = list(distractors(vl, 10, 0, tmp_path, shard=10, progress=False))
+    (shard,) = tmp_path.iterdir()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    again = list(distractors(vl, 10, 0, tmp_path, shard=10, progress=False))
+    assert torch.equal(first[0][0], again[0][0]) and shard.stat().st_size == len(whole)
+
+
 def test_the_time_of_a_shard_is_that_of_its_making(vl, tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "SHARD", 20)
     monkeypatch.setattr(growth, "distractors", partial(distractors, shard=20))

@@ -190,10 +190,21 @@ def test_the_record_keeps_what_a_vl_model_says_that_is_not_on_this_machine():
 def test_what_encoders_that_are_gone_looked_at_is_kept(tmp_path):
     runs = [{**run, "key": str(i)} for i, run in enumerate(ablations.plan(DEFAULTS, ["tokens"]))]
     done = {run["key"]: {} for run in runs if run["parameters"]["num_tokens"] != 8}
-    args = argparse.Namespace(seeds=[0], runs=tmp_path)
     (tmp_path / next(run["key"] for run in runs if run["parameters"]["num_tokens"] == 4)).mkdir()  # a run that was stopped
     stored = {"24": "twenty-four", "4": "four", "8": "not this sweep's", "9": "not in the plan"}
-    assert list(sweep._attention(runs, done, args, stored).items()) == [("4", "four"), ("24", "twenty-four")]
+    assert list(sweep._attention(runs, done, tmp_path, 0, stored).items()) == [("4", "four"), ("24", "twenty-four")]
+    assert not sweep._attention(runs, done, tmp_path, 1, stored)
+
+
+def test_another_seed_that_is_added_leaves_what_the_first_looked_at(tmp_path, notebook, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "_attention", lambda runs, results, folder, seed, stored: seen.append(seed) or {})
+    arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json")]
+    sweep.main(arguments)
+    record = json.loads((tmp_path / "sweep.json").read_text()) | {"attention": {"4": "four"}}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    sweep.main([*arguments, "--add", "--seeds", "1"])
+    assert seen == [0, 0] and json.loads((tmp_path / "sweep.json").read_text())["attention"] == {"4": "four"}
 
 
 def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch):

@@ -73,8 +73,8 @@ class DistillConfig:
 
 @dataclass
 class History:
-    """One entry a step: loss terms in nats, and the share of sentences that the matching encoder puts with their own
-    image; and validation points: (step, Recall@1 in percent of own image among the images held back)."""
+    """One entry a step: loss terms in nats, and the share of sentences that the matching encoder puts with their own image
+    (none where LAR is late interaction); validation points: (step, Recall@1 in percent of own image among those held back)."""
 
     gcd: list[float] = field(default_factory=list)
     lar: list[float] = field(default_factory=list)
@@ -139,8 +139,10 @@ def _lar(
     rows: np.ndarray,
     hardest: np.ndarray,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, float, list[float]]:
     """The LAR that the VL model allows, its matching encoder or late interaction: loss, its value, share of matched images.
+
+    The share is a list of one number, or of none with late interaction, which judges no single image.
 
     patches: of images, by their indices; rows: the images of this process; hardest: the hardest other of each, which may be
     another process's. Of several processes each gets its share of the loss, so that their gradients add up.
@@ -149,13 +151,14 @@ def _lar(
         count = int(places[0].sum())
         words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
         loss = late_interaction_loss(ranks.gather(words), ranks.gather(vl.project_patches(patches(rows))), temperature)
-        return loss, loss.detach(), torch.tensor(float("nan"))
+        return loss, loss.item(), []
     shown = np.concatenate([rows, np.setdiff1d(hardest, rows)])
     place = {image: i for i, image in enumerate(shown)}
     other = torch.tensor([place[image] for image in hardest], device=context.device)
     mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
     loss, matched = matching_loss(vl.matcher, context, mask, patches(shown), other)
-    return loss / ranks.count(), ranks.total(loss / ranks.count()), ranks.total(matched / ranks.count())
+    value, share = (ranks.total(term / ranks.count()).item() for term in (loss, matched))
+    return loss / ranks.count(), value, [share]
 
 
 def distill(
@@ -252,7 +255,8 @@ def distill(
                 hardest = ranks.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])
                 lar, value, matched = _lar(vl, context, places, patches, rows, hardest, config.temperature)
                 loss = loss + config.lar_weight * lar
-                history.lar.append(value.item()), history.matched.append(matched.item())
+                history.lar.append(value)
+                history.matched += matched
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         ranks.add_gradients(encoder)

@@ -62,9 +62,10 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
             "large tower (symmetric)": {"backbone": LARGE_TOWER, "backbone_weights": ""},
         },
         "prompt": {template: {"template": template} for template in TEMPLATES},
+        # The learned backbone belongs to the shipped VL model, so both start from random weights here.
         "captions of the VL model": {
-            "with the language of change": {"vl_model": defaults["vl_model"]},
-            "without": {"vl_model": WITHOUT_CHANGE},
+            "with the language of change": {"backbone_weights": ""},
+            "without": {"vl_model": WITHOUT_CHANGE, "backbone_weights": ""},
         },
     }
     for name, (parameter, values) in numbers.items():

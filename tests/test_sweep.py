@@ -23,14 +23,18 @@ def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
     assert len(set(keys)) == len(keys)
     for run in runs:
         different = set(ablations.changed(run["parameters"], DEFAULTS))
-        assert len(different) <= 1 or different in ({"gcd_weight", "lar_weight"}, {"backbone", "backbone_weights"})
+        pairs = {"gcd_weight", "lar_weight"}, {"backbone", "backbone_weights"}, {"vl_model", "backbone_weights"}
+        assert len(different) <= 1 or different in pairs
+        learned = run["parameters"]["backbone_weights"]  # they belong to one backbone and one VL model
+        assert not learned or not {"backbone", "vl_model"} & different
     shown = {pair for run in runs for pair in run["shows"]}
     assert {("tokens", str(n)) for n in (1, 2, 4, 8, 12, 16, 24)} <= shown
     assert {("mapping", name) for name in MAPPINGS} <= shown
     assert {("training images", n) for n in ("250", "32000")} <= shown
     assert sum(name == "backbone" for name, _ in shown) >= 6
     default = {name for name, _ in runs[0]["shows"]}
-    assert default == {"", *ablations.ablations(DEFAULTS)}  # every ablation holds the default as one of its values
+    captions = "captions of the VL model"  # both without learned weights, so neither is the default
+    assert default | {captions} == {"", *ablations.ablations(DEFAULTS)}  # all others hold the default as one of their values
 
 
 def test_the_losses_are_both_each_and_neither():
@@ -181,8 +185,8 @@ def test_the_record_keeps_what_a_vl_model_says_that_is_not_on_this_machine():
     runs = [{**run, "key": str(i)} for i, run in enumerate(ablations.plan(DEFAULTS, ["captions of the VL model"]))]
     result = dict.fromkeys(ablations.KEPT, "m")
     first = ablations.gather(runs, {run["key"]: result for run in runs}, DEFAULTS)
-    runs[1]["key"] = None
-    again = ablations.gather(runs, {"0": result}, DEFAULTS, first["runs"])
+    runs[2]["key"] = None
+    again = ablations.gather(runs, {"0": result, "1": result}, DEFAULTS, first["runs"])
     assert again["runs"] == first["runs"] and len(first["runs"]) == 3 and not again["missing"]
     assert ablations.gather(runs, {"0": result}, DEFAULTS)["missing"]
 

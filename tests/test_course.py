@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from isa_lite import baselines, evaluate
-from isa_lite.answers import one_number
+from isa_lite.answers import NotAnAnswer, one_number, same_as
 from isa_lite.gallery import Gallery
 from isa_lite.losses import gcd_loss
 from isa_lite.query_encoder import QueryEncoder
@@ -33,6 +33,7 @@ SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 #: For each exercise a wrong answer (the body of its function) and words of what the check says to it.
 WRONG = {
     "00 my_cosine": [
+        ("return float((a * b)[:3].sum() / a.norm() / b.norm())", "torch's cosine_similarity gives"),
         ("return float(a @ b)", "both lengths"), ("return float(a @ b / a.norm())", "one length"),
         ("return float(a @ b / a.norm() ** 2)", "divided out twice"),
         ("return float((a * b).mean() / a.norm() / b.norm())", "so 0.9692"),
@@ -129,6 +130,7 @@ WRONG = {
         ("return list(-(query @ target.T / temperature).log_softmax(1))", "one number, not a list"),
     ],
     "03 my_recall": [
+        ("return 100 * float((rank[:7] <= k).mean())", "evaluate.recall gives"),
         ("return float((rank <= k).mean())", "right as a share"),
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
         ("return (rank <= k).sum()", "these are counts"),
@@ -144,6 +146,10 @@ WRONG = {
         ("return 100 * sum(rank[i] <= k for i in range(7)) / 7", "in any order and number"),
     ],
     "03 smaller": [
+        (
+            "return torch.minimum(image @ gallery.T, text @ gallery.T).round(decimals=2)",
+            "but not for the scores of the benchmark's query",
+        ),
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
         ("return image @ gallery.T", "expected 0.6"),
         ("return torch.minimum(image, text) @ gallery.T", "take both cosines first"),
@@ -161,6 +167,11 @@ WRONG = {
         ),
     ],
     "04 my_grounding": [
+        (
+            "h, w = attention.shape; c = mask.reshape(h, len(mask) // h, w, -1).mean((1, 3)); return "
+            "round(float((attention.numpy() * c).sum() / mask.mean()), 2)",
+            "sentences.grounding gives",
+        ),
         ("return float(attention[:1, :1].sum())", "still to be divided"),
         ("pass", "`return` missing"), ("return 1.0", "a score of 2.8"),
         ("a = np.kron(attention, np.ones((4, 4))); return float(a[mask].mean() / a[~mask].mean())", "over that beside it"),
@@ -184,6 +195,11 @@ WRONG = {
         ("return attention * attention", "one number is asked for"),
     ],
     "04 my_nearest": [
+        (
+            "q = (vector * 2).round(); c = table @ q / table.norm(dim=1).clamp(min=1e-9)"
+            "; return int(c.masked_fill(table.norm(dim=1) == 0, -99).argmax())",
+            "a token of this notebook",
+        ),
         ("pass", "`return` missing"), ("return int((table @ vector).argmax())", "cosine ignores length"),
         ("return (table @ vector / table.norm(dim=1).clamp(min=1e-9) / vector.norm()).max()", "the number of its row"),
         ("t = table[table.norm(dim=1) > 0]; return int((t @ vector / t.norm(dim=1)).argmax())", "the rows move up"),
@@ -245,6 +261,11 @@ WRONG = {
         ("return [t in row[:k] for row, t in zip(rows, targets)]", "one number is asked for"),
     ],
     "05 my_rank": [
+        (
+            "best = max(scores[t] for t in targets); return min(3, 1 + sum(s >= best for i, s in enumerate(scores) if i != "
+            "reference and i not in targets))",
+            "evaluate.score_ranks gives",
+        ),
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
         ("return 5", "*any* of them"), ("pass", "`return` missing"),
         (
@@ -381,6 +402,10 @@ WRONG = {
         ),
     ],
     "07 my_agreement": [
+        (
+            "return 100 * sum(len({*f[:3]} & {*e[:3]}) / len(e[:3]) for f, e in zip(found, exact)) / len(exact)",
+            "gallery.agreement gives",
+        ),
         ("return sum(len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)) / len(found)", "right as a share"),
         ("return 100 * sum(a == b for f, e in zip(found, exact) for a, b in zip(f, e)) / 6", "at the same place"),
         ("return 100.0", "2 of 3 in either row"), ("pass", "`return` missing"),
@@ -393,6 +418,11 @@ WRONG = {
         ),
     ],
     "07 my_speedup": [
+        (
+            't = dict(milliseconds); old = t["image"] + t["text"] + t["search"]; t[part] /= factor; return old / '
+            '(t["image"] + t["text"] + t["search"])',
+            "whatever they are called",
+        ),
         ("return factor", "the gain of the part"),
         ("return 0.5", "new over old"), ("pass", "`return` missing"),
         ("t = milliseconds.values(); return sum(t) / (sum(t) - max(t) + max(t) / factor)", "not for every query"),
@@ -511,6 +541,11 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
 
 
 NUMBERS = [e for e in exercises() if "one_number(" in code(student.read(e[0]))[e[1] + 1].source]
+
+
+def test_an_answer_that_changes_what_it_was_given_is_told():
+    with pytest.raises(NotAnAnswer, match="what was given has changed: \\[3, 1\\]"):
+        same_as("min", min, lambda numbers: (numbers.sort(), numbers[0])[1], [([3, 1],)])
 
 
 @pytest.mark.parametrize("exercise", NUMBERS, ids=id_of)

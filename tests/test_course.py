@@ -70,6 +70,7 @@ WRONG = {
         ('return "the opposite of near"', "what `search` sorts by"),
     ],
     "01 my_splice": [
+        ("s = vectors.clone(); s[min(place, 2)] = vector; return s", "where `place` is 3"),
         ("vectors[place] = vector; return vectors", "the vectors that were given have changed"),
         ("return torch.cat([vectors[:place], vector[None], vectors[place:]])", "*takes the place*"),
         ("return torch.cat([vectors[:1], vector[None], vectors[2:]])", "at position 2, counted from 0, stands"),
@@ -195,6 +196,7 @@ WRONG = {
         ("return attention * attention", "one number is asked for"),
     ],
     "04 my_nearest": [
+        ("return int(torch.nn.functional.cosine_similarity(table, vector[None]).argmax())", "not even one of 0"),
         (
             "q = (vector * 2).round(); c = table @ q / table.norm(dim=1).clamp(min=1e-9)"
             "; return int(c.masked_fill(table.norm(dim=1) == 0, -99).argmax())",
@@ -214,6 +216,11 @@ WRONG = {
         ("return torch.nn.functional.cosine_similarity(table, vector[None]).max(0)", "one number is asked for"),
     ],
     "06 my_average_precision": [
+        (
+            "s = [n in right for n in ranked[:k]]"
+            "; return round(sum(h * sum(s[: i + 1]) / (i + 1) for i, h in enumerate(s)) / min(len(right), k), 3)",
+            "is 0.555556, not 0.556",
+        ),
         ("pass", "`return` missing"), ("return 8 / 9", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
         (
@@ -229,6 +236,10 @@ WRONG = {
         ("return [len(right & set(ranked[:i])) / i for i in range(1, k + 1)]", "one number is asked for"),
     ],
     "06 my_subset_recall": [
+        (
+            "return 100 * sum(t in [n for n in r if n in m[1:]][:k] for r, m, t in zip(rows, members, targets)) / len(rows)",
+            "66.667, not",
+        ),
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
         ("return 100.0", "at K = 1"), ("pass", "`return` missing"),
@@ -362,6 +373,9 @@ WRONG = {
         ),
     ],
     "05 my_twins": [
+        ("heard = {c for x in trained for c in x}; return 100 * sum(bool(x) and x[-1] in heard for x in new) / len(new)", "66.667, not 33.333"),
+        ("heard = {x[-1] for x in trained if x}; return 100 * sum(bool({*x} & heard) for x in new) / len(new)", "66.667, not 33.333"),
+        ("heard = {c for x in trained for c in x}; return round(100 * sum(bool({*x} & heard) for x in new) / len(new))", "66.667, not 67"),
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 7", "of captions"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
@@ -383,12 +397,14 @@ WRONG = {
         ("said = {c for n in new for c in n}; return 100 * sum(bool(said & {*t}) for t in trained) / len(new)", "in training"),
     ],
     "06 mean_over_queries": [
+        ("return round(sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers), 1)", "21.739 percent, not 21.7"),
         ("return sum(recalls) / len(recalls)", "mean over categories"), ("return 16.0", "15 percent"),
         ("pass", "`return` missing"), ("return sum(r * n for r, n in zip(recalls, numbers)) / 60", "not for every benchmark"),
         ("return sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers) / 100", "in percent, please"),
         ("return [r * n / sum(numbers) for r, n in zip(recalls, numbers)]", "one number is asked for"),
     ],
     "07 my_prompt": [
+        ("r = []\n    for x in parts: r += [-1] * num_tokens if x == 'sentence' else said if x == 'modifier' else x\n    return r[:10]", "another order and other lengths"),
         ("return parts", "lists in your list"), ("pass", "`return` missing"),
         ("return [np.array(part) for part in parts]", "lists in your list"),
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),

@@ -373,9 +373,12 @@ WRONG = {
         ),
     ],
     "05 my_twins": [
-        ("heard = {c for x in trained for c in x}; return 100 * sum(bool(x) and x[-1] in heard for x in new) / len(new)", "66.667, not 33.333"),
-        ("heard = {x[-1] for x in trained if x}; return 100 * sum(bool({*x} & heard) for x in new) / len(new)", "66.667, not 33.333"),
-        ("heard = {c for x in trained for c in x}; return round(100 * sum(bool({*x} & heard) for x in new) / len(new))", "66.667, not 67"),
+        (
+            "return 100 * sum(bool(x) and x[-1] in {c for y in trained for c in y} for x in new) / len(new)",
+            "66.667, not 33.333",
+        ),
+        ("return 100 * sum(bool({*x} & {y[-1] for y in trained if y}) for x in new) / len(new)", "66.667, not 33.333"),
+        ("h = {c for x in trained for c in x}; return round(100 * sum(bool({*x} & h) for x in new) / len(new))", "66.667, not 67"),
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 7", "of captions"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(n[0] in heard for n in new) / len(new)", "was missed"),
@@ -404,7 +407,11 @@ WRONG = {
         ("return [r * n / sum(numbers) for r, n in zip(recalls, numbers)]", "one number is asked for"),
     ],
     "07 my_prompt": [
-        ("r = []\n    for x in parts: r += [-1] * num_tokens if x == 'sentence' else said if x == 'modifier' else x\n    return r[:10]", "another order and other lengths"),
+        (
+            "m = {'sentence': [-1] * num_tokens, 'modifier': said}"
+            "; return [i for x in parts for i in (m[x] if isinstance(x, str) else x)][:10]",
+            "another order and other lengths",
+        ),
         ("return parts", "lists in your list"), ("pass", "`return` missing"),
         ("return [np.array(part) for part in parts]", "lists in your list"),
         ("return [9, 4, 5, 'sentence', 6, 'modifier', 10]", "still in it"),

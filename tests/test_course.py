@@ -131,7 +131,7 @@ WRONG = {
         ("return list(-(query @ target.T / temperature).log_softmax(1))", "one number, not a list"),
     ],
     "03 my_recall": [
-        ("return 100 * float((rank[:7] <= k).mean())", "evaluate.recall gives"),
+        ("return 100 * float((rank[:10] <= k).mean())", "evaluate.recall gives"),
         ("return float((rank <= k).mean())", "right as a share"),
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
         ("return (rank <= k).sum()", "these are counts"),
@@ -145,20 +145,24 @@ WRONG = {
         ("return 100 * np.searchsorted(rank, k, side='right') / len(rank)", "in any order"),
         ("return 100 * (rank <= k).sum() / 7", "in any order and number"),
         ("return 100 * sum(rank[i] <= k for i in range(7)) / 7", "in any order and number"),
+        ("return 100 * (rank[:7] <= k).sum() / len(rank)", "in any order and number"),
+        ("return 100 * np.bincount(rank).cumsum()[k] / len(rank)", "larger than all"),
+        ("return 100 * (rank >= k).mean()", "give 14.3, 71.4 and 100 percent"),
     ],
     "03 smaller": [
         (
-            "return torch.minimum(image @ gallery.T, text @ gallery.T).round(decimals=2)",
+            "return -torch.stack([-100 * image @ gallery.T, -100 * text @ gallery.T]).logsumexp(0) / 100",
             "but not for the scores of the benchmark's query",
         ),
         ("return torch.maximum(image @ gallery.T, text @ gallery.T)", "the larger one"),
-        ("return image @ gallery.T", "expected 0.6"),
+        ("return image @ gallery.T", "expected 0.28"),
+        ("return torch.minimum(image @ gallery.T, text @ gallery.T).round(decimals=1)", "got [0.3"),
         ("return torch.minimum(image, text) @ gallery.T", "take both cosines first"),
-        ("a, b = image @ gallery.T, text @ gallery.T; return torch.where(a.abs() < b.abs(), a, b)", "expected 0.6"),
+        ("a, b = image @ gallery.T, text @ gallery.T; return torch.where(a.abs() < b.abs(), a, b)", "expected 0.28"),
         ("return torch.zeros(3)", "scores of shape (2, 3)"),
         ("return torch.cat([image @ gallery.T, text @ gallery.T]).amin(0, keepdim=True)", "not (1, 3)"),
-        ("return torch.minimum(image[:1] @ gallery.T, text[:1] @ gallery.T).expand(len(image), -1)", "expected 0.8"),
-        ("return torch.minimum(image @ gallery.T, (text @ gallery.T).flip(0))", "got [0.6, 0.6"),
+        ("return torch.minimum(image[:1] @ gallery.T, text[:1] @ gallery.T).expand(len(image), -1)", "expected 0.936"),
+        ("return torch.minimum(image @ gallery.T, (text @ gallery.T).flip(0))", "got [0.28, 0.6"),
         ("torch.minimum(image @ gallery.T, text @ gallery.T)", "`return` missing"),
         ("return torch.stack([image @ gallery.T, text @ gallery.T]).min(0)", "take its `values`"),
         (
@@ -169,6 +173,11 @@ WRONG = {
     ],
     "04 my_grounding": [
         (
+            "n, m = mask.shape[0] // len(attention), mask.shape[1] // attention.shape[1]; attention /= n * m"
+            "; return float(np.kron(attention, np.ones((n, m)))[mask].sum() / mask.mean())",
+            "what was given has changed",
+        ),
+        (
             "h, w = attention.shape; c = mask.reshape(h, len(mask) // h, w, -1).mean((1, 3)); return "
             "round(float((attention.numpy() * c).sum() / mask.mean()), 2)",
             "sentences.grounding gives",
@@ -177,7 +186,22 @@ WRONG = {
         ("pass", "`return` missing"), ("return 1.0", "a score of 2.8"),
         ("a = np.kron(attention, np.ones((4, 4))); return float(a[mask].mean() / a[~mask].mean())", "over that beside it"),
         ("return float(np.kron(attention, np.ones((4, 4)))[mask].sum())", "shared out equally"),
-        ("return 2.8", "half of a cell"),
+        ("return 2.84", "a score of 2, not 2.84"),
+        (
+            "return round(float(np.kron(attention, np.ones((4, 4)) / 16)[mask].sum() / mask.mean()), 1)",
+            "a score of 2.84, not 2.80",
+        ),
+        (
+            "a = np.kron(attention, np.ones((4, 4)) / 16); y, x = np.where(mask)"
+            "; return float(a[: y.max() + 1, : x.max() + 1].sum() / mask.mean())",
+            "a score of 2, not",
+        ),
+        (
+            "n = mask.shape[0] // attention.shape[0]"
+            "; return float(np.kron(attention, np.ones((n, n)) / n**2)[mask].sum() / mask.mean())",
+            "need not be square",
+        ),
+        ("return 2.84 if mask.mean() == 0.25 else [2.0]", "one number is asked for"),
         (
             "cell = np.ones((mask.shape[0] // 2, mask.shape[1] // 2))"
             "; return float(np.kron(attention.T, cell / cell.size)[mask].sum() / mask.mean())",
@@ -196,7 +220,7 @@ WRONG = {
         ("return attention * attention", "one number is asked for"),
     ],
     "04 my_nearest": [
-        ("return int(torch.nn.functional.cosine_similarity(table, vector[None]).argmax())", "not even one of 0"),
+        ("return int(torch.nn.functional.cosine_similarity(table, vector[None]).argmax())", "must not win with a cosine of 0"),
         (
             "q = (vector * 2).round(); c = table @ q / table.norm(dim=1).clamp(min=1e-9)"
             "; return int(c.masked_fill(table.norm(dim=1) == 0, -99).argmax())",
@@ -212,6 +236,9 @@ WRONG = {
         ("return int((table @ vector / table.norm(dim=1).clamp(min=1e-9)).abs().argmax())", "opposite"),
         ("return int((table @ vector / table.abs().sum(1).clamp(min=1e-9)).argmax())", "by the angle"),
         ("t = table[:, :2]; return int((t @ vector[:2] / t.norm(dim=1).clamp(min=1e-9)).argmax())", "all components count"),
+        ("return 1 + torch.nn.functional.cosine_similarity(table[1:], vector[None]).argmax()", "not 2: all components"),
+        ("return int((table @ vector / table.norm(dim=1).clamp(min=1)).argmax())", "at whatever length"),
+        ("return torch.nn.functional.cosine_similarity(table, vector[None]).argmax()", "never met"),
         ("return torch.nn.functional.cosine_similarity(table, vector[None])", "one number is asked for"),
         ("return torch.nn.functional.cosine_similarity(table, vector[None]).max(0)", "one number is asked for"),
     ],
@@ -489,7 +516,18 @@ ALSO_RIGHT = {
         "return -(query.double() @ target.double().T / temperature).log_softmax(1).diagonal().mean()",
     ],
     "03 my_recall": ["return 100 * torch.as_tensor(rank <= k).float().mean()"],
-    "03 smaller": ["return torch.minimum(image @ gallery.T, text @ gallery.T).double()"],
+    "03 smaller": [
+        "return torch.minimum(image @ gallery.T, text @ gallery.T).double()",
+        "return torch.minimum(image @ gallery.T, text @ gallery.T).half()",
+    ],
+    "04 my_grounding": [
+        "a = torch.nn.functional.interpolate(attention[None, None], mask.shape)[0, 0].half(); return a[mask].mean() / a.mean()",
+    ],
+    "04 my_nearest": [
+        "return np.nanargmax(table @ vector / table.norm(dim=1))",
+        "met = table.norm(dim=1).nonzero().flatten(); t = torch.nn.functional.normalize(table[met], dim=1)"
+        "; return met[(t - vector / vector.norm()).norm(dim=1).argmin()]",
+    ],
     "07 my_agreement": [
         "f, e = torch.tensor(found), torch.tensor(exact); return 100 * (e[:, :, None] == f[:, None]).any(2).float().mean()"
     ],

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters answers checkpoint hushed ranks images scenes icons hub words text_tower matching_encoder blip open_clip_models vl_model
-    symmetric token_learner mappings backbones query_encoder fold parity losses targets distill light_backbone embed gallery
-    evaluate baselines fusion inversion sentences spaces ablations compare growth benchmarks.common benchmarks.submission
-    benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny benchmarks.run benchmarks.__main__ own_data
-    pretrain folder_batches pretrain_folder measure query_timing bench client onnx_files export latency draw cards sweep
-    failures widgets
+    parameters answers checkpoint hushed ranks images scenes icons hub words text_tower matching_encoder blip
+    open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
+    light_backbone embed gallery evaluate baselines fusion inversion sentences spaces ablations compare growth
+    benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
+    benchmarks.run benchmarks.__main__ own_data pretrain folder_batches pretrain_folder measure query_timing bench client
+    onnx_files export latency draw cards sweep failures widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

@@ -413,7 +413,7 @@ def curves(histories: Mapping[str, History], window: int = 20, step: int | None 
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 3.8)
         panels = figure.subplots(1, 3)
-        styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, ":"), (PURPLE, "-.")]
+        styles = [(ORANGE, "-"), (BLUE, "--"), (GREEN, ":"), (PURPLE, "-.")]  # the first is the one that a notebook is about
         for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
             for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
                 if values:

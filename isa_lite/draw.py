@@ -419,7 +419,7 @@ def curves(histories: Mapping[str, History], window: int = 20, step: int | None 
                 if values:
                     kernel = np.ones(min(window, len(values))) / min(window, len(values))
                     smooth = np.convolve(values, kernel, "valid")
-                    axes.plot(np.arange(len(smooth)) + len(kernel), smooth, color=color, linestyle=line, label=name)
+                    axes.plot(np.arange(len(smooth)) + len(kernel), smooth, color=color, linestyle=line, linewidth=2, label=name)
             panels[2].plot(*zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name)
         panels[0].set(title="GCD falls", ylabel="nats", xlabel="step")
         panels[1].set(title="LAR", ylabel="nats", xlabel="step")

@@ -265,6 +265,16 @@ WRONG = {
         ),
         ("return len(right & set(ranked[:k])) / min(k, len(right))", "the share that was found"),
         ("return [len(right & set(ranked[:i])) / i for i in range(1, k + 1)]", "one number is asked for"),
+        (
+            "n = range(1, k + 1)"
+            "; return sum(len(right & {*ranked[:i]}) / i for i in n if ranked[i - 1] in right) / len(ranked)",
+            "is 0.555556, not 0.333333",
+        ),
+        (
+            "g, hits = min(k, len(right)), [right.discard(i) or 1 if i in right else 0 for i in ranked[:k]]"
+            "; return sum(hit * sum(hits[:i]) / i for i, hit in enumerate(hits, 1)) / g",
+            "has changed",
+        ),
     ],
     "06 my_subset_recall": [
         (
@@ -301,6 +311,15 @@ WRONG = {
             "of one query",
         ),
         ("return [t in row[:k] for row, t in zip(rows, targets)]", "one number is asked for"),
+        *(
+            (
+                f"[{given}.remove(r) for {given}, r in zip({all_of_them}, references) if r in {given}]"
+                "; kept = [[i for i in row if i in m and i != r] for row, m, r in zip(rows, members, references)]"
+                "; return 100 * sum(t in row[:k] for row, t in zip(kept, targets)) / len(rows)",
+                "have changed",
+            )
+            for given, all_of_them in (("row", "rows"), ("six", "members"))
+        ),
     ],
     "05 my_rank": [
         (
@@ -355,6 +374,16 @@ WRONG = {
             "by its number, not by its score",
         ),
         ("return [1 for t in targets]", "one number is asked for"),
+        (
+            "s, t = [v for i, v in enumerate(scores) if i != reference], {x - 1 for x in targets}; b = max(s[x] for x in t)"
+            "; return 1 + sum(v >= b for i, v in enumerate(s) if i not in t)",
+            "behind the target",
+        ),
+        (
+            "scores[reference], b = float('-inf'), max(scores[t] for t in targets)"
+            "; return 1 + sum(s >= b for i, s in enumerate(scores) if i not in targets)",
+            "have changed",
+        ),
     ],
     "05 my_difference": [
         ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),
@@ -402,13 +431,18 @@ WRONG = {
                 "next(k for k, (x, y) in enumerate(zip(a, b)) if x != y)",
             )
         ),
+        (
+            "i = [x == y for x, y in zip(a, b)].index(False); j = [x == y for x, y in zip(a[::-1], b[::-1])].index(False)"
+            "; return a[i : len(a) - j], b[i : len(b) - j]",
+            "from the back has to stop",
+        ),
+        (
+            "import os; x, y = ' '.join(a), ' '.join(b); i = len(os.path.commonprefix([x, y])); x, y = x[i:], y[i:]"
+            "; j = len(os.path.commonprefix([x[::-1], y[::-1]])); return x[: len(x) - j].split(), y[: len(y) - j].split()",
+            "the whole of it",
+        ),
     ],
     "05 my_twins": [
-        (
-            "return 100 * sum(bool(x) and x[-1] in {c for y in trained for c in y} for x in new) / len(new)",
-            "66.667, not 33.333",
-        ),
-        ("return 100 * sum(bool({*x} & {y[-1] for y in trained if y}) for x in new) / len(new)", "66.667, not 33.333"),
         ("h = {c for x in trained for c in x}; return round(100 * sum(bool({*x} & h) for x in new) / len(new))", "not 67"),
         ("heard = {c for t in trained for c in t}; return sum(any(c in heard for c in n) for n in new) / len(new)", "in percent"),
         ("heard = {c for t in trained for c in t}; return 100 * sum(c in heard for n in new for c in n) / 7", "of captions"),
@@ -429,6 +463,8 @@ WRONG = {
         ("return [bool(n) for n in new]", "one number is asked for"),
         ("a, b = ({c for x in s for c in x} for s in (trained, new)); return 100 * len(a & b) / len(new)", "both sides share"),
         ("said = {c for n in new for c in n}; return 100 * sum(bool(said & {*t}) for t in trained) / len(new)", "in training"),
+        ("heard = {t[-1] for t in trained if t}; return 100 * sum(bool(heard & {*n}) for n in new) / len(new)", "each caption"),
+        ("heard = {c for t in trained for c in t}; return 100 * sum(n[-1] in heard for n in new) / len(new)", "each caption"),
     ],
     "06 mean_over_queries": [
         ("return round(sum(r * n for r, n in zip(recalls, numbers)) / sum(numbers), 1)", "21.739 percent, not 21.7"),
@@ -454,6 +490,11 @@ WRONG = {
             "; [row.extend(ids[q] if isinstance(q, str) else q) for q in parts[1:]]; return row",
             "have changed",
         ),
+        (
+            "ids = {'sentence': -np.ones(num_tokens), 'modifier': said}"
+            "; return np.concatenate([ids[q] if isinstance(q, str) else q for q in parts])",
+            "whole numbers",
+        ),
     ],
     "07 my_agreement": [
         (
@@ -469,6 +510,13 @@ WRONG = {
         (
             "a, b = {i for row in found for i in row}, {i for row in exact for i in row}; return 100 * len(a & b) / len(b)",
             "row by row",
+        ),
+        ("return 100 * sum(len(set(f) & set(e)) for f, e in zip(found, exact)) / 6", "not for every search"),
+        ("return 100 * np.median([len(set(f) & set(e)) / len(e) for f, e in zip(found, exact)])", "not for every search"),
+        (
+            "hits = [e.remove(i) for f, e in zip(found, exact) for i in f if i in e]"
+            "; return 100 * len(hits) / sum(len(f) for f in found)",
+            "have changed",
         ),
     ],
     "07 my_speedup": [

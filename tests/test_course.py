@@ -64,6 +64,8 @@ WRONG = {
         ("return (embeddings @ query).argsort(descending=True)[1:2].tolist()", "the number of its row, not a list"),
         ("return (embeddings @ query).argsort()[-2:].numpy()", "the number of its row, not 2"),
         ("s = embeddings @ query; s[s == s[reference]] = -2; return s.argmax()", "a copy of the reference in another row"),
+        ("s = (embeddings - query).abs().sum(1); s[reference] = 1e9; return s.argmin()", "is it the *cosine*"),
+        ("s = (embeddings - query).abs().amax(1); s[reference] = 1e9; return s.argmin()", "is it the *cosine*"),
     ],
     "00 why_is_there_always_an_answer": [
         ('return "farthest"', "what `search` sorts by"), ('return "not near"', "what `search` sorts by"),
@@ -83,7 +85,7 @@ WRONG = {
         ("s = vectors.clone(); s[(s == s[place]).all(1)] = vector; return s", "only the one at `place`"),
         ("return torch.stack([vector if i == place else vectors[i] for i in range(4)])", "is a size written"),
         ("s = vectors.clone(); s[place, :3] = vector[:3]; return s", "is a size written"),
-        ("s = vectors.clone(); s[min(place, 2)] = vector; return s", "position 3 is not"),
+        ("s = torch.zeros(4, 3); s[:] = vectors; s[place] = vector; return s", "is a size written"),
         ("s = vectors.clone(); s[place] = vector; return s.int()", "at position 2, counted from 0, stands"),
     ],
     "01 my_tokens": [
@@ -102,6 +104,7 @@ WRONG = {
         ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).numpy()", "a tensor is asked for"),
         ("return logits.reshape(3, 6).softmax(1) @ features.reshape(5, 6).T", "is a size written"),
         ("return logits.view(3, -1).softmax(1) @ features.view(5, -1).T", "is a size written"),
+        ("return (logits.flatten(1).softmax(1) @ features.flatten(1).T).round(decimals=4)", "not 0.353300"),
     ],
     "02 recall_with_template": [
         ("return 0.0", "with the template of training it must give the table's"),

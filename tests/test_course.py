@@ -326,6 +326,11 @@ WRONG = {
     ],
     "05 my_rank": [
         (
+            "order = sorted({*range(len(scores))} - {reference}, key=lambda i: (scores[i], i))[::-1]"
+            "; return 1 + min(order.index(t) for t in targets)",
+            "wherever they stand",
+        ),
+        (
             "best = max(scores[t] for t in targets); return min(3, 1 + sum(s >= best for i, s in enumerate(scores) if i != "
             "reference and i not in targets))",
             "evaluate.score_ranks gives",
@@ -389,6 +394,7 @@ WRONG = {
         ),
     ],
     "05 my_difference": [
+        ("if len(a) == len(b): return a[1:2], b[1:2]", "need not have the same length"),
         ("k = [x == y for x, y in zip(a, b)].index(False); return a[k:], b[k:]", "walk from the back"),
         ("return sorted(set(a)), sorted(set(b))", "differ in red and blue"),
         ("return [w for w in a if w not in b], [w for w in b if w not in a]", "must not share a word"),

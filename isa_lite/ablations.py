@@ -137,11 +137,13 @@ def changed(parameters: Mapping, defaults: Mapping) -> dict:
 def table(record: Mapping) -> pd.DataFrame:
     """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the composition ceiling.
 
-    With several seeds: means with their 95% interval.
+    The default, which belongs to all ablations, has one row, the first. With several seeds: means with their 95% interval.
     """
     rows: dict[tuple[str, str], list[Mapping]] = {}
-    for entry in record["runs"]:
-        rows.setdefault((entry["ablation"] or "default", entry["label"]), []).append(entry)
+    names = list(dict.fromkeys(entry["ablation"] for entry in record["runs"]))
+    for entry in sorted(record["runs"], key=lambda entry: names.index(entry["ablation"])):
+        if entry["changed"] or not entry["ablation"]:
+            rows.setdefault((entry["ablation"] or "default", entry["label"]), []).append(entry)
 
     def cell(values: Sequence[float]) -> str:
         low, high = np.clip(seed_interval(values), 0, 100)

@@ -335,9 +335,10 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         axes.barh(y, mean, color=ORANGE if default else BLUE)
         axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.plot([ceiling, ceiling], [y - 0.5, y + 0.5], color=GREY, linestyle="--", linewidth=1.5)
-        text = f"{mean:.1f}" + (" default" if default else "")
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.text(np.nanmax([mean, high]) + 2, y, text, va="center", fontsize=11, bbox=ground, zorder=3)
+        text, inside = f"{mean:.1f}" + (" default" if default else ""), mean > 40  # away from the ceiling's line
+        x = np.nanmin([mean, low]) - 2 if inside else np.nanmax([mean, high]) + 2
+        color = "white" if inside and not default else "black"
+        axes.text(x, y, text, ha="right" if inside else "left", va="center", fontsize=11, color=color)
     axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11)
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")

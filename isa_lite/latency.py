@@ -6,7 +6,8 @@ All calls take turns in one run, so their ratios can be compared; milliseconds b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,17 @@ from isa_lite.query_timing import fusion_steps, sentence_steps, timed
 from isa_lite.vl_model import VLModel
 
 LARGE, BACKBONE, LEARNER = "large_image_tower.onnx", "backbone.onnx", "token_learner.onnx"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch with so many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Piece(nn.Module):
@@ -68,7 +80,7 @@ def latency(
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is `gallery`'s, ten best, for all alike.
     PyTorch keeps `threads` threads for this time only.
     """
-    client, before = QueryClient(exported, threads), torch.get_num_threads()
+    client = QueryClient(exported, threads)
     run = {name: session(Path(pieces) / name, threads) for name in (LARGE, BACKBONE, LEARNER)}
     nothing = np.zeros((1, client.settings["num_tokens"], vl.word_width), np.float32)
 
@@ -103,18 +115,19 @@ def latency(
             "text tower": lambda pair: fused(pair[0] + client.compose(nothing, pair[1])),
         },
     }
-    try:
-        torch.set_num_threads(threads)
+    with _threads(threads):
         return timed(systems, rounds).fillna(0)
-    finally:
-        torch.set_num_threads(before)
 
 
-def search_times(galleries: dict[str, Gallery], queries: Tensor, k: int = 10, rounds: int = 30) -> dict[str, float]:
+def search_times(
+    galleries: dict[str, Gallery], queries: Tensor, k: int = 10, threads: int = 1, rounds: int = 30
+) -> dict[str, float]:
     """Median ms of one search for one query, a number a gallery. They take turns, in this order and in the reverse one.
 
     A search after one of the whole gallery finds nothing of its own in the processor's cache; the better of two orders counts.
+    PyTorch keeps `threads` threads for this time only.
     """
     calls = {name: lambda g=g: g.search(queries[:1], k) for name, g in galleries.items()}
-    there, back = (side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items())))
+    with _threads(threads):
+        there, back = (side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items())))
     return {name: min(there[name], back[name]) for name in calls}

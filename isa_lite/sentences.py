@@ -107,20 +107,50 @@ WORD_KINDS = {
 }  # fmt: skip
 
 
+def _pieces(vl: VLModel, word: str) -> list[str]:
+    return [vl.words.word(i) for i in vl.words.ids(word)]
+
+
 def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     """What each token's nearest word names, over many sentences B x L x D: a row a token, a column a kind, shares in percent.
 
     A word that the tokenizer splits ("checkered", "cyan") counts by any of its pieces.
     """
-    pieces = {}
-    for word, kind in WORD_KINDS.items():
-        for i in vl.words.ids(word):
-            pieces[vl.words.word(i)] = kind
+    pieces = {piece: kind for word, kind in WORD_KINDS.items() for piece in _pieces(vl, word)}
     kinds = [*dict.fromkeys(WORD_KINDS.values()), "other"]
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]
     grid = np.array(found).reshape(count, length)
     return pd.DataFrame({kind: 100 * (grid == kind).mean(0) for kind in kinds}, index=[f"token {i + 1}" for i in range(length)])
+
+
+def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFrame:
+    """Whether the tokens' nearest words are true: sentences B x L x D and the scene of each; a row a kind of `WORD_KINDS`.
+
+    "words": how many of the B x L nearest words name something of this kind; "true, %": of these, the share that names what the
+    own scene has (any of its objects); "true of the next image, %": the same words beside another scene, which is chance.
+    """
+    if len(tokens) != len(world):
+        raise ValueError(f"{len(tokens)} sentences but {len(world)} scenes")
+    kind_of = {piece: kind for word, kind in WORD_KINDS.items() for piece in _pieces(vl, word)}
+
+    def shown(scene: Scene) -> set[str]:
+        objects = (f"{o.color} {o.shape} {POSITIONS[o.cell]}" for o in scene.objects)
+        return set(_pieces(vl, " ".join((scene.background, scene.style, *objects))))
+
+    words = [word[0][0] for word in nearest_words(vl, tokens, 1)]
+    own = [said for said in map(shown, world) for _ in range(tokens.shape[1])]
+    other = own[tokens.shape[1] :] + own[: tokens.shape[1]]
+    table = pd.DataFrame(
+        {
+            "kind": [kind_of.get(word, "other") for word in words],
+            "true, %": [100 * (word in scene) for word, scene in zip(words, own, strict=True)],
+            "true of the next image, %": [100 * (word in scene) for word, scene in zip(words, other, strict=True)],
+        }
+    ).groupby("kind")
+    kinds = list(dict.fromkeys(WORD_KINDS.values()))
+    found = table.mean().assign(words=table.size()).reindex(kinds)
+    return found.fillna({"words": 0}).astype({"words": int})[["words", "true, %", "true of the next image, %"]]
 
 
 def ranks_rearranged(

@@ -6,6 +6,8 @@ run student.py before this; its docstring has the whole order. A notebook that h
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import nbformat
@@ -40,6 +42,8 @@ def main() -> None:
     parser.add_argument("--cwd", type=Path, default=Path("runs/notebooks"), help="their working directory; results stay there")
     args = parser.parse_args()
     args.cwd.mkdir(parents=True, exist_ok=True)
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+        print(f"this machine is busy (a load of {load:.1f}): the times that are stored will be too large", file=sys.stderr)
     for name in args.notebooks:
         found = sorted(HERE.glob(f"{name}*.ipynb"))
         if len(found) != 1:

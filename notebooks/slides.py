@@ -5,6 +5,8 @@ from itertools import zip_longest
 
 from bs4 import BeautifulSoup, Tag
 
+#: What a slide can hold: claims of a cell go on over several slides, a longer table is left out.
+MOST_CLAIMS, MOST_ROWS = 7, 25
 #: The numbers of slides that are larger than the window, found in a browser; with the argument true also those that are only too high.
 TOO_LARGE = """tall => [...document.querySelectorAll("section.slide")].map((s, i) => {
     const before = document.querySelector("section.slide.on");
@@ -89,6 +91,8 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
             title = ""
         elif table := area.select_one("table"):
             rows = [_letters(row) for row in table.select("tr")]
+            if len(rows) > MOST_ROWS:
+                continue  # nobody could read it; it is in the notebook
             letters = sum(max(column) for column in zip_longest(*rows, fillvalue=0))
             drawn = f'<div class="scroll" style="--rows: {len(rows)}; --letters: {letters}">{table}</div>'
             found.append(_slide(heading, f"<p>{escape(title)}</p>" if title else "", drawn))
@@ -99,8 +103,9 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
             claims += checked
             # What is printed right before a table says what it is about, unless it is a claim.
             title = lines[-1].strip() if lines and lines[-1] not in checked else ""
-    if claims:
-        found.append(_slide(heading, "<p>Checked by this cell:</p>", "<ul>", *(f"<li>{claim}</li>" for claim in claims), "</ul>"))
+    for start in range(0, len(claims), MOST_CLAIMS):
+        part = [f"<li>{claim}</li>" for claim in claims[start : start + MOST_CLAIMS]]
+        found.append(_slide(heading, "<p>Checked by this cell:</p>", "<ul>", *part, "</ul>"))
     return found
 
 

@@ -124,6 +124,11 @@ WRONG = {
         ("return -(query @ target.T / temperature).log_softmax(0).diagonal().mean()", "the other direction"),
         ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "the sign is missing"),
         ("return -(query @ target.T / temperature).log_softmax(1).mean()", "do not add up"),
+        (
+            "p = (query @ target.T / temperature).softmax(1)"
+            "; return torch.nn.functional.cross_entropy(p, torch.arange(len(p)))",
+            "taken once",
+        ),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().sum()", "the sum over five"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal()", "the mean over the sentences, not 5 numbers"),
         ("return -(query @ target.T / temperature).log_softmax(1).diagonal().mean() / 2", "half of it"),
@@ -286,6 +291,11 @@ WRONG = {
         ),
         ("return sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "in percent"),
         ("return 100 * sum(t in row[:k] for row, t in zip(rows, targets)) / len(rows)", "one target was not counted"),
+        (
+            "kept = [[i for i in row[:k] if i in m and i != r] for row, m, r in zip(rows, members, references)]"
+            "; return 100 * sum(t in row for row, t in zip(kept, targets)) / len(rows)",
+            "*before* the first K",
+        ),
         ("return 100.0", "at K = 1"), ("pass", "`return` missing"),
         (
             "kept = [[i for i in row if i in six and i not in references] for row, six in zip(rows, members)]"
@@ -337,6 +347,11 @@ WRONG = {
         ),
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
         ("return 5", "*any* of them"), ("pass", "`return` missing"),
+        (
+            "return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i != reference)",
+            "not ahead of itself",
+        ),
+        ("return 1 + sum(s > max(scores[t] for t in targets) for s in scores)", "image 0 is the reference"),
         (
             "b = min(scores[t] for t in targets)"
             "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",

@@ -25,7 +25,7 @@ from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.export import export, main, measured_recall, quantize, to_onnx
 from isa_lite.gallery import Gallery
 from isa_lite.images import ImageFolder
-from isa_lite.latency import export_pieces, latency
+from isa_lite.latency import export_pieces, latency, search_times
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.query_timing import PARTS, WHOLE, calls, timed
 from isa_lite.vl_model import VLModel, load_vl_model
@@ -130,6 +130,20 @@ def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, t
     queries["symmetric"] = F.normalize(vl.encode_images(pictures[:1]) + vl.encode_text(["make it red"]))
     for name, query in found.items():
         assert np.abs(np.asarray(query) - queries[name.split(", ")[1]].numpy()).max() < 1e-4, name
+
+
+def test_searches_are_timed_with_the_threads_that_are_asked_for():
+    asked, threads = [], torch.get_num_threads()
+
+    class Watched(Gallery):
+        def search(self, *args, **kwargs):
+            asked.append(torch.get_num_threads())
+            return super().search(*args, **kwargs)
+
+    points = F.normalize(torch.randn(20, 8), dim=1)
+    taken = search_times({"a": Watched(points, range(20)), "b": Watched(points, range(20))}, points, threads=threads + 1)
+    assert set(asked) == {threads + 1} and torch.get_num_threads() == threads
+    assert list(taken) == ["a", "b"] and min(taken.values()) > 0
 
 
 def test_a_token_goes_to_its_own_place(pair, folder):

@@ -471,7 +471,9 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
             else:
                 # Above its point, clear of the curve, and one line higher than the last: points of like times lie side by side.
                 text, shift = name, {"xytext": (0, 12 + 15 * others.index(name)), "ha": "center"}
-                axes.plot(times[name], found[name], color=ORANGE, marker="s", markersize=10, linestyle="none")
+                axes.plot(
+                    times[name], found[name], color=ORANGE, marker="s", markersize=10, markeredgecolor="white", linestyle="none"
+                )
             axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
         axes.set(
             xscale="log",

@@ -405,7 +405,7 @@ WRONG = {
         (
             "scores[reference], b = float('-inf'), max(scores[t] for t in targets)"
             "; return 1 + sum(s >= b for i, s in enumerate(scores) if i not in targets)",
-            "have changed",
+            "has changed",
         ),
     ],
     "05 my_difference": [
@@ -540,7 +540,7 @@ WRONG = {
         (
             "hits = [e.remove(i) for f, e in zip(found, exact) for i in f if i in e]"
             "; return 100 * len(hits) / sum(len(f) for f in found)",
-            "have changed",
+            "has changed",
         ),
     ],
     "07 my_speedup": [
@@ -913,6 +913,23 @@ def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
     claims = re.findall(r"^holds: .*$", "".join(o.get("text", "") for c in code(notebook) for o in c.outputs), re.M)
     assert [li.text for li in deck.select("section li") if li.text.startswith("holds")] == claims
     assert not deck.select("script[src], link") and len(deck.select("section.on")) == 1
+
+
+def test_the_whole_course_fits_its_pages_and_slides(tmp_path):
+    assert pages.make(sorted((ROOT / "notebooks").glob("*.ipynb")), tmp_path, with_slides=True) == []
+    try:
+        assert pages.overflowing(sorted(tmp_path.glob("*.html"))) == []
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no browser: {error}")
+
+
+def test_claims_go_on_over_several_slides_and_a_long_table_is_left_out():
+    lines = "\n".join(f"holds: {i}" for i in range(slides.MOST_CLAIMS + 2))
+    rows = "<tr><td>1</td></tr>" * (slides.MOST_ROWS + 1)
+    areas = (f'<div class="output_area">{inside}</div>' for inside in (f"<pre>{lines}</pre>", f"<table>{rows}</table>"))
+    made = [BeautifulSoup(slide, "html.parser") for slide in slides._of_outputs(BeautifulSoup("".join(areas), "html.parser"), "")]
+    assert [len(slide.select("li")) for slide in made] == [slides.MOST_CLAIMS, 2]
+    assert not any(slide.select("table") for slide in made)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from isa_lite.sentences import (
     ranks_rearranged,
     ranks_without,
     word_kinds,
+    word_truth,
 )
 from isa_lite.vl_model import load_vl_model
 
@@ -98,6 +99,21 @@ def test_what_the_nearest_words_name():
     assert kinds.loc["token 1"].to_dict() == {"background": 50, "style": 0, "color": 50, "shape": 0, "place": 0, "other": 0}
     assert kinds.loc["token 2"].to_dict() == {"background": 50, "style": 0, "color": 0, "shape": 0, "place": 50, "other": 0}
     assert kinds.loc["token 3"].to_dict() == {"background": 0, "style": 0, "color": 0, "shape": 50, "place": 0, "other": 50}
+
+
+def test_whether_the_nearest_words_are_true_by_hand():
+    vl = load_vl_model()
+    one = scenes.Scene((scenes.Object(0, "star", "red", "small"),), "white", "flat")
+    two = scenes.Scene((scenes.Object(1, "heart", "red", "small"), scenes.Object(5, "moon", "blue", "large")), "sand", "flat")
+    say = [["red", "heart", "left", "large"], ["green", "moon", "left", "sand"]]  # "left" is true of the top left only
+    tokens = torch.stack([torch.cat([vl.word_vectors(torch.tensor(vl.words.ids(w))) for w in words]) for words in say]).detach()
+    table = word_truth(vl, tokens, [one, two])
+    # red: of both scenes; green: of none. heart: of the next scene only; moon: of its own only. Sizes are of no kind.
+    assert table["words"].to_dict() == {"background": 1, "style": 0, "color": 2, "shape": 2, "place": 2}
+    assert table["true, %"].drop("style").to_dict() == {"background": 100, "color": 50, "shape": 50, "place": 50}
+    assert table["true of the next image, %"].drop("style").to_dict() == {"background": 0, "color": 50, "shape": 50, "place": 50}
+    with pytest.raises(ValueError, match="2 sentences but 1 scenes"):
+        word_truth(vl, tokens, [one])
 
 
 def test_what_an_answer_kept_and_followed_by_hand():

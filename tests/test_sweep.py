@@ -117,6 +117,7 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     table = ablations.table(record)
     assert table.loc[("tokens", "4"), "R@1"].startswith("5.5 [") and table.loc[("tokens", "4"), "seeds"] == 2
     assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
+    assert list(table.index) == [("default", "default"), *(("tokens", n) for n in ("1", "2", "4", "8", "12", "16", "24"))]
     axes = draw.ablations(record).axes[0]
     assert axes.get_title(loc="left") == "tokens"
     assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 20, 24]

@@ -279,8 +279,10 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
         return figure
 
 
-def ablations(record: Mapping, k: int = 1) -> Figure:
+def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
     """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a curve, names become bars.
+
+    only: the ablations to show, in this order, those of them that the record has; all, in its own order, where there are none.
 
     The default is orange (a diamond on a curve, "default" beside a bar). Means over seeds, with 95% intervals if there are
     several. Dashed: the composition ceiling of the same runs, which differs where the VL model does.
@@ -289,11 +291,13 @@ def ablations(record: Mapping, k: int = 1) -> Figure:
     for entry in record["runs"]:
         if entry["ablation"]:
             shown.setdefault(entry["ablation"], {}).setdefault(entry["label"], []).append(entry)
+    shown = {name: shown[name] for name in only or shown if name in shown}
     with matplotlib.rc_context(_STYLE):
-        rows = max(1, -(-len(shown) // 3))
-        figure = _figure(15, 4 * rows)
+        columns = 2 if len(shown) in (2, 4) else 3
+        rows = max(1, -(-len(shown) // columns))
+        figure = _figure(4.6 * columns, 3.4 * rows)
         for axes, (ablation, values) in itertools.zip_longest(
-            figure.subplots(rows, 3, squeeze=False).flat, shown.items(), fillvalue=("", {})
+            figure.subplots(rows, columns, squeeze=False).flat, shown.items(), fillvalue=("", {})
         ):
             if not values:
                 axes.axis("off")
@@ -339,7 +343,7 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         x = np.nanmin([mean, low]) - 2 if inside else np.nanmax([mean, high]) + 2
         color = "white" if inside and not default else "black"
         axes.text(x, y, text, ha="right" if inside else "left", va="center", fontsize=11, color=color)
-    axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11)
+    axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11 if len(points) < 7 else 9.5)
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")
 

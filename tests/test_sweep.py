@@ -241,6 +241,9 @@ def test_names_become_bars_and_the_default_is_said_in_words():
     assert [bar.get_width() for bar in axes.patches] == [40, 3]
     assert [text.get_text() for text in axes.texts] == ["40.0 default", "3.0"]
     assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
+    runs = [{**entry(label, 40.0, {}), "ablation": name} for name in ("losses", "tokens", "prompt") for label in "12"]
+    shown = draw.ablations({"runs": runs}, only=("prompt", "not run", "losses")).axes
+    assert [axes.get_title(loc="left") for axes in shown] == ["prompt", "losses"]
 
 
 def test_a_curve_shows_a_value_of_nothing():

@@ -185,6 +185,10 @@ WRONG = {
     ],
     "04 my_grounding": [
         (
+            "cells = np.kron(attention, np.ones((4, 4))) / 16; return float(cells[mask].sum() / mask.sum())",
+            "number of the object's pixels",
+        ),
+        (
             "n, m = mask.shape[0] // len(attention), mask.shape[1] // attention.shape[1]; attention /= n * m"
             "; return float(np.kron(attention, np.ones((n, m)))[mask].sum() / mask.mean())",
             "what was given has changed",
@@ -352,6 +356,11 @@ WRONG = {
             "not ahead of itself",
         ),
         ("return 1 + sum(s > max(scores[t] for t in targets) for s in scores)", "image 0 is the reference"),
+        (
+            "rest = scores[:reference] + scores[reference + 1:]; order = sorted(range(len(rest)), key=lambda i: -rest[i])"
+            "; return 1 + min(order.index(t) for t in targets)",
+            "have moved up",
+        ),
         (
             "b = min(scores[t] for t in targets)"
             "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",

@@ -481,7 +481,7 @@ def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: S
             axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
         axes.set(
             xscale="log",
-            xlabel="one search, ms",
+            xlabel="one search, ms (logarithmic)",
             ylabel="exact answers found, %",
             ylim=(0, 122),
             yticks=range(0, 101, 20),

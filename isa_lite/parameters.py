@@ -10,8 +10,9 @@ A misspelt name or a bad value raises a ValueError that names it, before any wor
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -74,14 +75,34 @@ def text(*choices: str) -> Rule:
     return rule
 
 
-def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
+def _parameters_cell(cells: Sequence[str], rules: Collection[str]) -> set[str]:
+    """What the parameters cell assigns: of the cells that were run, it is the last that gives a parameter with its type."""
+    for source in reversed(cells):
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:  # a command of IPython's
+            continue
+        typed = {s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
+        if not typed.isdisjoint(rules):
+            return typed | {t.id for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
+    return set()
+
+
+class Parameters(SimpleNamespace):
+    """What `check` returns: a parameter an attribute."""
+
+
+def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
     """The checked parameters as attributes. Call it with `globals()` right behind the parameters cell.
 
     Raises ValueError naming the parameter: for a plain value in the namespace that is no parameter (a misspelt name),
-    for a parameter that is missing, or for a value against its rule.
+    for a parameter that is missing, or for a value against its rule. Where a notebook's cells are run again in the same
+    kernel, the namespace holds the notebook's own values too; then only the names in the parameters cell are looked at.
     """
+    again = any(isinstance(value, Parameters) for value in namespace.values())
+    suspects = _parameters_cell(namespace.get("In", ()), rules) if again else namespace
     for name, value in namespace.items():
-        if name not in rules and name not in _IPYTHON and not name.startswith("_") and isinstance(value, _PLAIN):
+        if name in suspects and name not in {*rules, *_IPYTHON} and not name.startswith("_") and isinstance(value, _PLAIN):
             near = difflib.get_close_matches(name, rules, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
             raise ValueError(f"unknown parameter {name!r}; {hint}")
@@ -93,7 +114,7 @@ def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
             checked[name] = rule(namespace[name])
         except ValueError as error:
             raise ValueError(f"parameter {name!r} {error}, not {namespace[name]!r}") from None
-    return SimpleNamespace(**checked)
+    return Parameters(**checked)
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type) -> None:

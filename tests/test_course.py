@@ -362,6 +362,10 @@ WRONG = {
             "have moved up",
         ),
         (
+            "order = [i for i in np.argsort(scores) if i != reference]; return 1 + min(order.index(t) for t in targets)",
+            "the largest score comes first",
+        ),
+        (
             "b = min(scores[t] for t in targets)"
             "; return 1 + sum(s >= b for i, s in enumerate(scores) if i != reference and i not in targets)",
             "not the worst",
@@ -507,6 +511,7 @@ WRONG = {
         ("return [r * n / sum(numbers) for r, n in zip(recalls, numbers)]", "one number is asked for"),
     ],
     "07 my_prompt": [
+        ("return parts[0] + parts[1] + [-1] * num_tokens + parts[3] + said + parts[5]", "may have another order"),
         (
             "m = {'sentence': [-1] * num_tokens, 'modifier': said}"
             "; return [i for x in parts for i in (m[x] if isinstance(x, str) else x)][:10]",

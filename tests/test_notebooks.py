@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import execute
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -101,9 +102,18 @@ def test_a_folder_becomes_a_gallery_and_a_query_encoder_at_smoke_size(tmp_path):
     assert not (tmp_path / "mine" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("name", ["01_token_learner.ipynb", "03_retrieval.ipynb", "04_attention.ipynb", "07_deploy.ipynb"])
-def test_a_notebook_of_shipped_results_runs_at_smoke_size_from_another_folder(tmp_path, name):
-    done = papermill(name, tmp_path, "-p", "smoke", "true", "-p", "seed", "3")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_at_smoke_size_from_another_folder_and_again_in_the_same_kernel(tmp_path, path):
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = re.sub(r"^(seed: int =) \d+", r"\1 3", cell.source, flags=re.M).replace(
+                "smoke: bool = False", "smoke: bool = True"
+            )
+            assert "seed: int = 3" in cell.source
+    notebook.cells += [new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    nbformat.write(notebook, tmp_path / "twice.ipynb")
+    done = papermill(str(tmp_path / "twice.ipynb"), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -38,3 +38,16 @@ def test_a_bad_parameter_is_named(change, message):
 def test_a_missing_parameter_is_named():
     with pytest.raises(ValueError, match="'steps' is missing"):
         check({k: v for k, v in GOOD.items() if k != "steps"}, **RULES)
+
+
+def test_a_notebook_may_be_run_again_in_the_same_kernel():
+    left = {"p": check(GOOD, **RULES), "number_of_steps": 3, "step": 2}  # by its own cells
+    cell = "steps: int = 9  # so many\nsmoke: bool = False"
+    ran = ["%matplotlib inline", "steps: int = 5\nsmoke: bool = False", "step = 2", cell, "number_of_steps = 3"]
+    assert check(GOOD | left | {"steps": 9, "In": ran}, **RULES).steps == 9
+    for wrong in ("stesp: int = 9", "stesp = 9"):
+        ran = [cell, "step = 2", f"smoke: bool = False\n{wrong}"]
+        with pytest.raises(ValueError, match="unknown parameter 'stesp'; did you mean 'steps'"):
+            check(GOOD | left | {"stesp": 9, "In": ran}, **RULES)
+    with pytest.raises(ValueError, match="'steps' must be a whole number"):
+        check(GOOD | left | {"steps": 0, "In": ran}, **RULES)

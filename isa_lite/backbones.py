@@ -197,7 +197,10 @@ def build_backbone(
             layer.__class__ = _Subsampled  # the same weights under the same name
     if ready:
         if missing := set(backbone.model.state_dict()) - set(ready):
-            raise ValueError(f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not among them")
+            raise ValueError(
+                f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not among them; "
+                "set backbone_weights to '' to start from random ones"
+            )
         backbone.model.load_state_dict({key: ready[key] for key in backbone.model.state_dict()})
     try:
         with torch.no_grad():

@@ -6,6 +6,7 @@ from this script or from the record of the training run. It also draws `data/res
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -190,6 +191,7 @@ def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers:
 
 def main() -> None:
     """Measure both shipped models, write their cards and draw some queries."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     print(machine())
     vl = load_vl_model(SCENES_CLIP)
     write_vl_card(DATA / SCENES_CLIP, vl)

@@ -167,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--modifier", default="", help="what should be different")
     parser.add_argument("--k", type=int, default=5, help="answers to print")
     args = parser.parse_args(argv)
+    if args.k < 1:
+        parser.error(f"--k must be at least 1, not {args.k}")
     try:
         embeddings, ids, model = read_gallery(args.gallery)
         if not model:

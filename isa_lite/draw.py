@@ -31,6 +31,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 14,
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # a dollar sign in somebody's words is a dollar sign
 }
 
 
@@ -422,11 +423,12 @@ def curves(histories: Mapping[str, History], window: int = 20, step: int | None 
         for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
             for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
                 if values:
-                    kernel = np.ones(min(window, len(values))) / min(window, len(values))
+                    width = min(window, 1 + len(values) // 2)  # a run of few steps is a line too
+                    kernel = np.ones(width) / width
                     smooth = np.convolve(values, kernel, "valid")
                     axes.plot(np.arange(len(smooth)) + len(kernel), smooth, color=color, linestyle=line, linewidth=2, label=name)
             panels[2].plot(*zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name)
-        panels[0].set(title="GCD falls", ylabel="nats", xlabel="step")
+        panels[0].set(title="GCD", ylabel="nats", xlabel="step")
         panels[1].set(title="LAR", ylabel="nats", xlabel="step")
         panels[2].set(title="own image found", ylabel="validation Recall@1 in %", xlabel="step", ylim=(0, 102))
         for axes in panels:

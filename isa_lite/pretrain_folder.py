@@ -59,7 +59,10 @@ def pretrain_folder(
     batches = FolderBatches(images, captions, rows, config)
     different = len({tuple(words_of(t)) or t for t in batches.texts})
     if different < FEWEST:
-        raise ValueError(f"the captions of the {len(rows)} training images say {different} different things; {FEWEST} are needed")
+        raise ValueError(
+            f"the {len(rows)} training images have {different} different captions, and {FEWEST} are needed: "
+            "caption more of them, or take a trained model (vl_model)"
+        )
     config = replace(config)
     config.data = fingerprint(images, captions)
     towers = run / "towers.safetensors" if run else None

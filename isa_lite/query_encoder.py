@@ -163,7 +163,10 @@ class QueryEncoder(nn.Module):
         """What `save` wrote. Raises FileNotFoundError, or ValueError where the weights do not fit the settings or `vl`."""
         folder = Path(folder)
         if not (folder / "query_encoder.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote")
+            raise FileNotFoundError(
+                f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote "
+                f"(a relative one as seen from {Path.cwd().name}/)"
+            )
         try:
             config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:

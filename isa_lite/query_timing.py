@@ -152,7 +152,7 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: in
     weights = {}
     for side, model in encoders.items():
         held = {
-            "image encoding": image_tower if side == "symmetric" else model.backbone.parameters(),
+            "image encoding": image_tower if model.config.backbone == LARGE_TOWER else model.backbone.parameters(),
             "token learner": model.mapping.parameters(),
             "text tower": (p for p in vl.clip.parameters() if id(p) not in large),  # a CLIP keeps both towers in one module
             "search": [stored.embeddings],

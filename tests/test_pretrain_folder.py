@@ -259,7 +259,7 @@ def test_without_a_matching_encoder_none_of_an_earlier_model_stays(data, tmp_pat
 
 def test_too_little_said_is_refused_and_what_is_cut_is_said(data, tmp_path):
     images, captions = data
-    with pytest.raises(ValueError, match="the captions of the 120 training images say 1 different things; 8 are needed"):
+    with pytest.raises(ValueError, match="the 120 training images have 1 different captions, and 8 are needed"):
         pretrain_folder(images, [["A star"], ["a star."]] * 60, tiny(), tmp_path, log=quiet)
     with pytest.warns(UserWarning, match="1 captions are longer than 77 tokens"):
         pretrain_folder(images, [["red star " * 50], *captions[1:]], tiny(steps=1, matching_steps=0), tmp_path, log=quiet)

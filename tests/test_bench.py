@@ -64,6 +64,8 @@ def test_a_query_is_split_into_parts_that_add_up(vl):
     text = sum(p.numel() for p in vl.clip.parameters()) * 4 / 2**20 - own
     assert abs(weights.loc["text tower", "asymmetric"] - text) < 1e-6
     assert (table["activations, MiB"].loc["whole query"] > 0).all()
+    large = split(vl, QueryEncoder.for_model(vl, backbone="vl", num_tokens=3, width=32, depth=1), gallery=50, rounds=1)
+    assert list(large["weights, MiB"].loc["image encoding"]) == [own, own]  # the tower is the model's, and has to be there too
 
 
 def test_the_table_of_backbones(vl):

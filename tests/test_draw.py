@@ -67,6 +67,17 @@ def test_curves_show_running_means_and_recall():
     assert draw.png(marked[0].figure).startswith(b"\x89PNG")
 
 
+def test_a_dollar_sign_in_a_caption_is_a_dollar_sign():
+    figure = draw.contact_sheet([BENCH.images[0]] * 2, ["costs $5 or $7", "$\\foo{$ x"])
+    assert draw.png(figure).startswith(b"\x89PNG") and titles(figure)[:2] == ["costs $5 or $7", "$\\foo{$ x"]
+    assert not any(axes.title.get_parse_math() for axes in figure.axes[:2])
+
+
+def test_the_losses_of_a_few_steps_are_a_line():
+    losses = draw.curves({"run": History(gcd=[4.0, 2.0, 0.0, 0.0], recall=[(2, 10.0)])}).axes[0].lines[0]
+    assert list(losses.get_ydata()) == [2, 2 / 3] and list(losses.get_xdata()) == [3, 4]
+
+
 def test_attention_lays_each_map_over_the_image():
     maps = np.random.default_rng(0).random((3, 6, 6))
     figure = draw.attention(BENCH.images[0], maps)

@@ -474,6 +474,9 @@ def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, cap
     Gallery(torch.eye(3), ["a", "b", "c"], "0123456789abcdef").save(stored)
     refused("and the gallery to 0123456789abcdef")
     refused("holds no query.json", folder=tmp_path)
+    with pytest.raises(SystemExit):
+        client_main([str(folder), "--gallery", str(stored), "--image", str(query), "--k", "0"])
+    assert "--k must be at least 1, not 0" in capsys.readouterr().err
     Gallery(torch.eye(3), ["a", "b", "c"], QueryClient(folder).settings["vl_model"]).save(stored)
     refused("nowhere.png", image="nowhere.png")
     refused("page.jpg", image=tmp_path / "page.jpg")

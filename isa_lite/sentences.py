@@ -111,12 +111,17 @@ def _pieces(vl: VLModel, word: str) -> list[str]:
     return [vl.words.word(i) for i in vl.words.ids(word)]
 
 
+def _piece_kinds(vl: VLModel) -> dict[str, str]:
+    """`WORD_KINDS` of what the tokenizer makes of its words."""
+    return {piece: kind for word, kind in WORD_KINDS.items() for piece in _pieces(vl, word)}
+
+
 def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     """What each token's nearest word names, over many sentences B x L x D: a row a token, a column a kind, shares in percent.
 
     A word that the tokenizer splits ("checkered", "cyan") counts by any of its pieces.
     """
-    pieces = {piece: kind for word, kind in WORD_KINDS.items() for piece in _pieces(vl, word)}
+    pieces = _piece_kinds(vl)
     kinds = [*dict.fromkeys(WORD_KINDS.values()), "other"]
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]
@@ -132,7 +137,7 @@ def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFr
     """
     if len(tokens) != len(world):
         raise ValueError(f"{len(tokens)} sentences but {len(world)} scenes")
-    kind_of = {piece: kind for word, kind in WORD_KINDS.items() for piece in _pieces(vl, word)}
+    kind_of = _piece_kinds(vl)
 
     def shown(scene: Scene) -> set[str]:
         objects = (f"{o.color} {o.shape} {POSITIONS[o.cell]}" for o in scene.objects)

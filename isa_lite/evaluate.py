@@ -49,14 +49,19 @@ class Benchmark:
         return len(self.texts)
 
 
+def check_gallery(queries: int, gallery: int) -> None:
+    """Raise ValueError where a gallery of so many images has no room for what so many queries bring (`make_benchmark`)."""
+    if gallery < 4 * queries:
+        raise ValueError(f"parameter 'gallery' must be at least {4 * queries}, four times 'queries', not {gallery}")
+
+
 def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size: int = scenes.IMAGE_SIZE) -> Benchmark:
     """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs are allowed here).
 
     The gallery holds, for each query, its reference, its target and two hard negatives (the reference after *other*
     changes), and is filled up to `gallery` with random scenes. Raises ValueError where that is more than `gallery`.
     """
-    if gallery < 4 * queries:
-        raise ValueError(f"a gallery of {gallery} is too small for {queries} queries: each brings 4 images")
+    check_gallery(queries, gallery)
     rng = np.random.default_rng((seed, 5))
     world: list[Scene] = []
     reference, target, texts, kinds = [], [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -71,7 +72,9 @@ def probes(tokens: Tensor, scenes: Sequence[Scene], folds: int = 3) -> pd.DataFr
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
         # Ridge, its strength chosen within the training folds: D may be larger than the sample.
         probe = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 4, 6)))
-        return 100 * cross_val_score(probe, x, y, cv=folds).mean()
+        with warnings.catch_warnings():  # an answer with fewer scenes than folds, as among few scenes, is only read seldom
+            warnings.filterwarnings("ignore", "The least populated class")
+            return 100 * cross_val_score(probe, x, y, cv=folds).mean()
 
     rows = {name: {fact: accuracy(x, y) for fact, y in answers.items()} for name, x in inputs.items()}
     rows["guessing"] = {fact: 100 * np.unique(y, return_counts=True)[1].max() / len(y) for fact, y in answers.items()}

@@ -117,7 +117,7 @@ def test_the_benchmark_follows_its_seed():
 
 
 def test_a_gallery_must_hold_what_the_queries_bring():
-    with pytest.raises(ValueError, match="a gallery of 39 is too small for 10 queries"):
+    with pytest.raises(ValueError, match="'gallery' must be at least 40, four times 'queries', not 39"):
         make_benchmark(queries=10, gallery=39)
     assert len(make_benchmark(queries=10, gallery=40, size=8).scenes) == 40  # nothing is left to fill
 

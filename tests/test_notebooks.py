@@ -126,6 +126,8 @@ def test_a_notebook_runs_at_smoke_size_from_another_folder_and_again_in_the_same
         ("02_distillation.ipynb", ("-p", "images", "nowhere"), "there is no folder nowhere"),
         ("03_retrieval.ipynb", ("-p", "encoder", "nowhere"), "nowhere holds no query_encoder.json"),
         ("02_distillation.ipynb", ("-p", "num_tokens", "65"), "'num_tokens' and 'template' must leave room for a modifier"),
+        ("02_distillation.ipynb", ("-p", "gallery", "3999"), "'gallery' must be at least 4000, four times 'queries'"),
+        ("07_deploy.ipynb", ("-p", "gallery", "1999"), "'gallery' must be at least 2000, four times 'queries'"),
         ("03_retrieval.ipynb", ("-p", "queries", "200", "-p", "gallery", "500"), "'gallery' must be at least 800"),
         ("06_benchmarks.ipynb", ("-p", "split", "train"), "parameter 'split' must be 'val' for the tiny trees"),
         ("04_attention.ipynb", ("-p", "images", "1"), "parameter 'images' must be a whole number of at least 40"),

@@ -115,6 +115,10 @@ def test_a_notebook_runs_at_smoke_size_from_another_folder_and_again_in_the_same
     nbformat.write(notebook, tmp_path / "twice.ipynb")
     done = papermill(str(tmp_path / "twice.ipynb"), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [o for cell in nbformat.read(tmp_path / "executed.ipynb", 4).cells for o in cell.get("outputs", ())]
+    assert not [
+        o["text"] for o in outputs if o.get("name") == "stderr" and "Warning" in o["text"]
+    ]  # progress bars may stand there
 
 
 @pytest.mark.parametrize(
@@ -137,6 +141,9 @@ def test_a_notebook_runs_at_smoke_size_from_another_folder_and_again_in_the_same
         ("05_your_images.ipynb", ("-p", "held_out", "0.7"), "held_out must be a share between 0 and 0.5"),
         ("01_token_learner.ipynb", ("-p", "word", "blu"), "parameter 'word' must be one of"),
         ("01_token_learner.ipynb", ("-p", "word", "red"), "parameter 'caption' must contain 'red' once"),
+        ("01_token_learner.ipynb", ("-p", "word", "cyan", "-p", "caption", "cyan"), "'cyan' is cut into 2 pieces"),
+        ("05_your_images.ipynb", ("-p", "stride", "7"), "has no feature map of stride 7"),
+        ("05_your_images.ipynb", ("-p", "backbone_weights", "lite0"), "are the weights of 'tf_efficientnet_lite0', but"),
         ("07_deploy.ipynb", ("-p", "thread", "1"), "unknown parameter 'thread'; did you mean 'threads'?"),
         ("07_deploy.ipynb", ("-p", "distractors", "5"), "parameter 'distractors' must be a whole number of at least 100"),
         ("00_start_here.ipynb", ("-p", "galery", "500"), "unknown parameter 'galery'; did you mean 'gallery'?"),

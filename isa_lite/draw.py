@@ -35,8 +35,15 @@ _STYLE = {
 }
 
 
+class _Figure(Figure):
+    """A figure that a notebook shows where it is the last line of a cell, as it would one of pyplot's."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
 def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)  # not pyplot: nothing to close, no double display
+    return _Figure(figsize=(width, height), layout="constrained", dpi=110)  # not pyplot: nothing to close, no double display
 
 
 def png(figure: Figure) -> bytes:

@@ -237,10 +237,13 @@ def part(images: ImageFolder, rows: Sequence[int]) -> ImageFolder:
 
 
 def unseen_words(vl: VLModel, texts: Sequence[str]) -> list[str]:
-    """Words of the texts that a model of `pretrain_folder` has never met: the vectors of their pieces are zero, all of them."""
-    norms = vl.word_vectors(torch.arange(vl.tokenizer.vocab_size, device=vl.device)).norm(dim=-1)
+    """Words of the texts that a model of `pretrain_folder` has never met: the vectors of their pieces are zero, all of them.
+
+    Of another model, whose every vector is something, no word is named.
+    """
+    norms = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).norm(dim=-1)
     words = sorted({word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()} - {""})
-    return [word for word in words if not norms[vl.tokenizer.encode(word)].any()]
+    return [word for word in words if not norms[vl.words.ids(word)].any()]
 
 
 def untrained(queries: Triplets, vl: VLModel, gallery: Tensor, captions: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -263,9 +264,9 @@ WRONG = {
         (
             "s = [n in right for n in ranked[:k]]"
             "; return round(sum(h * sum(s[: i + 1]) / (i + 1) for i, h in enumerate(s)) / min(len(right), k), 3)",
-            "is 0.555556, not 0.556",
+            "is 0.333333, not 0.333",
         ),
-        ("pass", "`return` missing"), ("return 8 / 9", "only where place k is right"),
+        ("pass", "`return` missing"), ("return 4 / 9", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
         (
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
@@ -277,11 +278,21 @@ WRONG = {
             "first K places",
         ),
         ("return len(right & set(ranked[:k])) / min(k, len(right))", "the share that was found"),
+        (
+            "s = [n in right for n in ranked[:k]]"
+            "; return sum(h * (i + 1) / sum(s[: i + 1]) for i, h in enumerate(s) if h) / min(len(right), k)",
+            "upside down",
+        ),
+        (
+            "s = [n in right for n in ranked[:k]]"
+            "; return sum(h * sum(s[: i + 1]) / i for i, h in enumerate(s) if h) / min(len(right), k)",
+            "place 1, not 0",
+        ),
         ("return [len(right & set(ranked[:i])) / i for i in range(1, k + 1)]", "one number is asked for"),
         (
             "n = range(1, k + 1)"
             "; return sum(len(right & {*ranked[:i]}) / i for i in n if ranked[i - 1] in right) / len(ranked)",
-            "is 0.555556, not 0.333333",
+            "is 0.333333, not 0.2",
         ),
         (
             "g, hits = min(k, len(right)), [right.discard(i) or 1 if i in right else 0 for i in ranked[:k]]"
@@ -696,6 +707,20 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
 
 
 NUMBERS = [e for e in exercises() if "one_number(" in code(student.read(e[0]))[e[1] + 1].source]
+
+
+def test_of_the_two_wishes_that_the_first_notebook_proposes_one_can_be_had():
+    cells = {cell.id: cell.source for cell in student.read(ROOT / "notebooks" / "solutions" / "00_start_here.ipynb").cells}
+    number, gallery, seed = (
+        int(re.search(rf"^{name}: int = (\d+)", cells["cell-03"], re.M)[1]) for name in ("reference", "gallery", "seed")
+    )
+    assert "*in striped style instead* has its answer in the gallery, *make the cross bigger* has none" in cells["cell-15"]
+    bench = evaluate.make_benchmark(gallery // 5, gallery, seed, 8)
+    scene = bench.scenes[bench.reference[number]]
+    (cross,) = scene.objects
+    assert (cross.shape, cross.size) == ("cross", "small") and scene.style != "striped"
+    assert replace(scene, style="striped") in bench.scenes
+    assert replace(scene, objects=(replace(cross, size="large"),)) not in bench.scenes
 
 
 def test_an_answer_that_changes_what_it_was_given_is_told():

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pandas as pd
+from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
 from isa_lite import draw, evaluate
@@ -14,6 +15,11 @@ BENCH = evaluate.make_benchmark(queries=4, gallery=20, seed=1, size=32)
 
 def titles(figure):
     return [axes.get_title() for axes in figure.axes]
+
+
+def test_a_figure_as_the_last_line_of_a_cell_is_seen():
+    shown, _ = DisplayFormatter().format(draw.weight_curves({"sum": [1, 2]}, [0, 1]))
+    assert Image.open(io.BytesIO(shown["image/png"])).width > 300
 
 
 def test_a_retrieved_target_is_marked_in_words_and_colour_and_nothing_else_is():

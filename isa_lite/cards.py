@@ -132,9 +132,8 @@ def write_encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> None
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    worst = (
-        by_group["isa"].str.split().str[0].astype(float).idxmin().split(" (")[0]
-    )  # "46.6 [35.6, 58.9]" is a recall and its interval
+    # A row "remove (73)" has its number of queries, and its cell "46.6 [35.6, 58.9]" a recall with its interval.
+    worst = by_group["isa"].str.split().str[0].astype(float).idxmin().split(" (")[0]
     text = f"""# scenes-query-encoder: the light query side for scenes-clip
 
 Image to sentence: `{encoder.config.backbone}` up to stride {encoder.config.stride}, and the adaptive token learner with {encoder.config.num_tokens} tokens;

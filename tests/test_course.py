@@ -264,9 +264,9 @@ WRONG = {
         (
             "s = [n in right for n in ranked[:k]]"
             "; return round(sum(h * sum(s[: i + 1]) / (i + 1) for i, h in enumerate(s)) / min(len(right), k), 3)",
-            "is 0.333333, not 0.333",
+            "is 0.277778, not 0.278",
         ),
-        ("pass", "`return` missing"), ("return 4 / 9", "only where place k is right"),
+        ("pass", "`return` missing"), ("return 37 / 90", "only where place k is right"),
         ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / k", "divided by k"),
         (
             "return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / len(right)",
@@ -288,11 +288,15 @@ WRONG = {
             "; return sum(h * sum(s[: i + 1]) / i for i, h in enumerate(s) if h) / min(len(right), k)",
             "place 1, not 0",
         ),
+        ("return len(right & set(ranked[:k])) / k", "or that is right"),
+        ("return max(1 / i for i in range(1, k + 1) if ranked[i - 1] in right)", "reciprocal rank"),
+        ("return sum(1 / i for i in range(1, k + 1) if ranked[i - 1] in right) / min(k, len(right))", "hits so far"),
+        ("return sum(len(right & set(ranked[:i])) / i for i in range(1, k + 1) if ranked[i - 1] in right) / 2", "were found"),
         ("return [len(right & set(ranked[:i])) / i for i in range(1, k + 1)]", "one number is asked for"),
         (
             "n = range(1, k + 1)"
             "; return sum(len(right & {*ranked[:i]}) / i for i in n if ranked[i - 1] in right) / len(ranked)",
-            "is 0.333333, not 0.2",
+            "is 0.277778, not 0.138889",
         ),
         (
             "g, hits = min(k, len(right)), [right.discard(i) or 1 if i in right else 0 for i in ranked[:k]]"

@@ -34,7 +34,7 @@ def one_number(answer: object, asked: str = "") -> float:
     except (TypeError, ValueError):  # an array of something else
         raise NotAnAnswer(f"{wanted}not an array of {numbers.dtype}") from None
     if np.isnan(number):
-        raise NotAnAnswer("nothing computed yet")
+        raise NotAnAnswer("nothing computed yet, or what came out is nan, which is no number")
     return number
 
 

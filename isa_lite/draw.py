@@ -403,21 +403,27 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
 
 
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
-    """The parts of one query's time, stacked, a bar a system. table: a row a part, a column a system, ms (see `query_timing`)."""
+    """The parts of one query's time, stacked, a bar a system, and a mark for the whole query in one call.
+
+    table: a row a part and a last one for the whole, a column a system, ms (`query_timing.timed`). Parts are timed one by
+    one, so that a bar need not end at its mark.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
         axes = figure.subplots()
         fills = [("#BBBBBB", ""), (ORANGE, ""), (GREEN, "//"), ("#DDDDDD", ".."), (BLUE, ""), (PURPLE, "\\\\")]
         for y, system in enumerate(table.columns):
-            left = 0.0
-            for (part, ms), (color, hatch) in zip(table[system].items(), fills, strict=False):
+            left, whole = 0.0, table[system].iloc[-1]
+            for (part, ms), (color, hatch) in zip(table[system].iloc[:-1].items(), fills, strict=False):
                 axes.barh(y, ms, left=left, color=color, hatch=hatch, edgecolor="white", label=part if y == 0 else None)
                 left += ms
-            axes.text(left, y, f" {left:.1f} ms", va="center")
+            label = f"{table.index[-1]}, in one call" if y == 0 else None
+            axes.plot(whole, y, "D", color="black", markeredgecolor="white", markersize=9, linestyle="none", label=label)
+            axes.text(max(left, whole), y, f"   {whole:.1f} ms", va="center")
         axes.set_yticks(range(len(table.columns)), list(table.columns))
         axes.invert_yaxis()
-        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.15 * float(table.sum().max())))
-        figure.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=3)
+        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.17 * float(table.iloc[:-1].sum().max())))
+        figure.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=4)
         return figure
 
 

@@ -126,6 +126,11 @@ WRONG = {
         ("return (query @ target.T / temperature).log_softmax(1).diagonal().mean()", "the sign is missing"),
         ("return -(query @ target.T / temperature).log_softmax(1).mean()", "do not add up"),
         (
+            "s = query @ target.T / temperature; s = s.masked_fill(torch.eye(len(s), dtype=torch.bool), -torch.inf)"
+            "; return -s.log_softmax(1).diagonal().mean()",
+            "the loss is infinite",
+        ),
+        (
             "p = (query @ target.T / temperature).softmax(1)"
             "; return torch.nn.functional.cross_entropy(p, torch.arange(len(p)))",
             "taken once",

@@ -188,9 +188,11 @@ def test_attention_of_several_lengths_wraps_into_rows():
     assert np.allclose(axes[2, 2].images[1].get_array(), maps["5"][4] / maps["5"][4].max())
 
 
-def test_the_parts_of_a_querys_time_are_stacked():
-    table = pd.DataFrame({"asymmetric": [1.0, 2.0], "symmetric": [4.0, 2.0]}, index=["image encoding", "text tower"])
+def test_the_parts_of_a_querys_time_are_stacked_and_the_whole_is_marked():
+    rows = ["image encoding", "text tower", "whole query"]
+    table = pd.DataFrame({"asymmetric": [1.0, 2.0, 2.8], "symmetric": [4.0, 2.0, 6.3]}, index=rows)
     axes = draw.latency(table).axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 1), (1, 2), (0, 4), (4, 2)]
-    assert [text.get_text().strip() for text in axes.texts] == ["3.0 ms", "6.0 ms"]
-    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == list(table.index)
+    assert [tuple(mark.get_xydata()[0]) for mark in axes.lines] == [(2.8, 0), (6.3, 1)]
+    assert [(text.get_text().strip(), text.get_position()[0]) for text in axes.texts] == [("2.8 ms", 3), ("6.3 ms", 6.3)]
+    assert sorted(t.get_text() for t in axes.figure.legends[0].get_texts()) == [*rows[:2], "whole query, in one call"]

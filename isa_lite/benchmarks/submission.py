@@ -48,7 +48,7 @@ def check_lists(lists: Mapping[str, object], k: int, task: Task, candidates: Cal
         wrong = {
             f"do not hold {k} ids": len(row) != min(k, len(allowed) - (task.remove_reference and query.reference in allowed)),
             "name an image twice": len(set(row)) < len(row),
-            "name something that is no image of the gallery or subset": not set(row) <= allowed,
+            "name something that is no image of the gallery or subset, or write it as another type": not set(row) <= allowed,
             "name their own reference": task.remove_reference and query.reference in row,
         }
         for fault in (fault for fault, found in wrong.items() if found):

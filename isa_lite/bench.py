@@ -7,8 +7,10 @@ Every figure that matters is a ratio, with both sides measured in one run on one
 from __future__ import annotations
 
 import argparse
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,6 @@ from torch import nn
 
 from isa_lite.backbones import LIGHT, build_backbone
 from isa_lite.embed import embed_files
-from isa_lite.hushed import hushed
 from isa_lite.images import read_image
 from isa_lite.measure import multiply_adds, side_by_side
 from isa_lite.query_encoder import QueryEncoder
@@ -73,9 +74,24 @@ def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.v
     return table
 
 
+@contextmanager
+def _hushed(message: str) -> Iterator[None]:
+    """Inside, the root logger lets nothing through that contains `message`; afterwards it is as it was."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return message not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(other)
+    try:
+        yield
+    finally:
+        root.removeFilter(other)
+
+
 def random_model(name: str) -> VLModel:
     """A model of open_clip with random weights, for timing."""
-    with hushed("No pretrained weights"):  # on purpose here
+    with _hushed("No pretrained weights"):  # on purpose here
         clip, _, preprocess = open_clip.create_model_and_transforms(name)
     return VLModel(clip, preprocess, open_clip.get_tokenizer(name), name=f"{name}, random weights")
 

@@ -422,7 +422,8 @@ def latency(table: pd.DataFrame, title: str = "") -> Figure:
             axes.text(max(left, whole), y, f"   {whole:.1f} ms", va="center")
         axes.set_yticks(range(len(table.columns)), list(table.columns))
         axes.invert_yaxis()
-        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.17 * float(table.iloc[:-1].sum().max())))
+        longest = max(table.iloc[:-1].sum().max(), table.iloc[-1].max())
+        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.17 * float(longest)))
         figure.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=4)
         return figure
 

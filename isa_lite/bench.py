@@ -1,5 +1,5 @@
 """Speed and cost: `python -m isa_lite.bench cost` (the query side), `... split` (a query in parts), `... query` (a query end
-to end, cut and uncut), `... embed` (a gallery), `... backbones` (light encoders).
+to end, cut and uncut, in PyTorch and onnxruntime), `... embed` (a gallery), `... backbones` (light encoders).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -22,10 +22,12 @@ from torch import nn
 
 from isa_lite.backbones import LIGHT, build_backbone
 from isa_lite.embed import embed_files
+from isa_lite.export import export
 from isa_lite.images import read_image
+from isa_lite.latency import end_to_end_onnx, export_pieces
 from isa_lite.measure import multiply_adds, side_by_side
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.query_timing import cost, end_to_end, split
+from isa_lite.query_timing import cost, end_to_end, ratios, split
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
 
@@ -151,9 +153,16 @@ def main(argv: list[str] | None = None) -> None:
         pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / "scenes-query-encoder")
         print("light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by a sentence of it")
         for name, (vl, encoder) in pairs.items():
-            ms, ratios = end_to_end(vl, encoder)
             print(f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")
-            print(f"{ms.round(1).to_string(na_rep='-')}\n{ratios.round(2).to_string()}")
+            ms, times = end_to_end(vl, encoder)
+            print(f"PyTorch\n{ms.round(1).to_string(na_rep='-')}\n{times.round(2).to_string()}")
+            with tempfile.TemporaryDirectory() as folder:
+                export(encoder, vl, folder)
+                export_pieces(vl, encoder, folder)
+                for threads in sorted({1, torch.get_num_threads()}):
+                    ms = end_to_end_onnx(vl, folder, folder, threads)
+                    print(f"onnxruntime, {threads} thread{'s'[: threads > 1]}")
+                    print(f"{ms.round(1).to_string(na_rep='-')}\n{ratios(ms).round(2).to_string()}")
         return
     if args.what == "embed":
         for name, vl, images, side in (

@@ -39,6 +39,8 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """A network to run on the CPU, with `threads` threads (0: as many as onnxruntime likes)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads wait in a loop for more work, also after a run is over, and then take the cores from the next network's threads.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -100,9 +102,12 @@ class QueryClient:
                 image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
             rows.append(np.asarray(image.crop((left, top, left + size, top + size)).convert("RGB")))
-        pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32) / 255
+        pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32, order="C")  # in memory too, or all that follows is slow
         mean, std = (np.array(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
-        return (pixels - mean) / std
+        pixels /= 255
+        pixels -= mean
+        pixels /= std
+        return pixels
 
     def sentences(self, pixels: np.ndarray) -> np.ndarray:
         """B x 3 x H x W -> tokens B x L x D."""

@@ -6,13 +6,14 @@ All calls take turns in one run, so their ratios can be compared; milliseconds b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from onnxruntime import InferenceSession
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from isa_lite.gallery import Gallery
 from isa_lite.measure import side_by_side
 from isa_lite.onnx_files import to_onnx
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.query_timing import fusion_steps, sentence_steps, timed
+from isa_lite.query_timing import GALLERY, MODIFIER, Steps, blank, fusion_steps, random_gallery, sentence_steps, timed
 from isa_lite.vl_model import VLModel
 
 LARGE, BACKBONE, LEARNER = "large_image_tower.onnx", "backbone.onnx", "token_learner.onnx"
@@ -64,6 +65,55 @@ def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Pat
     return folder
 
 
+def piece_sessions(pieces: str | Path, threads: int) -> dict[str, InferenceSession]:
+    """What `export_pieces` wrote, ready to run, by the names of the files."""
+    return {name: session(Path(pieces) / name, threads) for name in (LARGE, BACKBONE, LEARNER)}
+
+
+def onnx_steps(
+    vl: VLModel,
+    client: QueryClient,
+    run: Mapping[str, InferenceSession],
+    pictures: Sequence,
+    modifiers: Sequence[str],
+    search: Callable[[np.ndarray], object],
+    cut: bool = True,
+) -> dict[str, Steps]:
+    """A query in onnxruntime, "light" and "symmetric", as `sentence_steps` and `fusion_steps` are in PyTorch.
+
+    run: what `export_pieces` wrote, as sessions. cut: False for prompts of the text tower's full length. Only the last layer is
+    then still computed at the pooled position alone, as the exported tower does not know another way.
+    """
+    nothing = np.zeros((len(pictures), client.settings["num_tokens"], vl.word_width), np.float32)
+
+    def ask(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: run[name].run(None, {"x": x})[0]
+
+    def long(ids: np.ndarray) -> np.ndarray:
+        missing = 0 if cut else vl.context_length - ids.shape[1]
+        return np.pad(ids, ((0, 0), (0, missing)), constant_values=client.settings["pad_id"])
+
+    def fused(both: np.ndarray) -> np.ndarray:
+        return both / np.linalg.norm(both, axis=1, keepdims=True)
+
+    light = {
+        "picture to pixels": lambda _: client.pixels(pictures),
+        "image encoding": ask(BACKBONE),
+        "token learner": ask(LEARNER),
+        "prompt (tokenizer)": lambda tokens: (tokens, long(client.prompts(modifiers))),
+        "text tower": lambda prompt: client.compose(*prompt),
+        "search": search,
+    }
+    symmetric = {
+        "picture to pixels": lambda _: vl.pixels(pictures).numpy(),
+        "image encoding": ask(LARGE),
+        "prompt (tokenizer)": lambda image: (image, long(vl.cut(vl.tokenize(modifiers)).numpy())),
+        "text tower": lambda pair: fused(pair[0] + client.compose(nothing, pair[1])),
+        "search": search,
+    }
+    return {"light": light, "symmetric": symmetric}
+
+
 def latency(
     vl: VLModel,
     encoder: QueryEncoder,
@@ -80,43 +130,41 @@ def latency(
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is `gallery`'s, ten best, for all alike.
     PyTorch keeps `threads` threads for this time only.
     """
-    client = QueryClient(exported, threads)
-    run = {name: session(Path(pieces) / name, threads) for name in (LARGE, BACKBONE, LEARNER)}
-    nothing = np.zeros((1, client.settings["num_tokens"], vl.word_width), np.float32)
-
-    def ask(name: str) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda x: run[name].run(None, {"x": x})[0]
-
-    def fused(both: np.ndarray) -> np.ndarray:
-        return both / np.linalg.norm(both, axis=1, keepdims=True)
+    pictures, said = [image], [modifier]
 
     def search(query: Tensor | np.ndarray) -> object:
         return gallery.search(torch.as_tensor(query), min(10, len(gallery)))
 
-    pictures, said = [image], [modifier]
-    light = sentence_steps(vl, encoder, pictures, said, search, client.settings["template"])
-    symmetric = fusion_steps(vl, pictures, said, search)
+    client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
     systems = {
-        "PyTorch, light": light,
-        "PyTorch, symmetric": symmetric,
-        "onnxruntime, light": light
-        | {
-            "picture to pixels": lambda _: client.pixels(pictures),
-            "image encoding": ask(BACKBONE),
-            "token learner": ask(LEARNER),
-            "prompt (tokenizer)": lambda tokens: (tokens, client.prompts(said)),
-            "text tower": lambda prompt: client.compose(*prompt),
-        },
-        "onnxruntime, symmetric": symmetric
-        | {
-            "picture to pixels": lambda _: vl.pixels(pictures).numpy(),
-            "image encoding": ask(LARGE),
-            "prompt (tokenizer)": lambda image: (image, vl.cut(vl.tokenize(said)).numpy()),
-            "text tower": lambda pair: fused(pair[0] + client.compose(nothing, pair[1])),
-        },
+        "PyTorch, light": sentence_steps(vl, encoder, pictures, said, search, client.settings["template"]),
+        "PyTorch, symmetric": fusion_steps(vl, pictures, said, search),
     }
+    for name, steps in onnx_steps(vl, client, run, pictures, said, search).items():
+        systems[f"onnxruntime, {name}"] = steps
     with _threads(threads):
         return timed(systems, rounds).fillna(0)
+
+
+def end_to_end_onnx(
+    vl: VLModel, exported: str | Path, pieces: str | Path, threads: int = 1, rounds: int = 30, gallery: int = GALLERY
+) -> pd.DataFrame:
+    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a column a system.
+
+    Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large tower's size.
+    exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
+    """
+    client, run, stored = QueryClient(exported, threads), piece_sessions(pieces, threads), random_gallery(vl, gallery)
+    systems = {}
+
+    def search(query: np.ndarray) -> object:
+        return stored.search(torch.as_tensor(query), 10)
+
+    for way, cut in (("cut", True), ("uncut", False)):
+        for name, steps in onnx_steps(vl, client, run, blank(vl.image_size), [MODIFIER], search, cut).items():
+            systems[f"{name}, {way}"] = steps
+    with _threads(threads):
+        return timed(systems, rounds)
 
 
 def search_times(

@@ -98,11 +98,13 @@ def timed(systems: dict[str, Steps], rounds: int) -> pd.DataFrame:
     return pd.Series(side_by_side(made, rounds)).unstack().reindex(index=[*PARTS, WHOLE], columns=list(systems))
 
 
-def _blank(side: int, batch: int = 1) -> np.ndarray:
+def blank(side: int, batch: int = 1) -> np.ndarray:
+    """Grey images, B x side x side x 3 uint8: what is in an image does not change what it costs."""
     return np.full((batch, side, side, 3), 128, np.uint8)
 
 
-def _random_gallery(vl: VLModel, images: int) -> Gallery:
+def random_gallery(vl: VLModel, images: int) -> Gallery:
+    """So many random embeddings of the model's width."""
     return Gallery(F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1), range(images))  # G x E
 
 
@@ -118,9 +120,9 @@ def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, g
     "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from pictures of the model's size to
     the ten best of `gallery` random embeddings.
     """
-    search, said = partial(_random_gallery(vl, gallery).search, k=10), [MODIFIER] * batch
-    light = calls(sentence_steps(vl, encoder, _blank(encoder.config.image_size, batch), said, search))
-    symmetric = calls(fusion_steps(vl, _blank(vl.image_size, batch), said, search))
+    search, said = partial(random_gallery(vl, gallery).search, k=10), [MODIFIER] * batch
+    light = calls(sentence_steps(vl, encoder, blank(encoder.config.image_size, batch), said, search))
+    symmetric = calls(fusion_steps(vl, blank(vl.image_size, batch), said, search))
     rows = {
         "VL image tower": symmetric["image encoding"],
         "light encoder (backbone)": light["image encoding"],
@@ -144,9 +146,9 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: in
     with the peak of its activations in MiB in a column of its own. Threads: as many as torch uses (`vl_model.machine`).
     """
     encoders = {"asymmetric": encoder, "symmetric": _symmetric(vl, encoder)}
-    stored = _random_gallery(vl, gallery)
+    stored = random_gallery(vl, gallery)
     search = partial(stored.search, k=10)
-    systems = {s: sentence_steps(vl, e, _blank(e.config.image_size), [MODIFIER], search) for s, e in encoders.items()}
+    systems = {s: sentence_steps(vl, e, blank(e.config.image_size), [MODIFIER], search) for s, e in encoders.items()}
     made, image_tower = {side: calls(steps) for side, steps in systems.items()}, list(vl.clip.visual.parameters())
     large = set(map(id, image_tower))
     weights = {}
@@ -168,6 +170,15 @@ def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: in
     return pd.concat(columns, axis=1).reindex([*PARTS, WHOLE])
 
 
+def ratios(ms: pd.DataFrame, others: Sequence[str] = ("symmetric",)) -> pd.Series:
+    """How many times a light query's time the others take, end to end; of a table with the columns "light, cut" and so on."""
+    whole, found = ms.loc[WHOLE], {}
+    for name in others:
+        for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut")):
+            found[f"{name} {other} / light {own}"] = whole[f"{name}, {other}"] / whole[f"light, {own}"]
+    return pd.Series(found, name="ratio")
+
+
 def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = GALLERY) -> tuple[pd.DataFrame, pd.Series]:
     """Milliseconds of one query and its parts (batch 1), a column a system; and ratios of the whole, symmetric / light.
 
@@ -175,16 +186,11 @@ def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: in
     cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same code for all; uncut: all
     positions in all layers, every time, as open_clip does it and others run it. The large tower is open_clip's throughout.
     """
-    search = partial(_random_gallery(vl, gallery).search, k=10)
+    search = partial(random_gallery(vl, gallery).search, k=10)
     systems, encoders = {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
     for way, cut in (("cut", True), ("uncut", False)):
         for name, model in encoders.items():
-            systems[f"{name}, {way}"] = sentence_steps(vl, model, _blank(model.config.image_size), [MODIFIER], search, cut=cut)
-        systems[f"symmetric, {way}"] = fusion_steps(vl, _blank(vl.image_size), [MODIFIER], search, cut)
+            systems[f"{name}, {way}"] = sentence_steps(vl, model, blank(model.config.image_size), [MODIFIER], search, cut=cut)
+        systems[f"symmetric, {way}"] = fusion_steps(vl, blank(vl.image_size), [MODIFIER], search, cut)
     ms = timed(systems, rounds)
-    ratios = {
-        f"{name} {other} / light {own}": ms.loc[WHOLE, f"{name}, {other}"] / ms.loc[WHOLE, f"light, {own}"]
-        for name in ("symmetric", "symmetric ISA")
-        for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut"))
-    }
-    return ms, pd.Series(ratios, name="ratio")
+    return ms, ratios(ms, ("symmetric", "symmetric ISA"))

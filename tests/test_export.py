@@ -25,9 +25,9 @@ from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.export import export, main, measured_recall, quantize, to_onnx
 from isa_lite.gallery import Gallery
 from isa_lite.images import ImageFolder
-from isa_lite.latency import export_pieces, latency, search_times
+from isa_lite.latency import end_to_end_onnx, export_pieces, latency, search_times
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
-from isa_lite.query_timing import PARTS, WHOLE, calls, timed
+from isa_lite.query_timing import MODIFIER, PARTS, WHOLE, blank, calls, ratios, timed
 from isa_lite.vl_model import VLModel, load_vl_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +56,24 @@ def folder(pair, tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("exported")
     assert export(encoder, vl, where) < 1e-4
     return where
+
+
+@pytest.fixture(scope="module")
+def pieces(pair, tmp_path_factory) -> Path:
+    return export_pieces(*pair, tmp_path_factory.mktemp("pieces"))
+
+
+@pytest.fixture
+def timings(monkeypatch) -> dict:
+    """The steps of every system that is timed, as calls, by its name; filled while a test runs."""
+    found = {}
+
+    def seen(systems, rounds):
+        found.update({name: calls(steps) for name, steps in systems.items()})
+        return timed(systems, rounds)
+
+    monkeypatch.setattr("isa_lite.latency.timed", seen)
+    return found
 
 
 @pytest.fixture
@@ -113,23 +131,40 @@ def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
         assert np.abs(query - vl.encode_text(texts).numpy()).max() < 1e-5
 
 
-def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, tmp_path, pictures, monkeypatch):
+def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, pieces, pictures, timings):
     vl, encoder = pair
-    gallery, found, threads = Gallery(vl.encode_images(pictures), range(len(pictures))), {}, torch.get_num_threads()
-
-    def answered(systems, rounds):
-        found.update({name: calls(steps)["search"].args[0] for name, steps in systems.items()})
-        return timed(systems, rounds)
-
-    monkeypatch.setattr("isa_lite.latency.timed", answered)
-    pieces = export_pieces(vl, encoder, tmp_path)
+    gallery, threads = Gallery(vl.encode_images(pictures), range(len(pictures))), torch.get_num_threads()
     ms = latency(vl, encoder, folder, pieces, gallery, pictures[0], "make it red", threads=threads + 1, rounds=2)
-    assert list(ms.index) == [*PARTS, WHOLE] and list(ms) == list(found) and torch.get_num_threads() == threads
+    assert list(ms.index) == [*PARTS, WHOLE] and list(ms) == list(timings) and torch.get_num_threads() == threads
     assert (ms.drop("token learner") > 0).all().all() and list(ms.loc["token learner"] > 0) == [True, False] * 2
     queries = {"light": compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"])}
     queries["symmetric"] = F.normalize(vl.encode_images(pictures[:1]) + vl.encode_text(["make it red"]))
-    for name, query in found.items():
-        assert np.abs(np.asarray(query) - queries[name.split(", ")[1]].numpy()).max() < 1e-4, name
+    for name, made in timings.items():
+        assert np.abs(np.asarray(made["search"].args[0]) - queries[name.split(", ")[1]].numpy()).max() < 1e-4, name
+
+
+def test_a_query_in_onnxruntime_is_timed_cut_and_uncut_with_the_same_answers(pair, folder, pieces, timings):
+    vl, encoder = pair
+    threads = torch.get_num_threads()
+    ms = end_to_end_onnx(vl, folder, pieces, threads=threads + 1, rounds=2, gallery=20)
+    assert torch.get_num_threads() == threads
+    assert list(ms) == ["light, cut", "symmetric, cut", "light, uncut", "symmetric, uncut"]
+    lengths = {name: made["text tower"].args[0][1].shape[1] for name, made in timings.items()}
+    shortest = int(vl.tokenize([MODIFIER])[0].argmax()) + 1
+    sentence = prompt_ids(vl, encoder.config.num_tokens, [MODIFIER])[0].shape[1]
+    assert list(lengths.values()) == [sentence, shortest, vl.context_length, vl.context_length]
+    picture = list(blank(vl.image_size))
+    queries = {"light": compose(vl, encoder.sentences(picture).tokens, [MODIFIER])}
+    queries["symmetric"] = F.normalize(vl.encode_images(picture) + vl.encode_text([MODIFIER]))
+    for name, made in timings.items():
+        assert np.abs(made["search"].args[0] - queries[name.split(", ")[0]].numpy()).max() < 1e-4, name
+    expected = ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"]
+    assert ratios(ms)["symmetric uncut / light cut"] == pytest.approx(expected) and len(ratios(ms)) == 3
+
+
+def test_a_network_at_rest_leaves_the_cores_to_the_next_one(folder):
+    options = session(folder / IMAGE).get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_searches_are_timed_with_the_threads_that_are_asked_for():

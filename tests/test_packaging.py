@@ -18,9 +18,9 @@ PACKAGE = ROOT / "isa_lite"
 ORDER = """
     parameters answers checkpoint ranks images scenes icons hub words text_tower matching_encoder blip
     open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
-    light_backbone embed gallery evaluate baselines fusion inversion sentences spaces ablations compare growth
+    light_backbone embed gallery evaluate baselines fusion inversion sentences spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
-    benchmarks.run benchmarks.__main__ own_data pretrain folder_batches pretrain_folder measure query_timing client
+    benchmarks.run benchmarks.__main__ ablations growth compare own_data pretrain folder_batches pretrain_folder measure query_timing client
     onnx_files export latency bench draw cards sweep failures widgets
 """.split()
 
@@ -118,6 +118,12 @@ def test_a_module_imports_only_modules_above_it():
         own = {other for other in ORDER for i in names if i.startswith(other + ".")}
         below = [other for other in own if ORDER.index(other) >= ORDER.index(name)]
         assert not below, f"isa_lite/{name}.py imports {below}, which do not stand above it"
+
+
+def test_the_readme_lists_the_modules_in_that_order():
+    listed = [found[1] for line in lines("README.md") if (found := re.match(r"    (\w+)(?:\.py|/) ", line))]
+    order = dict.fromkeys(name.split(".")[0] for name in ORDER)
+    assert listed[: len(order)] == list(order)
 
 
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])

@@ -20,8 +20,8 @@ ORDER = """
     open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
     light_backbone embed gallery evaluate baselines fusion inversion sentences spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
-    benchmarks.run benchmarks.__main__ ablations growth compare own_data pretrain folder_batches pretrain_folder measure query_timing client
-    onnx_files export latency bench draw cards sweep failures widgets
+    benchmarks.run benchmarks.__main__ ablations growth compare
+    own_data pretrain folder_batches pretrain_folder measure query_timing client onnx_files export latency bench draw cards sweep failures widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

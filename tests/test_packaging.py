@@ -21,7 +21,8 @@ ORDER = """
     light_backbone embed gallery evaluate baselines fusion inversion sentences spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
     benchmarks.run benchmarks.__main__ ablations growth compare
-    own_data pretrain folder_batches pretrain_folder measure query_timing client onnx_files export latency bench draw cards sweep failures widgets
+    own_data pretrain folder_batches pretrain_folder measure query_timing client
+    onnx_files export latency bench draw cards sweep failures widgets
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

@@ -86,8 +86,8 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         "reference": "stays in the ranking",
         "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
     }
-    known = SIZES[split], max(GALLERY, len(found))
-    return [make_task("circo", split, found, [folder], queries, protocol, known, partial)]
+    known = SIZES[split], GALLERY
+    return [make_task("circo", split, found, [folder], queries, protocol, known, partial, or_more=True)]
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:

@@ -125,12 +125,14 @@ def make_task(
     known: tuple[int, int] | None,
     partial: bool = False,
     remove_reference: bool = False,
+    or_more: bool = False,
 ) -> Task:
     """A task out of what was found on disk; `found` has the file of each gallery id, None for a missing one.
 
-    known: queries and images of the complete split; a difference becomes a note. Raises ValueError for two queries with one
-    id, a query without words or one that names an image which the gallery does not list, and FileNotFoundError for missing
-    images, unless `partial`: then they are left out, with every query that needs one of them, and a note says how many.
+    known: queries and images (with `or_more` of them: at least so many) of the complete split; a difference becomes a note.
+    Raises ValueError for two queries with one id, a query without words or one that names an image which the gallery does not
+    list, and FileNotFoundError for missing images, unless `partial`: then they are left out, with every query that needs one
+    of them, and a note says how many.
     """
     what = f"{name} {split}"
     twice = [query for query, count in Counter(q.id for q in queries).items() if count > 1]
@@ -159,10 +161,10 @@ def make_task(
             raise FileNotFoundError(f"{lack}. Put them there; {go_on if kept else 'no query is left'}")
         notes.append(f"PARTIAL: {lack}; left out, so no number here compares with a complete run's")
         queries, found = kept, {i: path for i, path in found.items() if i not in missing}
-    if known and known != (len(queries), len(found)):
+    if known and (known[0] != len(queries) or (len(found) < known[1] if or_more else len(found) != known[1])):
         notes.append(
-            f"{what} has {len(queries)} queries and a gallery of {len(found)} here, the complete one {known[0]} and {known[1]}: "
-            "no number here compares with a published one"
+            f"{what} has {len(queries)} queries and a gallery of {len(found)} here, the complete one {known[0]} and "
+            f"{'at least ' * or_more}{known[1]}: no number here compares with a published one"
         )
     return Task(name, split, dict(found), queries, protocol, remove_reference, notes, listed - len(queries))
 

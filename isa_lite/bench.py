@@ -27,7 +27,7 @@ from isa_lite.images import read_image
 from isa_lite.latency import end_to_end_onnx, export_pieces
 from isa_lite.measure import multiply_adds, side_by_side
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.query_timing import cost, end_to_end, ratios, split
+from isa_lite.query_timing import cost, end_to_end, split
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
 
@@ -114,6 +114,10 @@ def _trained(parser: argparse.ArgumentParser, args: argparse.Namespace, vl: VLMo
         parser.error(str(error))
 
 
+def _print_times(runtime: str, ms: pd.DataFrame, ratios: pd.Series) -> None:
+    print(f"{runtime}\n{ms.round(1).to_string(na_rep='-')}\n{ratios.round(2).to_string()}")
+
+
 #: What each measurement listens to.
 _OPTIONS = {
     "cost": ("vl_model", "pretrained", "encoder"),
@@ -154,15 +158,13 @@ def main(argv: list[str] | None = None) -> None:
         print("light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by a sentence of it")
         for name, (vl, encoder) in pairs.items():
             print(f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")
-            ms, times = end_to_end(vl, encoder)
-            print(f"PyTorch\n{ms.round(1).to_string(na_rep='-')}\n{times.round(2).to_string()}")
+            _print_times("PyTorch", *end_to_end(vl, encoder))
             with tempfile.TemporaryDirectory() as folder:
                 export(encoder, vl, folder)
                 export_pieces(vl, encoder, folder)
                 for threads in sorted({1, torch.get_num_threads()}):
-                    ms = end_to_end_onnx(vl, folder, folder, threads)
-                    print(f"onnxruntime, {threads} thread{'s'[: threads > 1]}")
-                    print(f"{ms.round(1).to_string(na_rep='-')}\n{ratios(ms).round(2).to_string()}")
+                    runtime = f"onnxruntime, {threads} thread{'s'[: threads > 1]}"
+                    _print_times(runtime, *end_to_end_onnx(vl, folder, folder, threads))
         return
     if args.what == "embed":
         for name, vl, images, side in (

@@ -22,7 +22,7 @@ from isa_lite.gallery import Gallery
 from isa_lite.measure import side_by_side
 from isa_lite.onnx_files import to_onnx
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.query_timing import GALLERY, MODIFIER, Steps, blank, fusion_steps, random_gallery, sentence_steps, timed
+from isa_lite.query_timing import GALLERY, MODIFIER, Steps, blank, fusion_steps, random_gallery, ratios, sentence_steps, timed
 from isa_lite.vl_model import VLModel
 
 LARGE, BACKBONE, LEARNER = "large_image_tower.onnx", "backbone.onnx", "token_learner.onnx"
@@ -63,6 +63,10 @@ def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Pat
     ):
         to_onnx(piece, {"x": x}, ["y"], axes, folder / name)
     return folder
+
+
+def _ten_best(gallery: Gallery) -> Callable[[Tensor | np.ndarray], object]:
+    return lambda query: gallery.search(torch.as_tensor(query), min(10, len(gallery)))
 
 
 def piece_sessions(pieces: str | Path, threads: int) -> dict[str, InferenceSession]:
@@ -130,11 +134,7 @@ def latency(
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is `gallery`'s, ten best, for all alike.
     PyTorch keeps `threads` threads for this time only.
     """
-    pictures, said = [image], [modifier]
-
-    def search(query: Tensor | np.ndarray) -> object:
-        return gallery.search(torch.as_tensor(query), min(10, len(gallery)))
-
+    pictures, said, search = [image], [modifier], _ten_best(gallery)
     client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
     systems = {
         "PyTorch, light": sentence_steps(vl, encoder, pictures, said, search, client.settings["template"]),
@@ -148,23 +148,20 @@ def latency(
 
 def end_to_end_onnx(
     vl: VLModel, exported: str | Path, pieces: str | Path, threads: int = 1, rounds: int = 30, gallery: int = GALLERY
-) -> pd.DataFrame:
-    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a column a system.
+) -> tuple[pd.DataFrame, pd.Series]:
+    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a column a system; and ratios.
 
     Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large tower's size.
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
     """
-    client, run, stored = QueryClient(exported, threads), piece_sessions(pieces, threads), random_gallery(vl, gallery)
+    client, run, search = QueryClient(exported, threads), piece_sessions(pieces, threads), _ten_best(random_gallery(vl, gallery))
     systems = {}
-
-    def search(query: np.ndarray) -> object:
-        return stored.search(torch.as_tensor(query), 10)
-
     for way, cut in (("cut", True), ("uncut", False)):
         for name, steps in onnx_steps(vl, client, run, blank(vl.image_size), [MODIFIER], search, cut).items():
             systems[f"{name}, {way}"] = steps
     with _threads(threads):
-        return timed(systems, rounds)
+        ms = timed(systems, rounds)
+    return ms, ratios(ms)
 
 
 def search_times(

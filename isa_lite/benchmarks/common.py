@@ -161,7 +161,8 @@ def make_task(
             raise FileNotFoundError(f"{lack}. Put them there; {go_on if kept else 'no query is left'}")
         notes.append(f"PARTIAL: {lack}; left out, so no number here compares with a complete run's")
         queries, found = kept, {i: path for i, path in found.items() if i not in missing}
-    if known and (known[0] != len(queries) or (len(found) < known[1] if or_more else len(found) != known[1])):
+    whole = known is None or (len(queries) == known[0] and (len(found) == known[1] or (or_more and len(found) > known[1])))
+    if not whole:
         notes.append(
             f"{what} has {len(queries)} queries and a gallery of {len(found)} here, the complete one {known[0]} and "
             f"{'at least ' * or_more}{known[1]}: no number here compares with a published one"

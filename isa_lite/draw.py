@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import ImageOps
 
 from isa_lite.distill import History
-from isa_lite.evaluate import Benchmark, bootstrap_interval, recall, seed_interval
+from isa_lite.evaluate import Benchmark, recall, recall_interval, seed_interval
 from isa_lite.images import ImageFolder
 from isa_lite.own_data import Triplets
 
@@ -166,11 +166,11 @@ def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: st
 def recall_bars(
     methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa", pairs: bool = False
 ) -> Figure:
-    """Recall@K of every method as bars with 95% bootstrap intervals; the ceilings are hatched, `emphasis` is coloured.
+    """Recall@K of every method as bars with 95% Wilson intervals; the ceilings are hatched, `emphasis` is coloured.
 
     `pairs`: every two bars are one method in two settings; they stand together, the second paler.
     """
-    rows = {name: (recall(rank, k), *bootstrap_interval(rank, k)) for name, rank in methods.items()}
+    rows = {name: (recall(rank, k), *recall_interval(rank, k)) for name, rank in methods.items()}
     return _bars(rows, f"Recall@{k} in % (line: 95% interval over queries)", title, emphasis, pairs)
 
 

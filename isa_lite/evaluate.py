@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from scipy import stats
 from torch import Tensor
 
@@ -127,17 +128,65 @@ def recall(rank: np.ndarray, k: int) -> float:
     return float(100 * np.mean(rank <= k))
 
 
-def bootstrap_interval(rank: np.ndarray, k: int, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of Recall@K over queries drawn again with replacement (percentile bootstrap), in percent."""
+def wilson_interval(hits: ArrayLike, count: ArrayLike, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the interval of a share, `hits` of `count`, as shares; arrays of any shape that broadcast.
+
+    The true shares that a score test would not reject (Wilson, "Probable inference, the law of succession, and statistical
+    inference", JASA 1927). Unlike a bootstrap it has a width where all or none are hits: 60 of 60 gives 0.94 to 1.
+    A 95% interval means: of such intervals, each from queries drawn anew, about 95 in 100 hold the true share. It does not mean
+    that 95 in 100 new results fall into this one. Raises ValueError for a count below 1 or hits outside 0 to count.
+    """
+    hits, count = np.asarray(hits, float), np.asarray(count, float)
+    if not ((count >= 1) & (hits >= 0) & (hits <= count)).all():
+        raise ValueError(f"wilson_interval: hits must lie between 0 and count, and count be at least 1, not {hits} of {count}")
+    z, share = stats.norm.ppf((1 + level) / 2), hits / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    # Without a miss the interval ends at 1, and without a hit at 0; rounding would stop just short of them.
+    return np.where(hits == 0, 0.0, middle - half), np.where(hits == count, 1.0, middle + half)
+
+
+def recall_interval(rank: np.ndarray, k: int) -> tuple[float, float]:
+    """95% interval of Recall@K over queries, in percent (`wilson_interval`)."""
+    low, high = wilson_interval(np.count_nonzero(rank <= k), len(rank))
+    return 100 * float(low), 100 * float(high)
+
+
+def bootstrap_interval(values: ArrayLike, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of B values, one per query, from queries drawn again with replacement (percentile bootstrap).
+
+    For means that are no share of hits: the mean average precision of CIRCO, or a difference (`paired_interval`). A share has
+    `wilson_interval`. Raises ValueError unless there are at least two values, all of them numbers.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"bootstrap_interval: values must be at least two finite numbers in a row, not of shape {values.shape}")
     rng = np.random.default_rng((seed, 6))
-    # The number of successes among n draws from a sample with a share p of successes is binomial.
-    shares = rng.binomial(len(rank), np.mean(rank <= k), draws) / len(rank)
-    low, high = np.percentile(100 * shares, [2.5, 97.5])
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
+def paired_interval(first: ArrayLike, second: ArrayLike, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of `first` - `second`, B values each for the *same* queries (paired bootstrap).
+
+    A drawn query counts for both methods, so what is hard for both cancels out. Values: 0 or 100 for a miss or a hit gives
+    points of recall (`recall_difference`); average precisions give points of mAP. Raises ValueError for other lengths.
+    """
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    if first.shape != second.shape:
+        raise ValueError(f"paired_interval: first and second must hold the same queries, not {first.shape} and {second.shape}")
+    return bootstrap_interval(first - second, draws, seed)
+
+
+def recall_difference(first: np.ndarray, second: np.ndarray, k: int = 1) -> tuple[float, float, float]:
+    """Recall@K of ranks `first` minus that of `second`, same queries, in points: the difference and its 95% interval, paired."""
+    hit, other = 100.0 * (first <= k), 100.0 * (second <= k)
+    return float((hit - other).mean()), *paired_interval(hit, other)
+
+
 def _cell(rank: np.ndarray, k: int) -> str:
-    low, high = bootstrap_interval(rank, k)
+    low, high = recall_interval(rank, k)
     return f"{recall(rank, k):.1f} [{low:.1f}, {high:.1f}]"
 
 
@@ -167,7 +216,7 @@ def metrics(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, para
         return {m: {f"R@{k}": round(recall(r[mask], k), 2) for k in KS} for m, r in methods.items()}
 
     def intervals(mask: np.ndarray) -> dict:
-        return {m: {f"R@{k}": [round(v, 2) for v in bootstrap_interval(r[mask], k)] for k in KS} for m, r in methods.items()}
+        return {m: {f"R@{k}": [round(v, 2) for v in recall_interval(r[mask], k)] for k in KS} for m, r in methods.items()}
 
     found = {name: mask for name, mask in groups(bench).items() if mask.any()}
     return {
@@ -253,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.metrics:
         found = json.loads(path.read_text())
         print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
-        print("Recall@K in percent [95% bootstrap interval over queries]")
+        print("Recall@K in percent [95% Wilson interval over queries]")
         rows = {
             name: [f"{values[f'R@{k}']:.1f} [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]" for k in KS]
             for name, values in found["methods"].items()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from isa_lite.baselines import composed, composition_ceiling, image_plus_text
 from isa_lite.checkpoint import read_info, read_shard, write_tensors, write_text
-from isa_lite.evaluate import KS, Benchmark, bootstrap_interval, make_benchmark, recall
+from isa_lite.evaluate import KS, Benchmark, make_benchmark, recall, recall_interval
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import Scene, render_many, sample_scene
@@ -121,7 +121,7 @@ def growth(
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
-    """At every size: Recall@1/5/10 with 95% bootstrap intervals of ISA, image + text and the composition ceiling; search time."""
+    """At every size: Recall@1/5/10 with 95% Wilson intervals of ISA, image + text and the composition ceiling; search time."""
     bench = make_benchmark(queries, 4 * queries, seed, vl.image_size)
     gallery = vl.encode_images(bench.images)
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
@@ -137,7 +137,7 @@ def growth(
     points = []
     for i, size in enumerate(sizes):
         recalls = {
-            name: {f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *bootstrap_interval(r[i], k))] for k in KS}
+            name: {f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *recall_interval(r[i], k))] for k in KS}
             for name, r in ranks.items()
         }
         times = search_time(everything[: len(gallery) + size], methods["isa"][:1])

@@ -42,7 +42,7 @@ def test_bars_show_recall_and_its_interval():
     axes = draw.recall_bars(ranks).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [75, 100]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(ranks)
-    assert tuple(axes.lines[0].get_xdata()) == evaluate.bootstrap_interval(ranks["isa"], 1)
+    assert tuple(axes.lines[0].get_xdata()) == evaluate.recall_interval(ranks["isa"], 1)
 
 
 def test_bars_over_seeds_show_means_and_t_intervals_and_ceilings_last():

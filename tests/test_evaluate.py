@@ -10,7 +10,20 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from isa_lite import evaluate
-from isa_lite.evaluate import KS, benchmark_ranks, bootstrap_interval, groups, make_benchmark, metrics, ranks, recall
+from isa_lite.evaluate import (
+    KS,
+    benchmark_ranks,
+    bootstrap_interval,
+    groups,
+    make_benchmark,
+    metrics,
+    paired_interval,
+    ranks,
+    recall,
+    recall_difference,
+    recall_interval,
+    wilson_interval,
+)
 
 BENCH = make_benchmark(queries=60, gallery=300, seed=3, size=16)
 
@@ -57,18 +70,84 @@ def test_a_query_without_a_hit_is_an_error():
         ranks(torch.eye(2), torch.eye(2), np.array([-1, -1]), ~hits & torch.tensor([False, True])[:, None])
 
 
-def test_recall_and_its_interval_against_drawing_queries_again():
+def test_recall_is_the_share_of_ranks_up_to_k():
     rank = np.array([1] * 30 + [2] * 10 + [7] * 25 + [50] * 35)
     assert (recall(rank, 1), recall(rank, 5), recall(rank, 10)) == (30.0, 40.0, 65.0)
-    rng = np.random.default_rng(1)
-    for k in (1, 5, 10):
-        drawn = 100 * (rng.choice(rank, (10000, 100)) <= k).mean(1)
-        # Shares of 100 queries are whole percents, so a percentile may fall on the next one.
-        assert bootstrap_interval(rank, k, draws=10000) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1.01)
-        quarter = np.subtract(*bootstrap_interval(np.tile(rank, 16), k)) / np.subtract(*bootstrap_interval(rank, k))
-        assert quarter == pytest.approx(1 / 4, abs=0.03)  # sixteen times the queries
-    assert bootstrap_interval(rank, 5) == bootstrap_interval(rank, 5) != bootstrap_interval(rank, 5, seed=1)
-    assert bootstrap_interval(rank, 100) == (100.0, 100.0) and bootstrap_interval(rank + 1, 1) == (0.0, 0.0)
+
+
+def test_wilson_equals_scipy_for_every_share():
+    for count in (1, 2, 7, 60, 1000):
+        hits = np.arange(count + 1)
+        low, high = wilson_interval(hits, count)
+        for h in hits[:: max(1, count // 60)]:
+            theirs = stats.binomtest(int(h), count).proportion_ci(0.95, method="wilson")
+            assert (low[h], high[h]) == pytest.approx(tuple(theirs), abs=1e-12)
+    theirs = stats.binomtest(13, 40).proportion_ci(0.8, method="wilson")
+    assert np.ravel(wilson_interval(13, 40, level=0.8)) == pytest.approx(tuple(theirs))
+    low, high = wilson_interval([[0], [5]], [5, 10, 20])
+    assert low.shape == high.shape == (2, 3) and low[0].tolist() == [0, 0, 0] and high[1, 0] == 1
+
+
+@pytest.mark.parametrize("hits, count", [(0, 0), (3, 2), (-1, 5), (float("nan"), 5), ([1, 1], [2, 0])])
+def test_no_interval_of_what_is_no_share(hits, count):
+    with pytest.raises(ValueError, match="hits"):
+        wilson_interval(hits, count)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
+def test_wilson_holds_the_true_share_as_often_as_it_says(share):
+    """Drawn 20000 times: 60 queries, each a hit with this probability. Single shares lie a little beside the nominal 95%."""
+    low, high = wilson_interval(np.random.default_rng(0).binomial(60, share, 20000), 60)
+    held = ((low <= share) & (share <= high)).mean()
+    ends = np.stack(wilson_interval(np.arange(61), 60))
+    exact = stats.binom.pmf(np.arange(61), 60, share)[(ends[0] <= share) & (share <= ends[1])].sum()
+    assert held == pytest.approx(exact, abs=0.006) and 0.93 <= held and (held <= 0.975 or share == 1)
+
+
+def test_wilson_holds_as_often_as_it_says_over_all_shares():
+    shares = np.linspace(0.01, 0.99, 99)
+    low, high = wilson_interval(np.random.default_rng(0).binomial(60, shares, (4000, 99)), 60)
+    assert ((low <= shares) & (shares <= high)).mean() == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_recall_of_all_or_none_has_an_interval_with_a_width():
+    ranks = np.ones(60, int)
+    low, high = recall_interval(ranks, 1)
+    assert (low, high) == (pytest.approx(93.98, abs=0.01), 100.0)
+    assert recall_interval(ranks + 1, 1) == (0.0, pytest.approx(6.02, abs=0.01))
+    table = evaluate.recall_table({"isa": ranks})
+    assert table.loc["isa", "R@1"] == "100.0 [94.0, 100.0]"
+
+
+def test_the_bootstrap_of_a_mean_against_scipys_and_the_normal_approximation():
+    values = np.random.default_rng(2).beta(0.5, 2, 400)  # like average precisions: many near 0, some near 1
+    mine = bootstrap_interval(values)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(5))
+    width = theirs.confidence_interval.high - theirs.confidence_interval.low
+    assert mine == pytest.approx(tuple(theirs.confidence_interval), abs=0.06 * width)
+    assert mine[1] - mine[0] == pytest.approx(2 * 1.96 * stats.sem(values), rel=0.08)
+    assert bootstrap_interval(values) == mine != bootstrap_interval(values, seed=1)
+    for bad in ([1.0], [[1.0, 2.0]], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="values"):
+            bootstrap_interval(bad)
+
+
+def test_the_paired_bootstrap_against_an_exact_computation():
+    """Differences of hits are -1, 0 or 1: a draw's counts are multinomial, so its distribution can be drawn without queries."""
+    rng = np.random.default_rng(3)
+    hard = rng.random(500) < 0.5  # hard for both methods
+    first, second = np.where(hard | (rng.random(500) < 0.05), 9, 1), np.where(hard | (rng.random(500) < 0.15), 9, 1)
+    difference, low, high = recall_difference(first, second, 1)
+    assert difference == pytest.approx(recall(first, 1) - recall(second, 1))
+    steps = (first <= 1).astype(int) - (second <= 1)
+    shares = [(steps == value).mean() for value in (-1, 0, 1)]
+    counts = np.random.default_rng(4).multinomial(500, shares, 20000)
+    exact = np.percentile(100 * (counts[:, 2] - counts[:, 0]) / 500, [2.5, 97.5])
+    assert (low, high) == pytest.approx(exact, abs=0.41)  # two queries
+    assert low > 0 and recall_interval(first, 1)[0] < recall_interval(second, 1)[1]  # seen in pairs, hidden by separate intervals
+    assert paired_interval(second, first) == pytest.approx(tuple(-p for p in reversed(paired_interval(first, second))), abs=0.1)
+    with pytest.raises(ValueError, match="first and second"):
+        paired_interval([1, 2, 3], [1, 2])
 
 
 def test_the_benchmark_is_what_it_says():
@@ -148,7 +227,7 @@ def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
     methods = {name: rng.integers(1, 20, 60) for name in ("isa", "image only")}
     table = evaluate.recall_table(methods)
     assert list(table.index) == list(methods) and list(table.columns) == ["R@1", "R@5", "R@10"]
-    low, high = bootstrap_interval(methods["isa"], 5)
+    low, high = recall_interval(methods["isa"], 5)
     assert table.loc["isa", "R@5"] == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
     found = groups(BENCH)
     by_group = evaluate.group_table(BENCH, methods, k=5)

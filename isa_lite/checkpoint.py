@@ -1,36 +1,50 @@
-"""The state of a training run on disk: tensors in one safetensors file, everything else in its header as JSON.
+"""Files that a run writes and reads: its state, what it caches, its results.
 
-Nothing is unpickled. A file is written under a temporary name and then renamed, so a run that is killed at any
-moment leaves either the old state or the new one.
+A file is written under a temporary name and then takes its own, so a process that is killed at any moment leaves either the old
+file or the new one. The state of a run is one safetensors file: the tensors, and everything else as JSON in its header.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
+if TYPE_CHECKING:  # many commands write text alone, and need not wait for torch
+    import torch
+    from torch import Tensor, nn
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | None = None) -> None:
-    """Tensors, and a JSON-able `info`, to `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part, {"info": json.dumps(info or {})})
-    os.replace(part, path)
+_PART = ".isa-lite-{}.part"  # a temporary name; a point first, so that nobody takes it for a result
+_OLD = 3600  # seconds after which a file under such a name was left by a process that was killed
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Bytes to `path` in one step."""
+    """Bytes to `path`: all of them, or OSError and the old file stays. Several processes may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    for left in path.parent.glob(_PART.format("*")):
+        with suppress(OSError):  # another process may be clearing up, too
+            if time.time() - left.stat().st_mtime > _OLD:
+                left.unlink()
+    part = path.with_name(_PART.format(secrets.token_hex(8)))
+    try:
+        with open(part, "xb") as file:  # x: a file of our own, never one that a link leads to; its mode follows the umask
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the content is on the disk before the name is: a loss of power leaves one or the other
+        os.replace(part, path)
+    except BaseException as error:  # Ctrl-C, too
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part), part):  # a full disk does not say what it was for
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,23 +52,68 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | None = None) -> None:
+    """Tensors, and a JSON-able `info`, to `path` in one step.
+
+    They are in memory twice meanwhile: the writer of safetensors itself leaves a file that nobody else may read.
+    """
+    from safetensors.torch import save
+
+    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"info": json.dumps(info or {})})
+    write_bytes(path, content)
+
+
+def read_json(path: Path, what: str, kind: type = dict) -> Any:
+    """The JSON in `path`, a `kind`: dict or list. `what` it should hold, for the messages: "the settings of a query encoder".
+
+    Raises FileNotFoundError, or ValueError where it is no such JSON. Both name the file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}; it should hold {what}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; it should hold {what}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without the mark that some editors put first
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
+        raise ValueError(f"{path} should hold {what}, but is not JSON: {error}") from error
+    if not isinstance(found, kind):
+        names = {dict: "object", list: "list"}
+        raise ValueError(f"{path} should hold {what}, a JSON {names.get(kind, kind.__name__)}, not {type(found).__name__}")
+    return found
+
+
 def read_info(path: Path) -> dict:
-    """The `info` that `write_tensors` wrote; no tensor is read."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("info", "{}"))
+    """The `info` that `write_tensors` wrote; no tensor is read. Raises FileNotFoundError, or ValueError for another file."""
+    return _read(path, with_tensors=False)[1]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `write_tensors` wrote: the tensors by name, and `info`."""
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, read_info(path)
+    """What `write_tensors` wrote: the tensors by name, and `info`. Raises FileNotFoundError, or ValueError for another file."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; a safetensors file is wanted")
+    try:
+        with safe_open(path, "pt") as file:
+            info = json.loads((file.metadata() or {}).get("info", "{}"))
+            # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that is.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()} if with_tensors else {}
+    except (SafetensorError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is damaged: its header's info is no JSON object")
+    return tensors, info
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a finished shard; None where there is none, or one damaged, as a loss of power may leave it."""
     try:
         return read_tensors(path)[0]
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -67,6 +126,8 @@ def _optimizer_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.
 
 def save_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, info: Mapping) -> None:
     """Modules by name, their optimizer's moments, and `info` (the step, the settings, the history so far)."""
+    import torch
+
     tensors = {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
     tensors |= {key: torch.as_tensor(optimizer.state[p][slot]) for key, p, slot in _optimizer_tensors(modules, optimizer)}
     write_tensors(path, tensors, info)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from isa_lite.checkpoint import write_text
+from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
 from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, make_benchmark, recall
 from isa_lite.onnx_files import quantize, to_onnx
@@ -189,7 +188,7 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
             "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
         }
         for name in settings["files"]:
-            os.replace(part / name, folder / name)
+            write_bytes(folder / name, (part / name).read_bytes())
         write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: without it there is no export
     return most
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from isa_lite.checkpoint import write_text
+from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
 
 
@@ -67,7 +66,7 @@ def to_onnx(
     model = program.model_proto
     for node in model.graph.node:  # where in whose Python code a node comes from is no business of a client
         node.ClearField("metadata_props"), node.ClearField("doc_string")
-    path.write_bytes(model.SerializeToString())
+    write_bytes(path, model.SerializeToString())
 
 
 def quantize(folder: str | Path, out: str | Path) -> Path:
@@ -97,6 +96,6 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
         settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
         settings["made"]["weights"] = "int8"
         for name in settings["files"]:
-            os.replace(Path(part) / name, out / name)
+            write_bytes(out / name, (Path(part) / name).read_bytes())
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return out

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from isa_lite.checkpoint import write_text
 from isa_lite.query_encoder import compose, prompt_ids
 from isa_lite.text_tower import text_config
 from isa_lite.vl_model import VLModel, machine
@@ -100,7 +101,7 @@ def small(name: str, folder: Path) -> VLModel:
         )
         pad = {"mt5": 0}.get(kind, 1)
         record = {"model_type": kind, "vocab_size": VOCABULARY, "pad_token_id": pad} | settings | dict.fromkeys(depth, LAYERS)
-        (folder / "config.json").write_text(json.dumps(record))
+        write_text(folder / "config.json", json.dumps(record))
         text["hf_model_name"] = str(folder)
     if text.get("hf_tokenizer_name"):
         frame = next(f for key, f in FRAMES.items() if key in text["hf_tokenizer_name"])

@@ -52,9 +52,7 @@ def main() -> None:
             parser.error(f"{found[0].name} is not what its solution gives; run python notebooks/student.py first")
         executed = args.cwd / found[0].name
         papermill.execute_notebook(found[0], executed, cwd=args.cwd)
-        part = found[0].with_suffix(".part")
-        nbformat.write(strip(nbformat.read(executed, 4)), part)
-        part.rename(found[0])
+        student.write(found[0], strip(nbformat.read(executed, 4)))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
+from isa_lite.checkpoint import write_text
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WIDTHS = (1280, 390)  # of the windows in which nothing may stick out, in pixels
@@ -196,12 +198,12 @@ def make(notebooks: list[Path], out: Path, repository: str = "", with_slides: bo
         links = [(titles[other].split(":")[0], f"{other}.html") for other in dict.fromkeys(around)]
         if with_slides and name == "index":
             links.append(("Slides", "slides.html"))
-        (out / f"{name}.html").write_text(framed(str(body), titles[name], links), encoding="utf-8")
+        write_text(out / f"{name}.html", framed(str(body), titles[name], links))
         wrong += [f"{name}.html: {fault}" for fault in faults]
         if name != "index":
             deck += slides.slides_of(body, name)
     if with_slides:
-        (out / "slides.html").write_text(slides.deck(deck, CODE_COLORS), encoding="utf-8")
+        write_text(out / "slides.html", slides.deck(deck, CODE_COLORS))
         order.append("slides")
     return wrong + [f"{name}.html: {fault}" for name in order for fault in broken_links(out / f"{name}.html")]
 

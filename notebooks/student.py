@@ -32,6 +32,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from isa_lite.checkpoint import write_text
+
 HERE = Path(__file__).resolve().parent
 SOLUTIONS = HERE / "solutions"
 UNSOLVED = 'raise NotImplementedError("an answer")'
@@ -101,9 +103,7 @@ def read(path: Path) -> NotebookNode | None:
 
 
 def write(path: Path, notebook: NotebookNode) -> None:
-    part = path.with_suffix(".part")
-    nbformat.write(notebook, part)
-    part.rename(path)
+    write_text(path, nbformat.writes(notebook).rstrip("\n") + "\n")
 
 
 def unlike(name: str) -> bool:

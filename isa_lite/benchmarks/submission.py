@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
@@ -14,13 +15,14 @@ def write_submission(path: Path, content: object, check: Callable[[Path, Task], 
     """Content as JSON to `path`, if `check` finds nothing wrong with the file; else ValueError, and no file is left."""
     if task.left_out:
         raise ValueError(f"{path.name} would be rejected: {task.left_out} queries lack their images and were left out")
-    part = path.with_name("unchecked-" + path.name)
-    write_text(part, json.dumps(content))
-    problems = check(part, task)
+    with tempfile.TemporaryDirectory() as folder:
+        unchecked = Path(folder) / path.name
+        write_text(unchecked, json.dumps(content))
+        problems = check(unchecked, task)
     if problems:
-        part.unlink()
         raise ValueError(f"{path.name} would be rejected: {'; '.join(problems)}")
-    return part.replace(path)
+    write_text(path, json.dumps(content))
+    return path
 
 
 def read_submission(path: Path) -> object:

@@ -5,6 +5,7 @@ Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E emb
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -39,11 +40,13 @@ class QueryEncoderConfig:
     learned on rendered scenes, a folder for what it wrote there, "lite0" for the weights of EfficientNet-Lite0 in the
     extra isa_lite[lite0]; stride: of the map that is used, in pixels (the large tower gives its
     last one); mapping: a name of `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real
-    words; start_words: a text whose words the sentence is before training ("": none); word_width, word_norm: of the VL
-    model whose words are imitated; vl_model: its fingerprint, checked when the encoder is loaded.
+    words; start_words: a text whose words the sentence is before training ("": none); num_tokens: L, which a single vector
+    sets to its 1; word_width, word_norm: of the VL model whose words are imitated; vl_model: its fingerprint, checked when the
+    encoder is loaded.
 
     None is replaced when the encoder is built, and the value is what is saved. image_size, mean, std: those of the weights'
-    own training (timm's data config), or 96 pixels and 0.5 with random weights; stride: `backbones.default_stride`.
+    own training (timm's data config), or 96 pixels and 0.5 with random weights; stride: `backbones.default_stride`;
+    width, depth: the mapping's own.
     """
 
     word_width: int
@@ -58,20 +61,22 @@ class QueryEncoderConfig:
     norm_matching: bool = True
     start_words: str = ""
     num_tokens: int = 12
-    width: int = 128
-    depth: int = 2
+    width: int | None = None
+    depth: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
 
 def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
-    """The settings with image_size, mean and std in place of None. Raises ValueError for a value that cannot work."""
+    """The settings with a value in place of each None but the stride's. Raises ValueError for a value that cannot work."""
     for name in ("num_tokens", "image_size", "stride", "width"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if config.mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
+    own = inspect.signature(MAPPINGS[config.mapping]).parameters
+    config = replace(config, **{n: own[n].default for n in ("width", "depth") if getattr(config, n) is None})
     check_backbone(config.backbone)
     if None in (config.image_size, config.mean, config.std):
         start = start_config(config.backbone, config.pretrained, config.backbone_weights)
@@ -96,7 +101,6 @@ class QueryEncoder(nn.Module):
         config = _filled(config)
         start = (config.pretrained, config.backbone_weights) if initial_weights else (False, "")
         self.backbone, stride, (channels, *grid) = build_backbone(config.backbone, config.image_size, config.stride, *start, vl)
-        self.config = config = replace(config, stride=stride)
         self.mapping = MAPPINGS[config.mapping](
             channels,
             tuple(grid),
@@ -106,6 +110,7 @@ class QueryEncoder(nn.Module):
             config.width,
             config.depth,
         )
+        self.config = config = replace(config, stride=stride, num_tokens=len(self.mapping.to_word.start))
         cut = [T.Resize(config.image_size, T.InterpolationMode.BICUBIC), T.CenterCrop(config.image_size)]
         ours = T.Compose([*cut, T.Lambda(_rgb), T.ToTensor(), T.Normalize(config.mean, config.std)])
         self.preprocess = getattr(self.backbone, "preprocess", ours)

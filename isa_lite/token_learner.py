@@ -45,7 +45,8 @@ class ToWords(nn.Module):
         idea of a prompt that starts from words is CoOp's (Zhou et al., IJCV 2022); that a sentence about an image may, ours.
         """
         self.start.copy_(words[torch.arange(len(self.start)) % len(words)])
-        width = self.direction.in_features  # most mappings end in a layer norm: vectors of length sqrt(width)
+        # Most mappings end in a layer norm: vectors of length sqrt(width). Where they are shorter, training soon makes up for it.
+        width = self.direction.in_features
         nn.init.normal_(self.direction.weight, std=seen * float(words.norm(dim=-1).mean()) / (words.shape[-1] * width) ** 0.5)
         nn.init.zeros_(self.direction.bias)
 
@@ -147,7 +148,11 @@ class _Pooled(nn.Module):
 
 
 class SingleVector(_Pooled):
-    """One pseudo-word from the pooled features by an MLP: the mapping network of the paper's ablation."""
+    """One pseudo-word from the pooled features by an MLP: the mapping network of the paper's ablation.
+
+    It has one token, whatever num_tokens says. Width and depth are ours; they give it two thirds of the weights that the adaptive
+    token learner has with the same words.
+    """
 
     def __init__(
         self, channels: int, grid, num_tokens: int, word_width: int, norm: float | None, width: int = 512, depth: int = 2

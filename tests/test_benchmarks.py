@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from isa_lite import export
 from isa_lite.benchmarks import circo, cirr, common, fashioniq
 from isa_lite.benchmarks.__main__ import main
 from isa_lite.benchmarks.common import Query, Ranking, Task, average_precision_at, rank, recall_at
 from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids
 
 
 def put(path: Path, content=None, color=(0, 0, 0)) -> None:
@@ -616,6 +617,27 @@ def test_a_dollar_or_a_brace_in_a_caption_is_text(circo_root, vl):
     put(circo_root / "annotations/val.json", entries)
     other = query_embeddings(circo.load(circo_root)[0], "isa", vl, torch.zeros(7, 16), encoder)
     assert not torch.allclose(found[0], other[0], atol=1e-3)
+
+
+def room(vl, num_tokens: int, modifier: str) -> bool:
+    try:
+        prompt_ids(vl, num_tokens, [modifier])
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_single_vector_leaves_its_modifiers_the_room_that_they_have(circo_root, vl):
+    """They were counted as if the one pseudo-word were the twelve of the settings."""
+    encoder = QueryEncoder.for_model(vl, mapping="single vector")
+    fits = next(text for n in range(vl.context_length, 0, -1) if room(vl, 1, text := "very " * n))
+    assert not room(vl, 12, fits)
+    entries = json.loads((circo_root / "annotations/val.json").read_text())
+    entries[1]["relative_caption"] = fits
+    put(circo_root / "annotations/val.json", entries)
+    result = run("circo", circo_root, vl, ["isa"], encoder)
+    assert result.protocol["modifiers cut to fit"] == "0"
+    assert export._fits(vl, encoder, fits, TEMPLATE)
 
 
 def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(circo_root, vl, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Composition against open_clip's own text encoding, and the query encoder: pixels, saving, loading, refusals."""
 
+import inspect
 import json
 import pickle
 import socket
@@ -220,6 +221,37 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
     assert tokens.norm(dim=2).min() >= vl.word_norm / 2 - 1e-4 and tokens.norm(dim=2).max() <= vl.word_norm * 2 + 1e-4
     assert compose(vl, tokens, [""] * 5).shape == (5, 16)
     assert torch.allclose(encoder.sentences(images, batch_size=2).tokens, tokens, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_a_mapping_has_its_own_width_and_depth_unless_told_otherwise(vl, mapping, tmp_path):
+    encoder = QueryEncoder.for_model(vl, mapping=mapping, num_tokens=3, image_size=64)
+    own = inspect.signature(MAPPINGS[mapping]).parameters
+    assert (encoder.config.width, encoder.config.depth) == (own["width"].default, own["depth"].default)
+    assert encoder.mapping.to_word.direction.in_features == encoder.config.width == (512 if mapping == "single vector" else 128)
+    encoder.save(tmp_path)
+    saved = json.loads((tmp_path / "query_encoder.json").read_text())["config"]
+    assert (saved["width"], saved["depth"]) == (encoder.config.width, encoder.config.depth)
+    assert torch.equal(QueryEncoder.load(tmp_path, vl).mapping.to_word.start, encoder.mapping.to_word.start)
+    assert QueryEncoder.for_model(vl, mapping=mapping, width=64, image_size=64).mapping.to_word.direction.in_features == 64
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_the_number_of_tokens_in_the_settings_is_that_of_the_sentence(vl, images, mapping):
+    encoder = fresh(vl, mapping=mapping)
+    assert encoder.sentences(images).tokens.shape[1] == encoder.config.num_tokens
+    assert (encoder.config.num_tokens == 1) == (mapping == "single vector")
+
+
+def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
+    """It was as wide as the others, and its settings counted tokens that it did not have."""
+    fresh(vl, mapping="single vector").save(tmp_path)  # width 32, depth 1
+    path = tmp_path / "query_encoder.json"
+    record = json.loads(path.read_text())
+    record["config"]["num_tokens"] = 12
+    path.write_text(json.dumps(record))
+    encoder = QueryEncoder.load(tmp_path, vl)
+    assert encoder.sentences(images).tokens.shape[1] == encoder.config.num_tokens == 1 and encoder.config.width == 32
 
 
 @pytest.mark.parametrize(

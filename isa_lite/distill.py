@@ -245,7 +245,7 @@ def distill(
         with torch.autocast(device.type, half, enabled=mixed and device.type != "cpu"):
             features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
         with plain_attention(device), torch.autocast(device.type, half, enabled=mixed):
-            tokens, _ = encoder.mapping(features)  # b x L x D
+            tokens = encoder.mapping(features).tokens  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = sentence_embeddings(vl, tokens, config.template)  # b x E, b x T x width
             query = ranks.gather(query)  # B x E

@@ -47,7 +47,7 @@ class ImageToSentence(nn.Module):
         self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(self.encoder(pixels))
+        return tuple(self.encoder(pixels)[:2])  # the other reads are for those who study it
 
 
 class SentenceToQuery(nn.Module):

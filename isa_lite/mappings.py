@@ -1,7 +1,7 @@
 """Two more ways from a feature map to a sentence, both by attention, and the table of all mapping networks.
 
 What a reviewer of the paper asked for: other mapping networks than one MLP. Their interface is that of
-`token_learner`: feature map B x C x H x W -> `Sentence`, tokens B x L x D and maps B x L x H x W.
+`token_learner`: feature map B x C x H x W -> `Sentence`, tokens B x L x D and maps B x L x H x W, and all reads if asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial
+from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, sentence
 
 
 class SlotAttention(Spatial):
@@ -21,7 +21,7 @@ class SlotAttention(Spatial):
     a draw of a common Gaussian, so that a token keeps its place in the sentence and nothing is random at query time; and
     nothing is reconstructed. A single slot has no rival, and takes the mean over the image.
 
-    The maps are the weights of the last round's means.
+    The maps are the weights of the last round's means, which is the last of its reads.
     """
 
     def build(self, num_tokens: int, width: int, depth: int) -> None:
@@ -32,19 +32,20 @@ class SlotAttention(Spatial):
         self.update = nn.GRUCell(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 
-    def forward(self, features: Tensor) -> Sentence:
+    def forward(self, features: Tensor, reads: bool = False) -> Sentence:
         x = self.placed(features)
         memory = self.norm_memory(x.flatten(2).transpose(1, 2))  # B x HW x width
         key, value = self.key(memory), self.value(memory)
-        slots = self.start.repeat(len(x), 1, 1)  # B x L x width
+        slots, found = self.start.repeat(len(x), 1, 1), []  # B x L x width
         for _ in range(self.rounds):
             logits = self.query(self.norm_slots(slots)) @ key.transpose(1, 2) / key.shape[-1] ** 0.5  # B x L x HW
             won = logits.softmax(1) + 1e-8  # over the slots: every position is shared out
             maps = won / won.sum(-1, keepdim=True)  # B x L x HW, each row sums to 1
+            found.append(maps)
             seen = (maps @ value).flatten(0, 1)  # BL x width
             slots = self.update(seen, slots.flatten(0, 1).to(seen.dtype)).unflatten(0, slots.shape[:2])
             slots = slots + self.mlp(self.norm_mlp(slots))
-        return Sentence(self.to_word(self.norm(slots)), maps.unflatten(-1, x.shape[-2:]))
+        return sentence(self.to_word(self.norm(slots)), maps, found if reads else None, x.shape[-2:])
 
 
 class Resampler(Spatial):
@@ -55,7 +56,8 @@ class Resampler(Spatial):
     tokens talk. Different from theirs: one image and no video, a learned position code for each cell, and few, narrow blocks.
 
     The maps are the last block's attention, averaged over its heads, to the positions alone and scaled to sum to one:
-    what goes to other latents is left out. Raises ValueError for a depth of 0, which would never look at the image.
+    what goes to other latents is left out. The reads are the same of every block. Raises ValueError for a depth of 0, which
+    would never look at the image.
     """
 
     def build(self, num_tokens: int, width: int, depth: int) -> None:
@@ -69,19 +71,22 @@ class Resampler(Spatial):
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
         )
 
-    def forward(self, features: Tensor) -> Sentence:
+    def forward(self, features: Tensor, reads: bool = False) -> Sentence:
         x = self.placed(features)
         memory = self.norm_memory(x.flatten(2).transpose(1, 2))  # B x HW x width
-        latents, positions = self.latents.repeat(len(x), 1, 1), memory.shape[1]
+        latents, positions, found = self.latents.repeat(len(x), 1, 1), memory.shape[1], []
         for (norm, norm_mlp), attend, mlp in zip(self.norms, self.attends, self.mlps, strict=True):
             query = norm(latents)
             both = torch.cat([memory, query], 1)  # B x (HW + L) x width
-            read, weights = attend(query, both, both)  # weights: B x L x (HW + L), the mean over the heads
+            shown = reads or attend is self.attends[-1]
+            read, weights = attend(query, both, both, need_weights=shown)  # weights: B x L x (HW + L), the mean over the heads
             latents = latents + read
             latents = latents + mlp(norm_mlp(latents))
-        maps = weights[..., :positions]
-        maps = maps / maps.sum(-1, keepdim=True)
-        return Sentence(self.to_word(self.norm(latents)), maps.unflatten(-1, x.shape[-2:]))
+            if shown:
+                maps = weights[..., :positions]
+                maps = maps / maps.sum(-1, keepdim=True)
+                found.append(maps)
+        return sentence(self.to_word(self.norm(latents)), maps, found if reads else None, x.shape[-2:])
 
 
 #: The mapping networks by the name under which a query encoder asks for one.

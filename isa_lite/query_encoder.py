@@ -135,9 +135,9 @@ class QueryEncoder(nn.Module):
             encoder.mapping.to_word.start_from(words)
         return encoder
 
-    def forward(self, pixels: Tensor) -> Sentence:
-        """pixels: B x 3 x H x W -> tokens B x L x D and attention maps B x L x h x w."""
-        return self.mapping(self.features(pixels))
+    def forward(self, pixels: Tensor, reads: bool = False) -> Sentence:
+        """pixels: B x 3 x H x W -> tokens B x L x D, attention maps B x L x h x w, and all reads if asked for."""
+        return self.mapping(self.features(pixels), reads)
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: B x 3 x H x W -> the backbone's map, B x C x h x w."""
@@ -148,13 +148,13 @@ class QueryEncoder(nn.Module):
         return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
     @torch.no_grad()
-    def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Sentence:
-        """Images -> their sentences and attention maps, in evaluation mode, on the CPU."""
+    def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128, reads: bool = False) -> Sentence:
+        """Images -> their sentences and attention maps, in evaluation mode, on the CPU; with the weights of all `reads` if asked."""
         was_training = self.training
         self.eval()
-        parts = [self(self.pixels(images[s : s + batch_size])) for s in range(0, len(images), batch_size)]
+        parts = [self(self.pixels(images[s : s + batch_size]), reads) for s in range(0, len(images), batch_size)]
         self.train(was_training)
-        return Sentence(*(torch.cat(p).cpu() for p in zip(*parts, strict=True)))
+        return Sentence(*(None if p[0] is None else torch.cat(p).cpu() for p in zip(*parts, strict=True)))
 
     def save(self, folder: str | Path, info: dict | None = None) -> None:
         """Weights as query_encoder.safetensors, settings (and `info`, for the reader) as query_encoder.json."""

@@ -15,10 +15,16 @@ from torch.nn import functional as F
 
 
 class Sentence(NamedTuple):
-    """tokens: B x L x D pseudo-words; maps: B x L x H x W, each summing to one over the image."""
+    """What a mapping writes about B images, and the weights with which it looked at them.
+
+    tokens: B x L x D pseudo-words. maps: B x L x H x W, each summing to one over the image: the weights of one of its reads.
+    reads: those of all N of them, in order, B x N x L x H x W, means over the heads. Only a forward pass that is asked for
+    them (`reads=True`) computes them: training does not pay for what it does not use. None otherwise.
+    """
 
     tokens: Tensor
     maps: Tensor
+    reads: Tensor | None = None
 
 
 class ToWords(nn.Module):
@@ -65,9 +71,15 @@ class Block(nn.Module):
         self.among = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """x: B x L x width tokens, memory: B x HW x width positions."""
-        x = x + self.cross(self.norm1(x), memory, memory, need_weights=False)[0]
+    def forward(self, x: Tensor, memory: Tensor, reads: list[Tensor] | None = None) -> Tensor:
+        """x: B x L x width tokens, memory: B x HW x width positions. `reads`, if given, gets one more: B x L x HW."""
+        seen, weights = self.cross(self.norm1(x), memory, memory, need_weights=reads is not None)
+        if reads is not None:
+            reads.append(weights)  # the mean over the heads
+        return self.think(x + seen)
+
+    def think(self, x: Tensor) -> Tensor:
+        """All but the look at the image: B x L x width -> the same shape."""
         y = self.norm2(x)
         x = x + self.among(y, y, y, need_weights=False)[0]
         return x + self.mlp(self.norm3(x))
@@ -108,8 +120,16 @@ class Spatial(nn.Module):
         return x + position
 
 
+def sentence(tokens: Tensor, maps: Tensor, reads: list[Tensor] | None, grid: tuple[int, int]) -> Sentence:
+    """A `Sentence` of tokens B x L x D, maps B x L x HW, and reads of that shape, N of them (None: not asked for)."""
+    return Sentence(tokens, maps.unflatten(-1, grid), None if reads is None else torch.stack(reads, 1).unflatten(-1, grid))
+
+
 class AdaptiveTokenLearner(Spatial):
     """L spatial attention maps pick L visual patterns; blocks refine them; a projection makes them words.
+
+    So the image is read 1 + `depth` times: first by the maps, which pick, then by the cross-attention of each block. `maps`
+    are the weights of the first read alone. They are not all that a token sees (`interventions.sentences_changed`).
 
     After the paper's description (adaptive selection of salient visual patterns by attention) and the token
     module of Wu et al., AAAI 2022; the sizes and the position code are ours.
@@ -121,18 +141,19 @@ class AdaptiveTokenLearner(Spatial):
         self.identity = nn.Parameter(torch.randn(num_tokens, width))
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(depth))
 
-    def forward(self, features: Tensor) -> Sentence:
+    def forward(self, features: Tensor, reads: bool = False) -> Sentence:
         x = self.placed(features)  # B x C x H x W -> B x width x H x W
         maps = self.attend(x).flatten(2).softmax(-1)  # B x L x HW, each row sums to 1
         memory = x.flatten(2).transpose(1, 2)  # B x HW x width
         tokens = maps @ memory + self.identity  # B x L x width: weighted means of positions, and whose they are
+        found = [maps] if reads else None
         for block in self.blocks:
-            tokens = block(tokens, memory)
-        return Sentence(self.to_word(self.norm(tokens)), maps.unflatten(-1, x.shape[-2:]))
+            tokens = block(tokens, memory, found)
+        return sentence(self.to_word(self.norm(tokens)), maps, found, x.shape[-2:])
 
 
 class _Pooled(nn.Module):
-    """What the two alternatives share: the mean over the image, so that every map is uniform."""
+    """What the two alternatives share: the mean over the image, so that every map is uniform, and the only read."""
 
     def __init__(self, num_tokens: int):
         super().__init__()
@@ -141,10 +162,11 @@ class _Pooled(nn.Module):
     def tokens(self, pooled: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, features: Tensor) -> Sentence:
+    def forward(self, features: Tensor, reads: bool = False) -> Sentence:
         batch, _, height, width = features.shape
         uniform = features.new_full((batch, self.num_tokens, height, width), 1 / (height * width))
-        return Sentence(self.tokens(features.mean((2, 3))), uniform)  # B x C x H x W -> B x C -> B x L x D
+        tokens = self.tokens(features.mean((2, 3)))  # B x C x H x W -> B x C -> B x L x D
+        return Sentence(tokens, uniform, uniform.unsqueeze(1) if reads else None)
 
 
 class SingleVector(_Pooled):

@@ -214,13 +214,16 @@ def test_a_modifier_for_each_sentence(vl):
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_sentences_of_every_mapping_compose(vl, images, mapping):
     encoder = fresh(vl, mapping=mapping)
-    tokens, maps = encoder.sentences(images)
+    tokens, maps, reads = encoder.sentences(images)
+    assert reads is None
     length = 1 if mapping == "single vector" else 3
     assert tokens.shape == (5, length, vl.word_width) and maps.shape == (5, length, 4, 4)
     assert torch.allclose(maps.sum((2, 3)), torch.ones(5, length))
     assert tokens.norm(dim=2).min() >= vl.word_norm / 2 - 1e-4 and tokens.norm(dim=2).max() <= vl.word_norm * 2 + 1e-4
     assert compose(vl, tokens, [""] * 5).shape == (5, 16)
-    assert torch.allclose(encoder.sentences(images, batch_size=2).tokens, tokens, atol=1e-5)
+    again = encoder.sentences(images, batch_size=2, reads=True)
+    assert torch.allclose(again.tokens, tokens, atol=1e-5)
+    assert again.reads.shape[0] == 5 and again.reads.shape[2:] == maps.shape[1:]
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)

@@ -16,7 +16,8 @@ def build(name: str, num_tokens: int = 5, **settings) -> torch.nn.Module:
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_every_mapping_gives_a_sentence(name):
     mapping = build(name)
-    tokens, maps = mapping(3 * torch.randn(6, 10, 4, 4))
+    tokens, maps, reads = mapping(3 * torch.randn(6, 10, 4, 4))
+    assert reads is None  # nobody asked
     count = 1 if name == "single vector" else 5
     assert tokens.shape == (6, count, 16) and maps.shape == (6, count, 4, 4)
     assert (maps >= 0).all() and torch.allclose(maps.sum((2, 3)), torch.ones(6, count), atol=1e-5)
@@ -29,7 +30,7 @@ def test_every_mapping_gives_a_sentence(name):
 def test_the_maps_are_the_weights_of_what_is_pooled():
     learner = build("adaptive", depth=0)
     features = torch.randn(2, 10, 4, 4)
-    tokens, maps = learner(features)
+    tokens, maps, _ = learner(features)
     seen = learner.project(features) + learner.position  # B x width x 4 x 4
     for b in range(2):
         for token in range(5):
@@ -41,7 +42,7 @@ def test_the_maps_are_the_weights_of_what_is_pooled():
 @pytest.mark.parametrize("num_tokens", [1, 2, 9])
 def test_the_number_of_tokens_is_what_was_asked_for_except_of_a_single_vector(num_tokens):
     for name in MAPPINGS:
-        tokens, maps = build(name, num_tokens)(torch.randn(2, 10, 4, 4))
+        tokens, maps, _ = build(name, num_tokens)(torch.randn(2, 10, 4, 4))
         assert tokens.shape[1] == maps.shape[1] == (1 if name == "single vector" else num_tokens)
         assert torch.isfinite(tokens).all()
 
@@ -63,6 +64,46 @@ def test_only_attention_knows_where_things_are(name, blind):
         difference = float((mapping(features).tokens - mapping(other).tokens).norm(dim=-1).max().detach())
         assert difference < 1e-5 if blind else difference > 1e-3  # of vectors 0.3 long
     assert (mapping(features).maps == 1 / 16).all() == blind
+
+
+@pytest.mark.parametrize(
+    "name, count, of_maps",
+    [("adaptive", 3, 0), ("slot attention", 3, -1), ("resampler", 2, -1), ("single vector", 1, 0), ("average pooling", 1, 0)],
+)
+def test_all_reads_of_the_image_come_when_asked_for_and_change_nothing(name, count, of_maps):
+    mapping, features = build(name), torch.randn(2, 10, 3, 4)
+    plain, asked = mapping(features), mapping(features, reads=True)
+    length = plain.tokens.shape[1]
+    assert asked.reads.shape == (2, count, length, 3, 4) and (asked.reads >= 0).all()
+    assert torch.allclose(asked.reads.sum((3, 4)), torch.ones(2, count, length), atol=1e-5)
+    assert torch.equal(asked.reads[:, of_maps], asked.maps)
+    assert torch.allclose(asked.tokens, plain.tokens, atol=1e-5) and torch.allclose(asked.maps, plain.maps, atol=1e-5)
+
+
+def test_the_second_read_is_the_blocks_cross_attention_by_hand():
+    learner, features = build("adaptive", 3, depth=1), torch.randn(1, 10, 2, 4)
+    memory = learner.placed(features).flatten(2)[0].T  # HW x width
+    (block,) = learner.blocks
+    start = learner(features).maps[0].flatten(1) @ memory + learner.identity  # L x width
+    w_query, w_key, _ = block.cross.in_proj_weight.chunk(3)
+    b_query, b_key, _ = block.cross.in_proj_bias.chunk(3)
+    q, k = block.norm1(start) @ w_query.T + b_query, memory @ w_key.T + b_key
+    heads = [(q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)]
+    assert torch.allclose(learner(features, reads=True).reads[0, 1].flatten(1), torch.stack(heads).mean(0), atol=1e-5)
+
+
+def test_training_does_not_compute_weights_that_nobody_asked_for(monkeypatch):
+    asked, forward = [], torch.nn.MultiheadAttention.forward
+
+    def watched(self, *args, need_weights=True, **settings):
+        asked.append(need_weights)
+        return forward(self, *args, need_weights=need_weights, **settings)
+
+    monkeypatch.setattr(torch.nn.MultiheadAttention, "forward", watched)
+    for name, expected in (("adaptive", [False] * 4), ("resampler", [False, True])):  # its maps are those of the last
+        asked.clear()
+        build(name)(torch.randn(1, 10, 4, 4))
+        assert asked == expected
 
 
 def test_the_position_code_is_stretched_over_another_grid():

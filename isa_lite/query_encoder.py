@@ -149,7 +149,7 @@ class QueryEncoder(nn.Module):
 
     @torch.no_grad()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128, reads: bool = False) -> Sentence:
-        """Images -> their sentences and attention maps, in evaluation mode, on the CPU; with the weights of all `reads` if asked."""
+        """Images -> their sentences and attention maps, in evaluation mode, on the CPU; and all `reads` if asked for."""
         was_training = self.training
         self.eval()
         parts = [self(self.pixels(images[s : s + batch_size]), reads) for s in range(0, len(images), batch_size)]

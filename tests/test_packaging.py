@@ -18,7 +18,7 @@ PACKAGE = ROOT / "isa_lite"
 ORDER = """
     parameters answers checkpoint ranks images scenes icons hub words text_tower matching_encoder blip
     open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
-    light_backbone embed gallery evaluate baselines fusion inversion sentences spaces
+    light_backbone embed gallery evaluate baselines fusion inversion sentences interventions spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
     benchmarks.run benchmarks.__main__ ablations growth compare
     own_data pretrain folder_batches pretrain_folder measure query_timing client

@@ -1,6 +1,7 @@
 """The files around the package: requirements, README, the order of the modules, and nothing private in the repository."""
 
 import ast
+import importlib.metadata as packages
 import json
 import re
 import subprocess
@@ -8,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from isa_lite.fusion import FUSIONS
 
@@ -131,6 +135,63 @@ def test_the_readme_lists_the_modules_in_that_order():
 def test_the_readme_gives_one_line_to_paste(heading):
     (line,) = command_lines(heading)
     assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e . && ")
+
+
+def portable(powershell: str) -> list[str]:
+    """The commands of a line for PowerShell, as a line for Linux would hold them."""
+    bare = (
+        re.sub(r"if \(!\$LASTEXITCODE\) \{ (.*?) \}", r"\1", powershell)
+        .replace("\\", "/")
+        .replace(".venv/Scripts/", ".venv/bin/")
+    )
+    bare = (
+        bare.replace("py -3 ", "python3 ")
+        .replace("python -m pip ", "pip ")
+        .replace("mkdir -Force", "mkdir -p")
+        .replace(" | Out-Null", "")
+    )
+    return bare.split("; ")
+
+
+@pytest.mark.parametrize("heading", ["Run it", "Test it", "The same versions for a whole class"])
+def test_the_readme_gives_the_same_line_for_windows(heading):
+    section = re.search(rf"^##+ {heading}\n(.*?)(?=^##|\Z)", "\n".join(lines("README.md")), re.M | re.S)[1]
+    (linux,), (windows,) = (re.findall(rf"^```{kind}\n(.*?)\n```$", section, re.M | re.S) for kind in ("bash", "powershell"))
+    assert "\n" not in linux + windows and portable(windows) == linux.split(" && ")
+    assert windows.count("if (!$LASTEXITCODE)") == windows.count(r".venv\Scripts"), "each step waits for the one before"
+
+
+def pins() -> dict[str, Version]:
+    """The exact versions of constraints.txt, by the names that pip takes for equal."""
+    found = [line for line in lines("constraints.txt") if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][A-Za-z0-9.]*", line) for line in found), (
+        "a name and a version a line, no addresses"
+    )
+    return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in found)}
+
+
+def test_the_constraints_hold_every_requirement_at_a_version_that_it_allows():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^\[project.optional-dependencies\]\n(.*?)(?=^\[)", text, re.M | re.S)[1]
+    wanted = [Requirement(r) for r in (*requirements(), *re.findall(r'"([A-Za-z0-9_.-]+>=[0-9.]+)"', block))]
+    assert len(wanted) > len(requirements())
+    for requirement in wanted:
+        assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_constraints_do_not_contradict_one_another():
+    """What each pinned package asks of the others, as far as it is installed here in that very version."""
+    pinned, looked_at = pins(), 0
+    for package in packages.distributions():
+        if pinned.get(canonicalize_name(package.name)) != Version(package.version):
+            continue
+        looked_at += 1
+        for requirement in map(Requirement, package.requires or ()):
+            version = pinned.get(canonicalize_name(requirement.name))
+            if version and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+                assert requirement.specifier.contains(version, prereleases=True), f"{package.name} needs {requirement}"
+    if not looked_at:
+        pytest.skip("nothing is installed here in a version of constraints.txt")
 
 
 def test_every_package_is_packed():

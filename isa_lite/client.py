@@ -3,17 +3,17 @@
 What a small server has to do, in numpy: cut the image to size, put the prompt together, run two networks, and search.
 It imports no other module of this package, and neither torch nor torchvision; a test holds it to that.
 
-`python -m isa_lite.client DIR --gallery FILE --image FILE --modifier TEXT` answers one query.
+`python -m isa_lite client DIR --gallery FILE --image FILE --modifier TEXT` answers one query.
 
 Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class QueryClient:
     def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
         folder = Path(folder)
         if not (folder / SETTINGS).is_file():
-            raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite.export wrote")
+            raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export wrote")
         self.settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         for name, expected in self.settings["files"].items():
             if not (folder / name).is_file():
@@ -164,27 +164,7 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str], str]:
         return file.get_tensor("embeddings"), info["ids"], info.get("vl_model", "")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Answer one query: the best images of a gallery, with their cosines.")
-    parser.add_argument("folder", help="what python -m isa_lite.export wrote")
-    parser.add_argument("--gallery", required=True, help="a file of isa_lite.gallery.Gallery.save")
-    parser.add_argument("--image", required=True, help="the reference image")
-    parser.add_argument("--modifier", default="", help="what should be different")
-    parser.add_argument("--k", type=int, default=5, help="answers to print")
-    args = parser.parse_args(argv)
-    if args.k < 1:
-        parser.error(f"--k must be at least 1, not {args.k}")
-    try:
-        embeddings, ids, model = read_gallery(args.gallery)
-        if not model:
-            raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
-        client = QueryClient(args.folder, vl_model=model)
-        scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
-    except (OSError, ValueError) as error:  # a file that is not there, not an image, of another model; too many words
-        parser.error(str(error))
-    for i in np.argsort(-scores)[: args.k]:
-        print(f"{scores[i]:.4f}  {ids[i]}")
+if __name__ == "__main__":  # the old name of `python -m isa_lite client`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["client", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""ISA against every other method, over seeds: `python -m isa_lite.compare --isa runs/long/0 runs/long/1 runs/long/2`.
+"""ISA against every other method, over seeds: `python -m isa_lite compare --isa runs/long/0 runs/long/1 runs/long/2`.
 
 For each folder with a query encoder (notebook 02 with `-p steps 800` writes one into its out_dir): the benchmark of its seed,
 late fusion with weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings.
@@ -10,11 +10,11 @@ only the former.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +30,14 @@ from isa_lite.evaluate import (
     benchmark_score_ranks,
     make_benchmark,
     recall,
-    runs_table,
-    seed_interval,
 )
 from isa_lite.fusion import FUSIONS, calibrated, choose_weight
 from isa_lite.inversion import lincir_like, optimize_words, pic2word_like, searle_like
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import VLModel, commit, load_vl_model, machine
+from isa_lite.settings import CompareConfig
+from isa_lite.vl_model import VLModel
 
 CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of the reported one plus this
-
-
-@dataclass
-class CompareConfig:
-    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's; every run must have them."""
-
-    num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
-    inverted: int = 1000  # of these images, those for which SEARLE-like first optimises a word
-    steps: int = 800
-    batch_size: int = 128
-    queries: int = 1000
-    gallery: int = 5000
-    chosen_queries: int = 500
-    chosen_gallery: int = 2000
 
 
 def _recalls(ranks: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -112,7 +97,7 @@ def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True)
     }
 
 
-def _encoders(folders: Sequence[Path], vl: VLModel, config: CompareConfig) -> dict[int, QueryEncoder]:
+def encoders_by_seed(folders: Sequence[Path], vl: VLModel, config: CompareConfig) -> dict[int, QueryEncoder]:
     """The query encoders by the seed that each run names. Raises ValueError for a seed twice, or another budget than config's."""
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
@@ -145,46 +130,7 @@ def relative(runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: st
     return np.array([methods[method][f"R@{k}"] / max(methods[other][f"R@{k}"], 1e-9) for methods in both])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Compare for each query encoder given, and gather."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--isa", type=Path, nargs="+", default=[], help="out_dir of a run of notebook 02 with -p steps 800, one a seed"
-    )
-    parser.add_argument("--symmetric", type=Path, nargs="+", default=[], help="the same of runs with -p backbone vl, same seeds")
-    parser.add_argument("--rivals", type=int, nargs="+", default=[], help="only measure all other methods, for these seeds")
-    parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
-    parser.add_argument("--out", type=Path, default=Path("data/results/03_retrieval.json"), help="all seeds in one file")
-    args = parser.parse_args(argv)
-    if bool(args.isa) == bool(args.rivals):
-        parser.error("give either --isa with folders of query encoders, or --rivals with seeds")
-    config, vl = CompareConfig(), load_vl_model()
-    for seed in args.rivals:
-        kept_rivals(vl, seed, config, args.run)
-    if args.rivals:
-        return
-    try:  # all of them, before any work is done
-        encoders, symmetric = _encoders(args.isa, vl, config), _encoders(args.symmetric, vl, config)
-    except ValueError as error:
-        parser.error(str(error))
-    if symmetric and set(symmetric) != set(encoders):
-        parser.error(f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they must be the same")
-    runs = []
-    for seed in sorted(encoders):
-        found = kept_rivals(vl, seed, config, args.run)
-        named = {"isa": encoders[seed]} | ({"symmetric isa": symmetric[seed]} if symmetric else {})
-        measured = query_encoders(make_benchmark(config.queries, config.gallery, seed, vl.image_size), vl, named)
-        runs.append({**found, "methods": {**measured, **found["methods"]}})
-    record = {"machine": machine(), "commit": commit(), "runs": runs}
-    write_text(args.out, json.dumps(record, indent=1) + "\n")
-    print(runs_table(record["runs"], None).to_string())
-    if symmetric:
-        shares = relative(runs)
-        low, high = seed_interval(shares)
-        print(
-            f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by seed {shares.round(3).tolist()}"
-        )
+if __name__ == "__main__":  # the old name of `python -m isa_lite compare`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["compare", *sys.argv[1:]])

@@ -8,12 +8,10 @@ on several GPUs or processes (`ranks`), which share every batch.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,53 +20,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite import ranks
-from isa_lite.checkpoint import resume_run, save_run, write_text
-from isa_lite.images import ImageFolder, Images, batch_loader, images_key
+from isa_lite.checkpoint import resume_run, save_run
+from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.mappings import MAPPINGS
-from isa_lite.parameters import add_settings, check_whole
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, check_template, prompt_ids, splice
+from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.settings import DistillConfig
 from isa_lite.targets import targets
-from isa_lite.vl_model import SCENES_CLIP, VLModel, commit, load_vl_model, machine, plain_attention
-
-
-@dataclass
-class DistillConfig:
-    """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
-
-    batch_size: images a step, of all processes together; temperature: of GCD (and of late interaction); gcd_weight, lar_weight:
-    of the two losses, 0 switches one off, and with both off nothing is trained; negatives: targets of images outside the batch
-    that each sentence is told apart from (fewer where there are fewer images); word_noise: see `blur`; validation: images held
-    back to watch the recall; dtype: of the matrix products (autocast).
-    """
-
-    steps: int = 800
-    batch_size: int = 128
-    lr: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    temperature: float = 0.05
-    gcd_weight: float = 1.0
-    lar_weight: float = 0.1
-    negatives: int = 8192
-    word_noise: float = 1.0
-    validation: int = 500
-    validate_every: int = 100
-    template: str = TEMPLATE
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "bfloat16"
-    num_workers: int = 0
-
-    def __post_init__(self):
-        check_whole(self, steps=1, batch_size=2, validation=2, validate_every=1, negatives=0, warmup=0, num_workers=0, seed=0)
-        for name in ("lr", "temperature", "gcd_weight", "lar_weight", "word_noise", "weight_decay"):
-            value, positive = getattr(self, name), name in ("lr", "temperature")
-            if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
-                raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
-        check_template(self.template)
-        if self.dtype not in ("float32", "bfloat16"):  # float16 would underflow without loss scaling
-            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+from isa_lite.vl_model import VLModel, plain_attention
 
 
 @dataclass
@@ -291,40 +249,7 @@ def own_image_recall(
     return 100 * float((best == torch.arange(len(rows))).float().mean())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """A folder of images in, a query encoder out. The same line goes on with a run that was stopped."""
-    parser = argparse.ArgumentParser(description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the query encoder; targets and states are in OUT/run")
-    parser.add_argument("--vl-model", default=SCENES_CLIP, help="see load_vl_model")
-    parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model")
-    parser.add_argument("--backbone", default=QueryEncoderConfig.backbone, help="of timm")
-    parser.add_argument("--pretrained", action="store_true", help="start from timm's weights of the backbone")
-    parser.add_argument("--backbone-weights", default="", help="scenes, lite0 or a folder")
-    parser.add_argument("--mapping", default=QueryEncoderConfig.mapping, choices=list(MAPPINGS))
-    parser.add_argument("--start-words", default="", help="what the sentence says before training")
-    for name in ("image_size", "stride", "num_tokens", "width", "depth"):
-        default = getattr(QueryEncoderConfig, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=" ")
-    add_settings(parser, DistillConfig)
-    args = vars(parser.parse_args(argv))
-    config = {f.name: args.pop(f.name) for f in fields(DistillConfig)}
-    folder, out, name, tag = (args.pop(key) for key in ("images", "out", "vl_model", "tag"))
-    try:
-        config = DistillConfig(**config)
-        with ranks.joined(config.device):
-            images, vl = ImageFolder(folder), load_vl_model(name, tag, config.device)
-            torch.manual_seed(config.seed)
-            encoder = QueryEncoder.for_model(vl, **{key: value for key, value in args.items() if value is not None})
-            history = distill(images, vl, encoder, config, out / "run", out / "run" / "distill.safetensors")
-            if ranks.rank() == 0:
-                info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
-                encoder.cpu().save(out, info | {"seconds": round(history.seconds, 1), "processes": ranks.count()})
-                write_text(out / "history.json", json.dumps(asdict(history)) + "\n")
-                print(f"{out}: own image found in {history.recall[-1][1]:.0f}% of those held back; QueryEncoder.load reads it")
-    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
-        sys.exit(f"error: {error}")
+if __name__ == "__main__":  # the old name of `python -m isa_lite distill`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["distill", *sys.argv[1:]])

@@ -67,7 +67,7 @@ def embed_files(
     cache: a folder; a finished shard of `shard` images is kept there, filed under the model, its preprocessing, the
     dtype, and the path, size and time of change of each of its files. num_workers: threads that read ahead; by default
     two for a model on a GPU, and none on a CPU, where they take from the model what they give
-    (`python -m isa_lite.bench embed`). dtype: float32 or bfloat16, of the matrix products.
+    (`python -m isa_lite bench embed`). dtype: float32 or bfloat16, of the matrix products.
     draft: decode JPEGs much larger than the model's input at a fraction of their size, at least twice that input: much
     faster for photographs of several megapixels, with slightly other embeddings (filed apart).
 

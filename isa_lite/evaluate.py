@@ -1,12 +1,12 @@
 """Evaluation on rendered scenes: queries with a gallery of hard negatives, ranks, Recall@K with intervals.
 
-`python -m isa_lite.evaluate runs/02_distillation/metrics.json` prints the table of a finished run.
+`python -m isa_lite evaluate runs/02_distillation/metrics.json` prints the table of a finished run.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from scipy import stats
 from torch import Tensor
 
 from isa_lite import scenes
-from isa_lite.checkpoint import write_text
 from isa_lite.gallery import mask_reference
 from isa_lite.scenes import KINDS, Scene
 
@@ -285,30 +284,7 @@ def effect(runs: Sequence[Mapping], k: int = 1, parameter: str = "lar_weight", m
     return np.array([high[seed] - low[seed] for seed in sorted(low)])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the retrieval table of a metrics.json, or gather several into one file."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it")
-    parser.add_argument("--gather", type=Path, help="write all of them into this one JSON file")
-    args = parser.parse_args(argv)
-    for path in args.metrics:
-        if not path.is_file():
-            parser.error(f"there is no file {path}; notebook 02 writes one into its out_dir")
-    if args.gather:
-        record = gather(args.metrics)
-        write_text(args.gather, json.dumps(record, indent=1) + "\n")
-        print(runs_table(record["runs"]).to_string())
-        return
-    for path in args.metrics:
-        found = json.loads(path.read_text())
-        print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
-        print("Recall@K in percent [95% Wilson interval over queries]")
-        rows = {
-            name: [f"{values[f'R@{k}']:.1f} [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]" for k in KS]
-            for name, values in found["methods"].items()
-        }
-        print(pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]).to_string())
+if __name__ == "__main__":  # the old name of `python -m isa_lite evaluate`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["evaluate", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The query side as ONNX files: `python -m isa_lite.export --encoder DIR --out DIR`.
+"""The query side as ONNX files: `python -m isa_lite export --encoder DIR --out DIR`.
 
 Two networks, because an image's sentence can be kept while its owner tries several modifiers:
 `image_to_sentence.onnx` (light backbone and token learner) and `sentence_to_query.onnx` (the frozen text tower, entered
@@ -10,18 +10,15 @@ Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E emb
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import sys
 import tempfile
-from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import timm
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -29,11 +26,12 @@ from torch import Tensor, nn
 
 from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
-from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, make_benchmark, recall
-from isa_lite.onnx_files import quantize, to_onnx
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, compose, prompt_ids
+from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, recall
+from isa_lite.onnx_files import to_onnx
+from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.scenes import render_many, sample_scenes
-from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, load_vl_model
+from isa_lite.settings import TEMPLATE, check_template
+from isa_lite.vl_model import VLModel, commit
 
 #: Modifiers that every export is tried on: none, short, long, and with characters that tokenizers like to disagree about.
 TRIED = ("", "make the circle red", "it’s the “blue” one &amp; has 12 ÉTOILES!?", "a smaller star, then another one " * 4)
@@ -200,33 +198,7 @@ def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> d
     return {f"R@{k}": recall(rank, k) for k in KS}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
-    parser.add_argument("--vl-model", default=SCENES_CLIP)
-    parser.add_argument("--pretrained", default=None, help="tag or file of weights, for an open_clip model")
-    parser.add_argument("--template", default=TEMPLATE)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the exported files")
-    parser.add_argument("--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8")
-    args = parser.parse_args(argv)
-    try:
-        check_template(args.template)
-        vl = load_vl_model(args.vl_model, args.pretrained)
-        with timm.layers.set_exportable(True):  # some backbones have layers that are made for tracing, and others that are not
-            encoder = QueryEncoder.load(args.encoder, vl)
-        most = export(encoder, vl, args.out, args.template)
-        folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])
-    except (FileNotFoundError, ConnectionError, ImportError, ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    for path in (folder / name for folder in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
-        print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
-    print(f"largest difference from PyTorch: {most:.2g}")
-    if args.int8:
-        bench = make_benchmark(size=vl.image_size)
-        gallery = vl.encode_images(bench.images)
-        print(f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of {len(bench.scenes)}")
-        print(pd.DataFrame({str(f): measured_recall(QueryClient(f), bench, gallery) for f in folders}).T.round(1).to_string())
+if __name__ == "__main__":  # the old name of `python -m isa_lite export`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["export", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Where retrieval goes wrong, to be looked at: `python -m isa_lite.failures` writes one HTML page that needs no network.
+"""Where retrieval goes wrong, to be looked at: `python -m isa_lite failures` writes one HTML page that needs no network.
 
 For every kind of change the worst first answers, each with two numbers: what it kept of the reference, and what it followed of
 the words (`sentences.kept_and_followed`). The lower one says which half of the query was ignored. Ours.
@@ -6,12 +6,11 @@ the words (`sentences.kept_and_followed`). The lower one says which half of the 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,14 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from isa_lite.baselines import composed
-from isa_lite.checkpoint import write_text
-from isa_lite.evaluate import Benchmark, benchmark_ranks, make_benchmark
+from isa_lite.evaluate import Benchmark, benchmark_ranks
 from isa_lite.gallery import Gallery
-from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import KINDS, POSITIONS, Scene
 from isa_lite.sentences import kept_and_followed
-from isa_lite.vl_model import DATA, load_vl_model
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5a5a5a; --paper: #fafaf8; --card: #fff; --line: #d9d9d4;
@@ -187,25 +182,7 @@ def page(bench: Benchmark, failed: pd.DataFrame, each: int = 6, title: str = "Wh
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Search with a trained query encoder, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
-    parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--gallery", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--each", type=int, default=6, help="queries shown of each kind")
-    parser.add_argument("--out", type=Path, default=Path("runs/failures.html"))
-    args = parser.parse_args(argv)
-    vl = load_vl_model()
-    encoder = QueryEncoder.load(args.encoder, vl)
-    bench = make_benchmark(args.queries, args.gallery, args.seed, vl.image_size)
-    gallery = vl.encode_images(bench.images)
-    failed = failures(bench, composed(bench, vl, encoder), gallery)
-    write_text(args.out, page(bench, failed, args.each))
-    print(summary(bench, failed).round(0).to_string())
-    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+if __name__ == "__main__":  # the old name of `python -m isa_lite failures`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["failures", *sys.argv[1:]])

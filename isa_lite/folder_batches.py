@@ -15,7 +15,6 @@ import string
 from collections import defaultdict
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from torchvision import transforms as T
 
 from isa_lite.distill import batch_indices
 from isa_lite.images import ImageFolder
-from isa_lite.parameters import check_whole
-from isa_lite.pretrain import PretrainConfig
+from isa_lite.settings import FolderConfig
 
 #: How a caption {a}, and the words {b} in the place of its words {old}, describe another image; in another language, write yours.
 CHANGES = (
@@ -41,39 +39,6 @@ _AROUND = string.punctuation + "…“”‘’«»、。，：；！？（）"
 LONGEST = 3  # words that relatives may differ in
 TOO_LONG = 30  # words; longer captions have no relatives, since nearly none would differ in one place alone
 KEEP = 2 << 30  # bytes of pictures kept in memory at the model's size
-
-
-@dataclass
-class FolderConfig(PretrainConfig):
-    """Settings of one run on a folder. Raises ValueError, naming the field, for a value that cannot work.
-
-    related: share of a batch's images that bring a relative; change: share of related images that are also described as a
-    change of their relative (0: no language of change); prompted: share of captions behind "a photo of"; zoom: pictures are
-    enlarged, reduced and shifted by up to this part. They are not mirrored or recoloured: captions say left, right and red.
-    held_out: share of the captioned images that training does not see; data: filled in, a digest of what it does see.
-    """
-
-    steps: int = 1000
-    matching_steps: int = 300
-    batch_size: int = 128
-    related: float = 0.5
-    change: float = 0.7
-    prompted: float = 0.25
-    zoom: float = 0.15
-    held_out: float = 0.0
-    num_workers: int = 0
-    data: str = field(default="", init=False)
-    families: int = field(default=0, init=False)  # these three are of rendered scenes
-    singles: int = field(default=0, init=False)
-    partial: float = field(default=0.0, init=False)
-
-    def __post_init__(self):
-        check_whole(self, steps=1, matching_steps=0, batch_size=8, warmup=1, seed=0, num_workers=0)
-        for name in ("related", "change", "prompted", "zoom", "held_out"):
-            if not 0 <= getattr(self, name) <= (0.5 if name in ("zoom", "held_out") else 1):
-                raise ValueError(f"{name} must be a share between 0 and {'0.5' if name in ('zoom', 'held_out') else '1'}")
-        if self.image_size < 32 or self.image_size % 32:  # the tower halves five times
-            raise ValueError(f"image_size must be a multiple of 32, not {self.image_size}")
 
 
 def split(captions: Sequence[Sequence[str]], held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

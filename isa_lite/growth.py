@@ -1,4 +1,4 @@
-"""Recall and search time as the gallery grows: `python -m isa_lite.growth` (a reviewer's question on the paper).
+"""Recall and search time as the gallery grows: `python -m isa_lite growth` (a reviewer's question on the paper).
 
 Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may happen to show
 the very scene that a query asks for; then it is a hit, as everywhere in this project, and not a mistake.
@@ -6,12 +6,10 @@ the very scene that a query asks for; then it is a hit, as everywhere in this pr
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.baselines import composed, composition_ceiling, image_plus_text
-from isa_lite.checkpoint import read_info, read_shard, write_tensors, write_text
+from isa_lite.checkpoint import read_info, read_shard, write_tensors
 from isa_lite.evaluate import KS, Benchmark, make_benchmark, recall, recall_interval
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import Scene, render_many, sample_scene
-from isa_lite.vl_model import DATA, VLModel, commit, load_vl_model, machine
+from isa_lite.settings import GROWTH_SIZES
+from isa_lite.vl_model import VLModel
 
-SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 SHARD = 10_000
 
 
@@ -116,7 +114,7 @@ def growth(
     vl: VLModel,
     encoder: QueryEncoder,
     cache: str | Path,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] = GROWTH_SIZES,
     queries: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -163,23 +161,7 @@ def growth_table(found: Mapping, k: int = 1) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, "index")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", default=str(DATA / "scenes-query-encoder"), help="folder of a trained query encoder")
-    parser.add_argument("--to", type=int, default=SIZES[-1], help="distractors at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path("runs/growth"), help="where the embedded shards are kept")
-    parser.add_argument("--out", type=Path, default=DATA / "results" / "03_growth.json")
-    args = parser.parse_args(argv)
-    sizes = [size for size in SIZES if size <= args.to]
-    if not sizes:
-        parser.error(f"--to must be at least {SIZES[0]}, not {args.to}")
-    vl = load_vl_model()
-    found = growth(vl, QueryEncoder.load(args.encoder, vl), args.cache, sizes, seed=args.seed)
-    found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
-    write_text(args.out, json.dumps(found, indent=1) + "\n")
-    print(f"rendered scenes, {found['queries']} queries; {found['machine']}\n{growth_table(found).to_string()}")
+if __name__ == "__main__":  # the old name of `python -m isa_lite growth`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["growth", *sys.argv[1:]])

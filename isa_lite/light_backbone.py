@@ -1,4 +1,4 @@
-"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite.light_backbone`.
+"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite light_backbone`.
 
 A light backbone usually starts from weights that were learned on photographs. Of rendered scenes these know little, and a
 laptop without a network has none. So the backbone first learns to say what the large image tower says about each part of an
@@ -8,10 +8,9 @@ names the result: "scenes" for the one that is shipped. Ours.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,38 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from isa_lite import scenes
-from isa_lite.backbones import SCENES_BACKBONE, WEIGHTS
-from isa_lite.checkpoint import resume_run, save_run, write_tensors, write_text
+from isa_lite.checkpoint import resume_run, save_run
 from isa_lite.distill import batch_indices, learning_rate
 from isa_lite.images import Images, batch_loader, images_key
-from isa_lite.parameters import add_settings, check_whole
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.settings import BackboneConfig
 from isa_lite.targets import targets
-from isa_lite.vl_model import DATA, VLModel, commit, load_vl_model, machine
-
-
-@dataclass
-class BackboneConfig:
-    """Settings of one run; `num_images` scenes are drawn with `seed`, none with a held-out pair.
-
-    Raises ValueError, naming the field, for a number that cannot work.
-    """
-
-    backbone: str = "mobilenetv4_conv_small_050"
-    stride: int = 16
-    num_images: int = 32000
-    steps: int = 8000
-    batch_size: int = 128
-    lr: float = 3e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    seed: int = 100
-    device: str = "cpu"
-    num_workers: int = 0
-
-    def __post_init__(self):
-        check_whole(self, stride=1, num_images=2, steps=1, batch_size=2, warmup=0, seed=0, num_workers=0)
+from isa_lite.vl_model import VLModel
 
 
 def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -121,38 +95,7 @@ def learn_features(
     return float(np.mean(losses[-100:])), seconds
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train on rendered scenes and write the weights with their record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA / SCENES_BACKBONE, help="folder of the weights")
-    parser.add_argument("--run", type=Path, default=Path("runs/light_backbone"), help="folder of cache and checkpoint")
-    add_settings(parser, BackboneConfig)
-    args = vars(parser.parse_args(argv))
-    out, run = args.pop("out"), args.pop("run")
-    config, made_by = BackboneConfig(**args), commit()
-    vl = load_vl_model(device=config.device)
-    torch.manual_seed(config.seed)
-    encoder = QueryEncoder.for_model(vl, backbone=config.backbone, stride=config.stride)
-    world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
-    jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
-    images = scenes.render_many(world, jitter, vl.image_size)
-    loss, seconds = learn_features(images, vl, encoder, config, run / "cache", run / "state.safetensors")
-    write_tensors(out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
-    changed = [f"--{n.replace('_', '-')}={v}" for n, v in asdict(config).items() if v != getattr(BackboneConfig, n)]
-    record = {
-        **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},
-        "vl_model": vl.fingerprint,
-        "config": asdict(config),
-        "loss": round(loss, 4),
-        "minutes": round(seconds / 60, 1),
-        "command": " ".join(["python -m isa_lite.light_backbone", *changed]),
-        "commit": made_by,
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write_text(out / f"{WEIGHTS}.json", json.dumps(record, indent=1) + "\n")
-    print(f"rendered scenes; loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on {machine()}")
+if __name__ == "__main__":  # the old name of `python -m isa_lite light_backbone`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["light_backbone", *sys.argv[1:]])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from types import SimpleNamespace
@@ -117,12 +118,42 @@ def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
     return Parameters(**checked)
 
 
-def add_settings(parser: argparse.ArgumentParser, kind: type) -> None:
-    """An option for every field of the dataclass `kind` that is a number or a string: `warmup_steps` is `--warmup-steps`."""
-    types = {"int": int, "float": float, "str": str}
+def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence[str]) -> None:
+    """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`. `settings.setting` gives them their help.
+
+    names: of the fields, if not all that are numbers or strings; choices: by name, the values that one of them takes.
+    """
+    types = {"int": int, "float": float, "str": str, "int | None": int}
     for f in fields(kind):
-        if f.init and f.type in types:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=types[f.type], default=f.default, help=" ")
+        if not f.init or (f.name not in names if names else f.type not in types):
+            continue
+        how: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
+        how |= {"action": "store_true"} if f.type == "bool" else {"type": types[f.type], "choices": choices.get(f.name)}
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        try:
+            return whole(least)(int(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}") from None
+
+    return read
+
+
+def settings_from(args: argparse.Namespace, kind: type) -> Any:
+    """The dataclass `kind` with what was given for the options of `add_settings`. Raises what it raises."""
+    return kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.init and hasattr(args, f.name)})
+
+
+def command_line(name: str, settings: Any) -> str:
+    """The line that runs a command with these settings (of a dataclass), as far as they are not the defaults."""
+    changed = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init and getattr(settings, f.name) != f.default}
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+    return shlex.join(["python", "-m", "isa_lite", name, *options])
 
 
 def check_whole(settings: Any, **least: int) -> None:

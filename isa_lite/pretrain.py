@@ -1,4 +1,4 @@
-"""Pre-training of the small VL model that we ship: `python -m isa_lite.pretrain --out data/scenes-clip`.
+"""Pre-training of the small VL model that we ship: `python -m isa_lite pretrain --out data/scenes-clip`.
 
 A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on top of its
 frozen towers. Two things make a small model good enough to compose (both ours):
@@ -13,13 +13,12 @@ frozen towers. Two things make a small model good enough to compose (both ours):
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -35,50 +34,9 @@ from tqdm.auto import tqdm
 from isa_lite import scenes
 from isa_lite.checkpoint import load_run, read_info, save_run, write_tensors, write_text
 from isa_lite.matching_encoder import MatchingEncoder
-from isa_lite.parameters import add_settings
-from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, commit, machine, plain_attention
-
-
-@dataclass
-class PretrainConfig:
-    """Settings of one pre-training run. Everything random follows from `seed`."""
-
-    steps: int = 2400
-    matching_steps: int = 600
-    families: int = 20  # a batch: families of five related scenes ...
-    singles: int = 12  # ... and unrelated scenes
-    partial: float = 0.2  # share of the unrelated scenes whose caption leaves something out
-    change: float = 1.0  # share of the edited scenes that also get a caption in the language of change
-    lr: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "bfloat16"  # of the matrix products (autocast); the weights stay float32
-    num_workers: int = 1
-
-    image_size: int = scenes.IMAGE_SIZE
-    embed_dim: int = 256
-    vision_width: int = 24
-    vision_layers: tuple[int, ...] = (1, 1, 1, 1)  # blocks a stage: a ModifiedResNet, CLIP's convolutional tower
-    text_width: int = 192
-    text_layers: int = 4
-    context_length: int = 77
-
-    def model_cfg(self) -> dict:
-        """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
-        return {
-            "embed_dim": self.embed_dim,
-            "vision_cfg": {"image_size": self.image_size, "layers": list(self.vision_layers), "width": self.vision_width},
-            "text_cfg": {
-                "context_length": self.context_length,
-                "vocab_size": 49408,
-                "width": self.text_width,
-                "heads": self.text_width // 32,
-                "layers": self.text_layers,
-            },
-        }
-
+from isa_lite.parameters import command_line
+from isa_lite.settings import PretrainConfig
+from isa_lite.vl_model import VLModel, commit, machine, plain_attention
 
 CHECKPOINT_EVERY = 250  # steps
 POSITION_STD = 0.5
@@ -392,20 +350,14 @@ def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
     write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train and export; `python -m isa_lite.cards` then measures the model and writes its card."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DATA / SCENES_CLIP, help="folder of the model")
-    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
-    add_settings(parser, PretrainConfig)
-    args = vars(parser.parse_args(argv))
-    folder, run = args.pop("out"), args.pop("run")
-    config, made_by = PretrainConfig(**args), commit()
+def pretrain(config: PretrainConfig, folder: Path, run: Path) -> None:
+    """Both trainings, with checkpoints in `run`; the model and its record go into `folder`."""
+    made_by = commit()
     vl, towers = train_towers(config, run / "towers.safetensors")
     vl.matcher, matching = train_matcher(vl, config, run / "matching_encoder.safetensors")
     export(vl, config, folder)
     record = {
-        "command": " ".join(["python -m isa_lite.pretrain", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line("pretrain", config),
         "commit": made_by,
         "config": asdict(config),
         "minutes": {"towers": round(towers / 60, 1), "matching encoder": round(matching / 60, 1)},
@@ -416,5 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the old name of `python -m isa_lite pretrain`
+    from isa_lite.commands import main
+
+    main(["pretrain", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """Pre-training of a small VL model on a folder of captioned images: a closed domain, without any download. Ours.
 
-    python -m isa_lite.pretrain_folder --images DIR --captions DIR/captions.csv --out DIR
+    python -m isa_lite pretrain_folder --images DIR --captions DIR/captions.csv --out DIR
 
 The loops are those of `pretrain`, the batches come from `folder_batches`. The result is a folder in open_clip's local-dir layout,
 for `load_vl_model` or open_clip itself.
@@ -8,7 +8,6 @@ for `load_vl_model` or open_clip itself.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -23,11 +22,11 @@ import torch
 from tqdm.auto import tqdm
 
 from isa_lite.checkpoint import write_text
-from isa_lite.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, FolderConfig, split, words_of
+from isa_lite.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, split, words_of
 from isa_lite.images import ImageFolder
-from isa_lite.own_data import fingerprint, read_captions
-from isa_lite.parameters import add_settings
+from isa_lite.own_data import fingerprint
 from isa_lite.pretrain import export, train_matcher, train_towers
+from isa_lite.settings import FolderConfig
 from isa_lite.vl_model import VLModel, commit, load_vl_model, machine
 
 FEWEST = 8  # different captions, below which there is nothing to contrast
@@ -94,24 +93,7 @@ def pretrain_folder(
     return load_vl_model(str(out), device=config.device)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the folder and its captions, train, export."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--captions", type=Path, required=True, help="CSV file with the columns image and caption")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--run", type=Path, help="folder of the checkpoints, to resume from (default: OUT/run)")
-    add_settings(parser, FolderConfig)
-    args = vars(parser.parse_args(argv))
-    folder, table, out, run = (args.pop(name) for name in ("images", "captions", "out", "run"))
-    try:
-        config = FolderConfig(**args)
-        images = ImageFolder(folder)
-        pretrain_folder(images, read_captions(table, images), config, out, run or out / "run")
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{out}: load_vl_model({str(out)!r}) loads it, and so does open_clip as local-dir:{out}")
+if __name__ == "__main__":  # the old name of `python -m isa_lite pretrain_folder`
+    from isa_lite.commands import main
 
-
-if __name__ == "__main__":
-    main()
+    main(["pretrain_folder", *sys.argv[1:]])

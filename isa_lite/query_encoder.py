@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,48 +23,10 @@ from isa_lite.backbones import build_backbone, check_backbone, start_config
 from isa_lite.checkpoint import read_tensors, write_tensors, write_text
 from isa_lite.images import to_pixels
 from isa_lite.mappings import MAPPINGS
+from isa_lite.settings import TEMPLATE, QueryEncoderConfig, check_template
 from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.token_learner import Sentence
 from isa_lite.vl_model import VLModel
-
-#: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
-TEMPLATE = "a photo of {sentence}, {modifier}"
-
-
-@dataclass
-class QueryEncoderConfig:
-    """Everything that is needed to build a query encoder again.
-
-    backbone: any timm model with feature maps, or "vl" for the VL model's own image tower, frozen (symmetric ISA);
-    pretrained: start from timm's weights of it (downloaded); backbone_weights: "scenes" to start from what `light_backbone`
-    learned on rendered scenes, a folder for what it wrote there, "lite0" for the weights of EfficientNet-Lite0 in the
-    extra isa_lite[lite0]; stride: of the map that is used, in pixels (the large tower gives its
-    last one); mapping: a name of `mappings.MAPPINGS`; norm_matching: whether pseudo-words are held to the length of real
-    words; start_words: a text whose words the sentence is before training ("": none); num_tokens: L, which a single vector
-    sets to its 1; word_width, word_norm: of the VL model whose words are imitated; vl_model: its fingerprint, checked when the
-    encoder is loaded.
-
-    None is replaced when the encoder is built, and the value is what is saved. image_size, mean, std: those of the weights'
-    own training (timm's data config), or 96 pixels and 0.5 with random weights; stride: `backbones.default_stride`;
-    width, depth: the mapping's own.
-    """
-
-    word_width: int
-    word_norm: float
-    vl_model: str = ""
-    backbone: str = "mobilenetv4_conv_small_050"
-    pretrained: bool = False
-    backbone_weights: str = ""
-    image_size: int | None = None
-    stride: int | None = None
-    mapping: str = "adaptive"
-    norm_matching: bool = True
-    start_words: str = ""
-    num_tokens: int = 12
-    width: int | None = None
-    depth: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
 
 
 def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
@@ -190,12 +152,6 @@ class QueryEncoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ composition
-
-
-def check_template(template: str) -> None:
-    """Raises ValueError for a template without its two fields."""
-    if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
-        raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
 
 
 def prompt_ids(

@@ -1,6 +1,6 @@
 """One training run on several GPUs or processes, and what they exchange; alone, a process has nothing to exchange.
 
-`torchrun --nproc-per-node 4 -m isa_lite.distill ...` starts the processes. Each works on its part of every batch, the loss is
+`torchrun --nproc-per-node 4 -m isa_lite distill ...` starts the processes. Each works on its part of every batch, the loss is
 that of the whole batch, and all take the same step. A contrastive loss compares across the parts, so embeddings are gathered:
 gradients flow into a process's own rows, and adding up all processes' gradients gives that of the whole. Only batch
 normalisation, which looks at a process's own images, makes this differ from a run of one process. Ours.

@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-IMAGE_SIZE = 96  # pixels; 32 a cell
+from isa_lite.settings import IMAGE_SIZE
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 COLORS = {

@@ -1,4 +1,4 @@
-"""The ablations: `python -m isa_lite.sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
+"""The ablations: `python -m isa_lite sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
 
 Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number of
 tokens, the mapping network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the
@@ -9,13 +9,14 @@ the record has already is not run again either, though its folder is gone: so a 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
@@ -26,17 +27,18 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
-from isa_lite import draw, pretrain
-from isa_lite.ablations import ASIDE, WITHOUT_CHANGE, changed, gather, plan, table
+from isa_lite import draw
+from isa_lite.ablations import ASIDE, changed, gather, plan, table
 from isa_lite.checkpoint import write_bytes, write_text
+from isa_lite.parameters import command_line
+from isa_lite.pretrain import pretrain
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.sentences import look
-from isa_lite.vl_model import DATA, SCENES_CLIP, commit, load_vl_model, machine
+from isa_lite.settings import DATA, NOTEBOOK, SCENES_CLIP, WITHOUT_CHANGE, PretrainConfig
+from isa_lite.vl_model import commit, load_vl_model, machine
 
-NOTEBOOK = DATA.parent / "notebooks" / "02_distillation.ipynb"
 
-
-def notebook_defaults(notebook: Path) -> dict:
+def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
     """The parameters of a notebook with their default values. Raises FileNotFoundError where there is no such notebook."""
     if not notebook.is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}; run this in a checkout, or give --notebook")
@@ -101,68 +103,33 @@ def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[
     return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
 
 
-def _seeds(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="an ablation; may be given several times")
-    parser.add_argument("--seeds", type=_seeds, default=[0], help="for example 0,1,2")
-    parser.add_argument("--steps", type=int, help="training steps of every run, if not the notebook's; give --out too")
-    parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
-    parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, sharing the cores; if interrupted, those that run are finished first"
-    )
-    parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
-    parser.add_argument("--notebook", type=Path, default=NOTEBOOK)
-    parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="the gathered record; by default data/results/sweep.json")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
-    parser.add_argument(
-        "--add",
-        action="store_true",
-        help="keep what the record at --out holds already, of any ablation and seed, and run only the rest",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, gather everything."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+def sweep(args: Namespace) -> None:
+    """Run what is missing, gather everything. args: of the command. Raises ValueError where they, or a run, cannot work."""
     defaults = notebook_defaults(args.notebook)
     if args.out is None and (args.smoke or args.steps not in (None, defaults["steps"])) and not args.dry_run:
-        parser.error("a sweep of other steps does not replace the committed one: say with --out where its record goes")
+        raise ValueError("a sweep of other steps does not replace one of full length: say with --out where its record goes")
     given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device}
     defaults |= {name: value for name, value in given.items() if value is not None}
-    try:
-        runs = plan(defaults, args.only, args.seeds)
-    except ValueError as error:
-        parser.error(str(error))
+    runs = plan(defaults, args.only, args.seeds)
 
     needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
     if needed and not Path(WITHOUT_CHANGE).is_dir():
         training = json.loads((DATA / SCENES_CLIP / "training.json").read_text())
-        as_long = [f"--{n.replace('_', '-')}={training['config'][n]}" for n in ("steps", "matching_steps")]
-        command = ["--change=0", *as_long, f"--out={WITHOUT_CHANGE}", "--run=runs/pretrain-without-change"]
+        config = PretrainConfig(change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")})
+        run_folder = "runs/pretrain-without-change"
         took = sum(training["minutes"].values())
         print(f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes. Make it by")
-        print(f"  python -m isa_lite.pretrain {' '.join(command)}\n  (or give --pretrain)")
+        print(f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={run_folder}\n  (or give --pretrain)")
         if args.pretrain and not (args.dry_run or args.gather):
-            pretrain.main(command)
+            pretrain(config, Path(WITHOUT_CHANGE), Path(run_folder))
     models: dict[str, str] = {}
     for name in dict.fromkeys(run["parameters"]["vl_model"] for run in runs):
         if name != WITHOUT_CHANGE or Path(name).is_dir():
             models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
-    out = args.out or DATA / "results" / "sweep.json"
+    out = args.out or Path("runs/sweep.json")
     stored = json.loads(out.read_text()) if args.add and out.is_file() else {"runs": [], "attention": {}}
     if stored["runs"] and (why := _foreign(stored, defaults, models)):
-        parser.error(f"--add: the record {out} is of {why}; choose another --out, or leave out --add to write over it")
+        raise ValueError(f"--add: the record {out} is of {why}; choose another --out, or leave out --add to write over it")
     kept = {entry["key"]: entry for entry in stored["runs"]}
     results = {}
     for run in runs:
@@ -180,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gather:
         waiting = []
         if not results:
-            parser.error(f"--gather: none of these runs is finished in {args.runs}")
+            raise ValueError(f"--gather: none of these runs is finished in {args.runs}")
 
     failed = []
     ended = execute_all(args.notebook, waiting, args.runs, args.jobs)
@@ -198,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(record).to_string())
     print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
     if failed:
-        parser.exit(1, "\n".join([f"{len(failed)} runs failed:", *failed]) + "\n")
+        raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
 
 def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:
@@ -238,5 +205,7 @@ def _attention(runs: Sequence[Mapping], results: Mapping, folder: Path, seed: in
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the old name of `python -m isa_lite sweep`
+    from isa_lite.commands import main
+
+    main(["sweep", *sys.argv[1:]])

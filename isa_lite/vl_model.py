@@ -30,14 +30,9 @@ from isa_lite.blip import is_blip, load_blip
 from isa_lite.hub import WEIGHTS, repository
 from isa_lite.images import to_pixels
 from isa_lite.open_clip_models import from_folder, from_name, unknown
+from isa_lite.settings import DATA, SCENES_CLIP
 from isa_lite.text_tower import text_tower
 from isa_lite.words import Words
-
-_HERE = Path(__file__).resolve().parent
-#: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
-DATA = _HERE / "data" if (_HERE / "data").is_dir() else _HERE.parent / "data"
-#: The name under which `load_vl_model` finds the shipped model of rendered scenes.
-SCENES_CLIP = "scenes-clip"
 
 
 def plain_attention(device: torch.device | str) -> AbstractContextManager:
@@ -257,7 +252,7 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit of the code that runs, for cards; "unknown" outside a checkout, with "-dirty" where it was changed."""
-    where = ["git", "-C", str(_HERE), "describe", "--always", "--dirty"]
+    where = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from isa_lite import export
 from isa_lite.benchmarks import circo, cirr, common, fashioniq
-from isa_lite.benchmarks.__main__ import main
 from isa_lite.benchmarks.common import Query, Ranking, Task, average_precision_at, rank, recall_at
 from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
+from isa_lite.commands import main
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids
 
 
@@ -718,7 +718,7 @@ def test_the_command_prints_numbers_with_their_protocol(
         "--out",
         str(tmp_path / "out"),
     ]
-    main([name, *common, "--encoder", str(encoder_folder), "--truncate", "--methods", "isa", "text only", *options])
+    main(["benchmarks", name, *common, "--encoder", str(encoder_folder), "--truncate", "--methods", "isa", "text only", *options])
     printed = capsys.readouterr().out
     assert said in printed and "NOTE: " in printed and "compares with a published one" in printed
     found = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -734,14 +734,14 @@ def test_the_command_writes_submission_files_and_checks_them(request, vl_folder,
     root = request.getfixturevalue(f"{name}_root")
     common = [name, "--root", str(root), "--split", split]
     folders = ["--vl-model", str(vl_folder), "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "out")]
-    main([*common, *folders, "--methods", "text only"])
+    main(["benchmarks", *common, *folders, "--methods", "text only"])
     written = sorted((tmp_path / "out/text_only").iterdir())
     assert len(written) == files and capsys.readouterr().out.count("submission file: text_only/") == files
-    main([*common, "--check", *map(str, written)])
+    main(["benchmarks", *common, "--check", *map(str, written)])
     assert capsys.readouterr().out.count(": good") == files
     written[0].write_text("[]" if name != "fashioniq" else "{}")
     with pytest.raises(SystemExit):
-        main([*common, "--check", *map(str, written)])
+        main(["benchmarks", *common, "--check", *map(str, written)])
     assert f"1 of {files} files would be rejected" in capsys.readouterr().err
 
 
@@ -766,7 +766,7 @@ def test_what_a_submission_of_the_validation_split_scores_is_what_the_run_printe
 )
 def test_a_bad_argument_of_the_command_is_named(cirr_root, vl_folder, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        main(["cirr", "--root", str(cirr_root), "--vl-model", str(vl_folder), *arguments])
+        main(["benchmarks", "cirr", "--root", str(cirr_root), "--vl-model", str(vl_folder), *arguments])
     assert message in capsys.readouterr().err
 
 

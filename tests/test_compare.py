@@ -6,6 +6,7 @@ import pytest
 
 from isa_lite import compare, sweep
 from isa_lite.baselines import UNTRAINED, composed
+from isa_lite.commands import main
 from isa_lite.compare import CompareConfig
 from isa_lite.evaluate import benchmark_ranks, make_benchmark, recall
 from isa_lite.fusion import FUSIONS
@@ -75,30 +76,30 @@ def counted(monkeypatch):
 
 def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, counted, monkeypatch, capsys):
     arguments = ["--isa", *folders, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")]
-    with pytest.raises(KeyboardInterrupt):
-        compare.main(arguments)
-    compare.main(arguments)
+    with pytest.raises(SystemExit, match="130"):
+        main(["compare", *arguments])
+    main(["compare", *arguments])
     assert counted == [0, 1, 1]  # seed 0 was kept
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [(run["seed"], set(run["methods"])) for run in runs] == [(0, {"isa", "text only"}), (1, {"isa", "text only"})]
     assert "isa (2 seeds)" in capsys.readouterr().out
     monkeypatch.setattr(compare, "CompareConfig", lambda: CompareConfig(queries=20))
-    compare.main(arguments)
+    main(["compare", *arguments])
     assert counted == [0, 1, 1, 0, 1]  # other settings: measured again
 
 
 def test_the_other_methods_can_be_measured_beforehand(folders, tmp_path, counted, capsys):
-    compare.main(["--rivals", "1", "--run", str(tmp_path / "run")])
-    compare.main(["--isa", folders[1], "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
+    main(["compare", "--rivals", "1", "--run", str(tmp_path / "run")])
+    main(["compare", "--isa", folders[1], "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")])
     assert counted == [1]
     with pytest.raises(SystemExit):
-        compare.main(["--run", str(tmp_path / "run")])
+        main(["compare", "--run", str(tmp_path / "run")])
     assert "either --isa" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_seed_are_refused(folders, tmp_path, counted, capsys):
     with pytest.raises(SystemExit):
-        compare.main(["--isa", folders[0], folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
+        main(["compare", "--isa", folders[0], folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
     assert "second run with seed 0" in capsys.readouterr().err and not counted
 
 
@@ -109,10 +110,10 @@ def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
         encoder.save(tmp_path / f"s{seed}", {"parameters": {"seed": seed, **BUDGET}})
     arguments = ["--isa", *reversed(folders), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json"), "--symmetric"]
     with pytest.raises(SystemExit):
-        compare.main([*arguments, str(tmp_path / "s1")])
+        main(["compare", *arguments, str(tmp_path / "s1")])
     assert "--symmetric has the seeds [1], and --isa [0, 1]" in capsys.readouterr().err and not counted
     counted.append(9)
-    compare.main([*arguments, str(tmp_path / "s1"), str(tmp_path / "s0")])
+    main(["compare", *arguments, str(tmp_path / "s1"), str(tmp_path / "s0")])
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert compare.relative(runs).tolist() == pytest.approx([30 / 40, 30 / 41])
     assert "R@1 of asymmetric / symmetric ISA: 0.741" in capsys.readouterr().out
@@ -130,6 +131,6 @@ def test_an_encoder_of_another_budget_is_refused(folders, tmp_path, counted, cap
     vl = load_vl_model()
     QueryEncoder.for_model(vl, num_tokens=1).save(tmp_path / "short", {"parameters": {"seed": 2, **BUDGET, "steps": 400}})
     with pytest.raises(SystemExit):
-        compare.main(["--isa", *folders, str(tmp_path / "short"), "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
+        main(["compare", "--isa", *folders, str(tmp_path / "short"), "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
     error = capsys.readouterr().err
     assert "short had steps 400, and not the 800 of all other methods; train it with -p steps 800" in error and not counted

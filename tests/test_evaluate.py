@@ -10,6 +10,7 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from isa_lite import evaluate
+from isa_lite.commands import main
 from isa_lite.evaluate import (
     KS,
     benchmark_ranks,
@@ -283,11 +284,11 @@ def test_seed_interval_is_students():
 
 def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     path, record, _ = run(0, 0.1)
-    evaluate.main([str(path)])
+    main(["evaluate", str(path)])
     shown = capsys.readouterr().out
     assert "60 queries, gallery of 300" in shown and f"{record['methods']['isa']['R@1']:.1f} [" in shown
     paths = [str(run(seed, weight, shift)[0]) for seed in (0, 1) for shift, weight in enumerate((0, 0.1))]
-    evaluate.main(["--gather", str(tmp_path / "all.json"), *paths])
+    main(["evaluate", "--gather", str(tmp_path / "all.json"), *paths])
     gathered = json.loads((tmp_path / "all.json").read_text())
     assert len(gathered["runs"]) == 4 and gathered["machine"] == "a laptop"
     for path, kept in zip(paths, gathered["runs"], strict=True):
@@ -314,7 +315,7 @@ def test_the_command_names_a_missing_file(run, tmp_path, capsys):
     path = run(0, 0.1)[0]
     for options in ([], ["--gather", str(tmp_path / "all.json")]):
         with pytest.raises(SystemExit, match="2"):
-            evaluate.main([*options, str(path), "nowhere.json"])
+            main(["evaluate", *options, str(path), "nowhere.json"])
         shown = capsys.readouterr()
         assert "there is no file nowhere.json" in shown.err and shown.out == ""
     assert not (tmp_path / "all.json").exists()

@@ -16,9 +16,7 @@ from safetensors.torch import save
 
 from isa_lite import hub
 from isa_lite.backbones import build_backbone
-from isa_lite.bench import main as bench_main
-from isa_lite.benchmarks.__main__ import main as benchmarks_main
-from isa_lite.export import main as export_main
+from isa_lite.commands import main
 from isa_lite.vl_model import load_vl_model
 
 
@@ -85,16 +83,16 @@ def test_weights_of_a_backbone_out_of_reach_are_refused_at_once(backbone, monkey
 
 
 @pytest.mark.parametrize(
-    "main, arguments",
+    "arguments",
     [
-        (benchmarks_main, ["cirr", "--root", "nowhere"]),
-        (export_main, ["--out", "nowhere"]),
-        (bench_main, ["cost"]),
-        (bench_main, ["backbones"]),
+        ["benchmarks", "cirr", "--root", "nowhere"],
+        ["export", "--out", "nowhere"],
+        ["bench", "cost"],
+        ["bench", "backbones"],
     ],
     ids=["benchmarks", "export", "bench cost", "bench backbones"],
 )
-def test_a_command_says_so_in_a_line(main, arguments, capsys):
+def test_a_command_says_so_in_a_line(arguments, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, "--vl-model", "ViT-B-32", "--pretrained", "openai"])
     assert "error: the weights openai of ViT-B-32" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from isa_lite import light_backbone, scenes
 from isa_lite.backbones import SCENES, WEIGHTS
 from isa_lite.checkpoint import read_tensors
+from isa_lite.commands import main
 from isa_lite.light_backbone import BackboneConfig, feature_loss, learn_features
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.vl_model import load_vl_model
@@ -88,7 +89,16 @@ def test_settings_that_cannot_work_are_refused(name):
 def folder(tmp_path_factory):
     """What the command writes, after a few steps."""
     base = tmp_path_factory.mktemp("light_backbone")
-    light_backbone.main(["--num-images=64", "--steps=3", "--batch-size=16", f"--out={base / 'weights'}", f"--run={base / 'run'}"])
+    main(
+        [
+            "light_backbone",
+            "--num-images=64",
+            "--steps=3",
+            "--batch-size=16",
+            f"--out={base / 'weights'}",
+            f"--run={base / 'run'}",
+        ]
+    )
     return base / "weights"
 
 

@@ -20,13 +20,16 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters answers checkpoint ranks images scenes icons hub words text_tower matching_encoder blip
+    parameters settings answers checkpoint ranks images scenes icons hub words text_tower matching_encoder blip
     open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
     light_backbone embed gallery evaluate baselines fusion inversion sentences interventions spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
     benchmarks.run benchmarks.__main__ ablations growth compare
     own_data pretrain folder_batches pretrain_folder measure query_timing client
     onnx_files export latency bench draw cards sweep failures widgets
+    commands.distill commands.evaluate commands.compare commands.benchmarks commands.export commands.client
+    commands.pretrain_folder commands.sweep commands.growth commands.failures commands.bench commands.parity commands.pretrain
+    commands.light_backbone commands.cards __main__
 """.split()
 
 # Where the name that is imported differs from the name that is installed.
@@ -59,9 +62,13 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Dotted names that a module imports, inside functions too; `from a import b` gives a.b."""
+    """Dotted names that a module imports, inside functions too; `from a import b` gives a.b.
+
+    Not what it imports when it is run under its old name, `python -m isa_lite.distill`.
+    """
     names = set()
-    for node in ast.walk(tree):
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")]
+    for node in ast.walk(ast.Module(body, [])):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

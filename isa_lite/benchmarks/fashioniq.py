@@ -26,13 +26,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from isa_lite import settings
 from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, entries, make_task, one_of, read_json, recall_at
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+from isa_lite.settings import CAPTIONS, GALLERIES
 
 CATEGORIES = ("dress", "shirt", "toptee")
-SPLITS = ("train", "val", "test")
-GALLERIES = ("split", "triplets")
-CAPTIONS = ("both orders", "one order")
+SPLITS = settings.SPLITS["fashioniq"]
 KS = (10, 50)
 #: Of the complete validation split: queries, and images in each gallery.
 SIZES = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -26,29 +26,11 @@ from isa_lite.benchmarks.common import Ranking, Task, one_of, rank
 from isa_lite.checkpoint import write_text
 from isa_lite.embed import ahead, embed_files
 from isa_lite.images import read_image
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, check_template, compose, prompt_ids
+from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.settings import METHODS, RunConfig, check_template
 from isa_lite.vl_model import VLModel
 
 BENCHMARKS = {"fashioniq": fashioniq, "cirr": cirr, "circo": circo}
-METHODS = ("isa", "image + text", "text only", "image only")
-
-
-@dataclass
-class RunConfig:
-    """Settings of a run.
-
-    options: of the benchmark's `load`, such as gallery="triplets"; template: the prompt of isa; truncate: cut modifiers that do
-    not fit the text tower. The others are those of `embed_files`.
-    """
-
-    split: str = "val"
-    options: dict[str, object] = field(default_factory=dict)
-    template: str = TEMPLATE
-    truncate: bool = False
-    batch_size: int = 128
-    num_workers: int = 1
-    dtype: str = "float32"
-    progress: bool = True
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""The command line: `python -m isa_lite NAME ...` runs the module NAME of this package, and `--help` explains its options.
+
+A command is a short file with two functions: `add_arguments(parser)`, and `run(args)`. Only `run` imports what is slow to
+import (PyTorch, pandas, ...), so help and the check of the arguments take no time. `main` is the one place that turns errors
+into a line on stderr and an exit status: 2 for anything that was wrong with the input, 130 for a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+#: What each command does, in the order in which a newcomer meets them.
+COMMANDS = {
+    "distill": "train a query encoder on a folder of images",
+    "evaluate": "print the results of notebook 02, or gather several runs into one file",
+    "compare": "ISA beside every other method, over several seeds",
+    "benchmarks": "score on FashionIQ, CIRR or CIRCO; write or check submission files",
+    "export": "write a query side as ONNX files",
+    "client": "answer one query from such files, without PyTorch",
+    "pretrain_folder": "train a small VL model on a folder of captioned images",
+    "sweep": "the ablations: notebook 02 with one thing changed at a time",
+    "growth": "recall and search time as the gallery grows",
+    "failures": "the worst queries as a page to browse",
+    "bench": "speed and cost of queries, galleries and backbones",
+    "parity": "compare every text tower of open_clip, entered with word vectors, with open_clip's own result",
+    "pretrain": "train the VL model of rendered scenes that is shipped",
+    "light_backbone": "train the backbone weights that are shipped",
+    "cards": "measure the shipped models and write their cards",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. Its help shows every default that its text does not give already."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": _Help, **settings})
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        if action.required or not action.option_strings or action.nargs == 0 or "default" in told:
+            return told
+        return f"{told} (default: %(default)s)"
+
+
+def overview() -> str:
+    """The list that `python -m isa_lite` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m isa_lite COMMAND ...", "", *lines, "", "python -m isa_lite COMMAND --help explains a command."]
+    )
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command. Its description is what the command's module says of itself."""
+    module = importlib.import_module(f"isa_lite.commands.{name}")
+    parser = Parser(prog=f"python -m isa_lite {name}", description=(module.__doc__ or "").replace("`", ""))
+    module.add_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Ends with SystemExit where anything went wrong, after one line on stderr: 2, or 130 if it was stopped."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name.replace("-", "_"), COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "python -m isa_lite lists them"
+        _end(2, f"error: there is no command {name!r}; {hint}")
+    args = parser_of(name).parse_args(rest)
+    try:
+        with _sigterm_interrupts():
+            importlib.import_module(f"isa_lite.commands.{name}").run(args)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        _end(130, f"stopped: python -m isa_lite {name}")
+    except BrokenPipeError:  # nobody reads on, as with `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(1)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        _end(2, f"error: {_words(error)}")
+
+
+def _end(status: int, line: str = "") -> None:
+    if line:
+        print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _words(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.filename2, error.strerror) if part is not None)
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})" if str(error) else "not enough memory"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM (of `docker stop`, of a cluster's queue) is what Ctrl-C is: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

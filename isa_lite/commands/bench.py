@@ -1,0 +1,127 @@
+"""Speed and cost. Every figure that matters is a ratio, with both sides measured in one run on one machine."""
+
+from __future__ import annotations
+
+import tempfile
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from isa_lite.parameters import whole_number
+from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEASUREMENTS = {
+    "cost": "the query side",
+    "split": "a query part by part",
+    "query": "a query end to end, cut and uncut, in PyTorch and onnxruntime",
+    "embed": "a gallery of files",
+    "backbones": "light backbones",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for name, what in MEASUREMENTS.items():
+        sub = kinds.add_parser(name, help=what)
+        if name in ("cost", "backbones"):
+            sub.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
+            sub.add_argument("--pretrained", help="tag or file of weights, for an open_clip model (default: none)")
+        if name in ("cost", "split"):
+            sub.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
+        if name == "backbones":
+            sub.add_argument(
+                "--image-size", type=whole_number(1), help="in pixels, of the light backbones (default: the VL model's)"
+            )
+        if name in ("embed", "backbones"):
+            sub.add_argument("--rounds", type=whole_number(1), default=10, help="rounds of timing")
+
+
+def run(args: Namespace) -> None:
+    {"cost": _cost, "split": _split, "query": _query, "embed": _embed, "backbones": _backbones}[args.what](args)
+
+
+def _cost(args: Namespace) -> None:
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.query_timing import cost
+    from isa_lite.vl_model import load_vl_model, machine
+
+    vl = load_vl_model(args.vl_model, args.pretrained)
+    encoder = QueryEncoder.load(args.encoder, vl)
+    print(machine())
+    for batch in (1, 32):
+        print(f"\nbatch {batch}; per image; multiply-adds in millions")
+        print(cost(vl, encoder, batch).round(2).to_string())
+
+
+def _split(args: Namespace) -> None:
+    from isa_lite.bench import random_model
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.query_timing import split
+    from isa_lite.vl_model import load_vl_model, machine
+
+    own = load_vl_model()
+    trained, large = QueryEncoder.load(args.encoder, own), random_model("ViT-B-32")
+    for name, vl, encoder in (
+        ("the shipped models", own, trained),
+        ("ViT-B-32 and a light encoder at its size, random weights", large, QueryEncoder.for_model(large)),
+    ):
+        print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
+        print(split(vl, encoder).round(2).to_string(na_rep="-"))
+
+
+def _query(args: Namespace) -> None:
+    import torch
+
+    from isa_lite.bench import random_model
+    from isa_lite.export import export
+    from isa_lite.latency import end_to_end_onnx, export_pieces
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.query_timing import end_to_end
+    from isa_lite.vl_model import load_vl_model, machine
+
+    large, pairs = random_model("ViT-B-32"), {}
+    for stride in (32, 16):
+        encoder = QueryEncoder.for_model(large, backbone="tf_efficientnet_lite0", image_size=224, stride=stride)
+        pairs[f"ViT-B-32 and tf_efficientnet_lite0 up to stride {stride}, random weights"] = large, encoder
+    pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / SCENES_ENCODER)
+    print("light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by a sentence of it")
+    for name, (vl, encoder) in pairs.items():
+        print(f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")
+        _print_times("PyTorch", *end_to_end(vl, encoder))
+        with tempfile.TemporaryDirectory() as folder:
+            export(encoder, vl, folder)
+            export_pieces(vl, encoder, folder)
+            for threads in sorted({1, torch.get_num_threads()}):
+                runtime = f"onnxruntime, {threads} thread{'s'[: threads > 1]}"
+                _print_times(runtime, *end_to_end_onnx(vl, folder, folder, threads))
+
+
+def _print_times(runtime: str, ms: pd.DataFrame, ratios: pd.Series) -> None:
+    print(f"{runtime}\n{ms.round(1).to_string(na_rep='-')}\n{ratios.round(2).to_string()}")
+
+
+def _embed(args: Namespace) -> None:
+    from isa_lite.bench import embedding, random_model
+    from isa_lite.vl_model import load_vl_model, machine
+
+    for name, vl, images, side in (
+        ("the shipped model", load_vl_model(), 2048, 0),
+        ("ViT-B-32, random weights", random_model("ViT-B-32"), 128, 320),
+    ):
+        print(f"\n{name}: {images} JPEG files of {side or vl.image_size} px; {machine()}")
+        print(embedding(vl, images, side=side, rounds=args.rounds).round(2).to_string())
+
+
+def _backbones(args: Namespace) -> None:
+    import open_clip
+
+    from isa_lite.bench import backbones, random_model
+    from isa_lite.vl_model import load_vl_model, machine
+
+    untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
+    vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)
+    print(f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
+    print("parameters and multiply-adds in millions")
+    print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())

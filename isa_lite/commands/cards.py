@@ -1,0 +1,19 @@
+"""Measure the shipped models, write their cards and draw some queries."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="folder of the cards, laid out as data/ is")
+
+
+def run(args: Namespace) -> None:
+    from isa_lite import cards
+    from isa_lite.vl_model import machine
+
+    print(machine())
+    for path in cards.write_cards(args.out):
+        print(path)

@@ -1,0 +1,29 @@
+"""Answer one query from exported files, without PyTorch: the best images of a gallery, with their cosines."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from isa_lite.parameters import whole_number
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="what python -m isa_lite export wrote")
+    parser.add_argument("--gallery", required=True, help="a file of isa_lite.gallery.Gallery.save")
+    parser.add_argument("--image", required=True, help="the reference image")
+    parser.add_argument("--modifier", default="", help="what should be different (default: nothing)")
+    parser.add_argument("--k", type=whole_number(1), default=5, help="answers to print")
+
+
+def run(args: Namespace) -> None:
+    import numpy as np
+
+    from isa_lite.client import QueryClient, read_gallery, read_image
+
+    embeddings, ids, model = read_gallery(args.gallery)
+    if not model:
+        raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
+    client = QueryClient(args.folder, vl_model=model)
+    scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
+    for i in np.argsort(-scores)[: args.k]:
+        print(f"{scores[i]:.4f}  {ids[i]}")

@@ -1,0 +1,69 @@
+"""ISA against every other method, over seeds: once for each query encoder given, and gathered into one file."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from isa_lite.parameters import whole_number
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--isa",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="out_dir of a run of notebook 02 with -p steps 800, one for each seed (no default: give this or --rivals)",
+    )
+    parser.add_argument(
+        "--symmetric",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="the same of runs with -p backbone vl and the same seeds (default: none)",
+    )
+    parser.add_argument(
+        "--rivals",
+        type=whole_number(0),
+        nargs="+",
+        default=[],
+        help="only measure all other methods, for these seeds (default: none)",
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare.json"), help="all seeds in one file")
+
+
+def run(args: Namespace) -> None:
+    if bool(args.isa) == bool(args.rivals):
+        raise ValueError("give either --isa with folders of query encoders, or --rivals with seeds")
+
+    from isa_lite import compare
+    from isa_lite.checkpoint import write_text
+    from isa_lite.evaluate import runs_table, seed_interval
+    from isa_lite.vl_model import commit, load_vl_model, machine
+
+    config, vl = compare.CompareConfig(), load_vl_model()
+    for seed in args.rivals:
+        compare.kept_rivals(vl, seed, config, args.run)
+    if args.rivals:
+        return
+    # All of them, before any work is done.
+    encoders, symmetric = (compare.encoders_by_seed(folders, vl, config) for folders in (args.isa, args.symmetric))
+    if symmetric and set(symmetric) != set(encoders):
+        raise ValueError(f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they must be the same")
+    runs = []
+    for seed in sorted(encoders):
+        found = compare.kept_rivals(vl, seed, config, args.run)
+        named = {"isa": encoders[seed]} | ({"symmetric isa": symmetric[seed]} if symmetric else {})
+        bench = compare.make_benchmark(config.queries, config.gallery, seed, vl.image_size)
+        measured = compare.query_encoders(bench, vl, named)
+        runs.append({**found, "methods": {**measured, **found["methods"]}})
+    write_text(args.out, json.dumps({"machine": machine(), "commit": commit(), "runs": runs}, indent=1) + "\n")
+    print(runs_table(runs, None).to_string())
+    if symmetric:
+        shares = compare.relative(runs)
+        low, high = seed_interval(shares)
+        by_seed = shares.round(3).tolist()
+        print(f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by seed {by_seed}")

@@ -1,0 +1,49 @@
+"""A folder of images in, a query encoder out. The same line goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from isa_lite.parameters import add_settings, settings_from
+from isa_lite.settings import MAPPING_NAMES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
+
+#: Of the query encoder, what can be chosen here.
+ENCODER = (
+    "backbone", "pretrained", "backbone_weights", "mapping", "start_words", "image_size", "stride", "num_tokens", "width", "depth"
+)  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the query encoder; targets and states are in OUT/run")
+    parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
+    parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
+    add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
+    add_settings(parser, DistillConfig)
+
+
+def run(args: Namespace) -> None:
+    config = settings_from(args, DistillConfig)
+
+    import torch
+
+    from isa_lite import ranks
+    from isa_lite.checkpoint import write_text
+    from isa_lite.distill import distill
+    from isa_lite.images import ImageFolder
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.vl_model import commit, load_vl_model, machine
+
+    with ranks.joined(config.device):
+        images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)
+        torch.manual_seed(config.seed)
+        encoder = QueryEncoder.for_model(vl, **{name: getattr(args, name) for name in ENCODER})
+        history = distill(images, vl, encoder, config, args.out / "run", args.out / "run" / "distill.safetensors")
+        if ranks.rank() == 0:
+            info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
+            encoder.cpu().save(args.out, info | {"seconds": round(history.seconds, 1), "processes": ranks.count()})
+            write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")
+            print(f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back; QueryEncoder.load reads it")

@@ -1,0 +1,38 @@
+"""Print the retrieval table of a metrics.json, or gather several into one file."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it")
+    parser.add_argument("--gather", type=Path, help="write all of them into this one JSON file (default: print them)")
+
+
+def run(args: Namespace) -> None:
+    for path in args.metrics:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; notebook 02 writes one into its out_dir")
+
+    import pandas as pd
+
+    from isa_lite.checkpoint import write_text
+    from isa_lite.evaluate import KS, gather, runs_table
+
+    if args.gather:
+        record = gather(args.metrics)
+        write_text(args.gather, json.dumps(record, indent=1) + "\n")
+        print(runs_table(record["runs"]).to_string())
+        return
+    for path in args.metrics:
+        found = json.loads(path.read_text())
+        print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
+        print("Recall@K in percent [95% Wilson interval over queries]")
+        rows = {
+            name: [f"{values[f'R@{k}']:.1f} [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]" for k in KS]
+            for name, values in found["methods"].items()
+        }
+        print(pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]).to_string())

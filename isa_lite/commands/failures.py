@@ -1,0 +1,38 @@
+"""The worst queries of a trained query encoder on one HTML page, which needs no network."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from isa_lite.parameters import whole_number
+from isa_lite.settings import DATA, SCENES_ENCODER
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
+    parser.add_argument("--queries", type=whole_number(1), default=1000, help="rendered queries")
+    parser.add_argument(
+        "--gallery", type=whole_number(4), default=5000, help="images that are searched, at least four times --queries"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and gallery")
+    parser.add_argument("--each", type=whole_number(1), default=6, help="queries shown of each kind")
+    parser.add_argument("--out", type=Path, default=Path("runs/failures.html"), help="the page")
+
+
+def run(args: Namespace) -> None:
+    from isa_lite.baselines import composed
+    from isa_lite.checkpoint import write_text
+    from isa_lite.evaluate import make_benchmark
+    from isa_lite.failures import failures, page, summary
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.vl_model import load_vl_model
+
+    vl = load_vl_model()
+    encoder = QueryEncoder.load(args.encoder, vl)
+    bench = make_benchmark(args.queries, args.gallery, args.seed, vl.image_size)
+    gallery = vl.encode_images(bench.images)
+    failed = failures(bench, composed(bench, vl, encoder), gallery)
+    write_text(args.out, page(bench, failed, args.each))
+    print(summary(bench, failed).round(0).to_string())
+    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; open it in a browser")

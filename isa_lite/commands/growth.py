@@ -1,0 +1,34 @@
+"""Recall and search time as the gallery grows, up to a million images. Embedded shards are kept, so it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from datetime import date
+from pathlib import Path
+
+from isa_lite.parameters import whole_number
+from isa_lite.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
+    parser.add_argument("--to", type=whole_number(GROWTH_SIZES[0]), default=GROWTH_SIZES[-1], help="distractors at most")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and distractors")
+    parser.add_argument("--cache", type=Path, default=Path("runs/growth"), help="folder of the embedded shards")
+    parser.add_argument("--out", type=Path, default=Path("runs/growth.json"), help="file of the result")
+
+
+def run(args: Namespace) -> None:
+    sizes = [size for size in GROWTH_SIZES if size <= args.to]
+
+    from isa_lite.checkpoint import write_text
+    from isa_lite.growth import growth, growth_table
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.vl_model import commit, load_vl_model, machine
+
+    vl = load_vl_model()
+    found = growth(vl, QueryEncoder.load(args.encoder, vl), args.cache, sizes, seed=args.seed)
+    found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
+    write_text(args.out, json.dumps(found, indent=1) + "\n")
+    print(f"rendered scenes, {found['queries']} queries; {found['machine']}\n{growth_table(found).to_string()}")

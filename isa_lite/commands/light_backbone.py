@@ -1,0 +1,54 @@
+"""Train weights for a light backbone to start from, on rendered scenes."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from isa_lite.parameters import add_settings, command_line, settings_from
+from isa_lite.settings import SCENES_BACKBONE, WEIGHTS, BackboneConfig
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs") / SCENES_BACKBONE, help="folder of the weights")
+    parser.add_argument("--run", type=Path, default=Path("runs/light_backbone"), help="folder of cache and checkpoint")
+    add_settings(parser, BackboneConfig)
+
+
+def run(args: Namespace) -> None:
+    config = settings_from(args, BackboneConfig)
+
+    import numpy as np
+    import torch
+
+    from isa_lite import scenes
+    from isa_lite.checkpoint import write_tensors, write_text
+    from isa_lite.light_backbone import learn_features
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.vl_model import commit, load_vl_model, machine
+
+    made_by = commit()
+    vl = load_vl_model(device=config.device)
+    torch.manual_seed(config.seed)
+    encoder = QueryEncoder.for_model(vl, backbone=config.backbone, stride=config.stride)
+    world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
+    jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
+    images = scenes.render_many(world, jitter, vl.image_size)
+    loss, seconds = learn_features(images, vl, encoder, config, args.run / "cache", args.run / "state.safetensors")
+    write_tensors(args.out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
+    record = {
+        **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},
+        "vl_model": vl.fingerprint,
+        "config": asdict(config),
+        "loss": round(loss, 4),
+        "minutes": round(seconds / 60, 1),
+        "command": command_line("light_backbone", config),
+        "commit": made_by,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_text(args.out / f"{WEIGHTS}.json", json.dumps(record, indent=1) + "\n")
+    print(f"{args.out}: loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on {machine()}")

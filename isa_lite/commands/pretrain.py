@@ -1,0 +1,24 @@
+"""Train the VL model of rendered scenes, and export it. `python -m isa_lite cards` then measures it and writes its card."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from isa_lite.parameters import add_settings, settings_from
+from isa_lite.settings import SCENES_CLIP, PretrainConfig
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs") / SCENES_CLIP, help="folder of the model")
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
+    add_settings(parser, PretrainConfig)
+
+
+def run(args: Namespace) -> None:
+    config = settings_from(args, PretrainConfig)
+
+    from isa_lite.pretrain import pretrain
+
+    pretrain(config, args.out, args.run)
+    print(f"{args.out}: load_vl_model({str(args.out)!r}) loads it")

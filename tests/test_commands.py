@@ -1,0 +1,129 @@
+"""The command line: help without heavy imports, every option explained, and one line for whatever goes wrong."""
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isa_lite import commands, settings
+from isa_lite.commands import COMMANDS, main, parser_of
+from isa_lite.mappings import MAPPINGS
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "torchvision", "open_clip", "timm", "pandas", "sklearn", "matplotlib", "scipy", "numpy", "onnxruntime", "PIL")
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+IMPORTED = f"""
+import sys
+from isa_lite.commands import main
+for arguments in ([], *([name, *more] for name in {tuple(COMMANDS)} for more in (["--help"], ["--no-such-option"]))):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+    assert not (heavy := set({HEAVY}) & set(sys.modules)), (arguments, heavy)
+"""
+
+
+def test_help_and_the_check_of_the_arguments_import_nothing_heavy():
+    done = python("-c", IMPORTED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: python -m isa_lite") == 1 + len(COMMANDS)
+
+
+def test_importing_the_package_imports_nothing():
+    done = python("-c", "import sys; before = {*sys.modules}; import isa_lite; print({*sys.modules} - before)")
+    assert done.stdout.strip() == "{'isa_lite'}", done.stderr
+
+
+def test_every_command_is_listed_and_has_its_module(capsys):
+    main([])
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__"}
+    assert files == set(COMMANDS)
+
+
+def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(p for action in subs for sub in action.choices.values() for p in parsers(sub))]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_means_and_its_default(name):
+    assert parser_of(name).description.strip()
+    for parser in parsers(parser_of(name)):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            told = parser._get_formatter()._expand_help(action)
+            assert len(told.strip()) > 3, action.option_strings
+            if action.option_strings and not action.required and action.nargs != 0:
+                assert "default" in told and "None" not in told and "[]" not in told, action.option_strings
+
+
+def test_no_command_writes_below_the_package_by_default(monkeypatch, tmp_path):
+    for name in COMMANDS:
+        for parser in parsers(parser_of(name)):
+            for option in ("out", "run", "runs", "cache"):
+                where = parser.get_default(option)
+                assert where is None or str(where).startswith(f"runs{os.sep}"), (name, option, where)
+
+
+def test_an_unknown_command_is_named_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["pretrain-foldr"])
+    assert "pretrain_folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ValueError("two\nlines"), "error: two lines"),
+        (OSError(28, "No space left on device", "metrics.json"), "error: metrics.json: No space left on device"),
+        (FileExistsError(17, "File exists", Path("out")), "error: out: File exists"),
+        (ConnectionError("out of reach"), "error: out of reach"),
+        (ImportError("no package"), "error: no package"),
+        (MemoryError(), "error: not enough memory"),
+    ],
+)
+def test_an_error_is_one_line_and_status_2(monkeypatch, capsys, error, said):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("isa_lite.commands.cards"), "run", run)
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["cards"])
+    assert capsys.readouterr().err == said + "\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_ends_with_130(monkeypatch, capsys, how):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(importlib.import_module("isa_lite.commands.cards"), "run", lambda args: signal.raise_signal(how))
+    with pytest.raises(SystemExit, match="^130$"):
+        main(["cards"])
+    assert capsys.readouterr().err.count("\n") == 1 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_old_names_still_work(tmp_path):
+    """Each module that had a command still has it."""
+    for name in COMMANDS:
+        path = ROOT / "isa_lite" / (f"{name}.py" if name != "benchmarks" else "benchmarks/__main__.py")
+        assert f'main(["{name}", *sys.argv[1:]])' in path.read_text(encoding="utf-8")
+    done = python("-m", "isa_lite.client", "--help")
+    assert done.returncode == 0 and "python -m isa_lite client" in done.stdout
+
+
+def test_names_that_parsers_need_are_those_of_the_modules():
+    assert settings.MAPPING_NAMES == tuple(MAPPINGS)

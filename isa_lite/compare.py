@@ -1,7 +1,8 @@
 """ISA against every other method, over seeds: `python -m isa_lite compare --isa runs/long/0 runs/long/1 runs/long/2`.
 
 For each folder with a query encoder (notebook 02 with `-p steps 800` writes one into its out_dir): the benchmark of its seed,
-late fusion with weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, and the ceilings.
+late fusion with weights chosen on another benchmark, the one-word recipes trained on the same unlabeled images, each as it is
+and with the aids of ISA's encoder, and the ceilings.
 With `--symmetric`, symmetric ISA beside it: runs with `-p backbone vl` too, the large image tower on the query side.
 All but ISA do not depend on the query encoder: one file a seed keeps them, so that an interrupted comparison goes on where it
 was and a new query encoder is compared in seconds. At the end all seeds are in one file, for notebook 03. `--rivals 0 1` makes
@@ -32,11 +33,12 @@ from isa_lite.evaluate import (
     recall,
 )
 from isa_lite.fusion import FUSIONS, calibrated, choose_weight
-from isa_lite.inversion import lincir_like, optimize_words, pic2word_like, searle_like
+from isa_lite.inversion import Inversion, lincir_like, optimize_words, pic2word_like, searle_like
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.settings import CompareConfig
 from isa_lite.vl_model import VLModel
 
+AIDED = " with our aids"  # what the name of a one-word recipe ends with that was given those of the shipped query encoder
 CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of the reported one plus this
 
 
@@ -72,14 +74,20 @@ def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True)
     captions = [scenes.caption(scene, rng) for scene in world]
     fit = {"steps": config.steps, "batch_size": config.batch_size, "seed": seed, "progress": progress}
 
-    def searle():
+    start, noise = {"start_words": config.start_words}, {"word_noise": config.word_noise}
+    negatives = {"negatives": config.negatives}
+
+    def searle(words: Mapping, guess: Mapping) -> Inversion:
         some = unlabeled[: config.inverted]
-        return searle_like(vl, some, optimize_words(vl, some, seed=seed, progress=progress), **fit)
+        return searle_like(vl, some, optimize_words(vl, some, seed=seed, progress=progress, **words), **fit, **guess)
 
     trainings = {
         "Pic2Word-like": lambda: pic2word_like(vl, unlabeled, **fit),
-        "SEARLE-like": searle,
+        "SEARLE-like": lambda: searle({}, {}),
         "LinCIR-like": lambda: lincir_like(vl, captions, **fit),
+        f"Pic2Word-like{AIDED}": lambda: pic2word_like(vl, unlabeled, **fit, **start, **noise, **negatives),
+        f"SEARLE-like{AIDED}": lambda: searle(start | noise, start | negatives),
+        f"LinCIR-like{AIDED}": lambda: lincir_like(vl, captions, **fit, **start, **noise),
     }
     seconds = {}
     for name, train in trainings.items():

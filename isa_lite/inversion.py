@@ -9,6 +9,11 @@ they learn from:
 - `lincir_like`, after LinCIR (Gu et al., CVPR 2024). Texts: a caption's embedding must replace that caption's own key words.
 
 "Like" means: our own short version, with the differences named in the docstring; no figure of theirs is to be expected of it.
+
+With the defaults of its arguments each function is the recipe alone, with norm-matched words. The other aids of ISA's own encoder
+(`recipes`) it takes where it has a place for them: `start_words`, a text whose first word the pseudo-word is before training (all
+three); `word_noise`, noise on words on their way to the text tower (all three); `negatives`, images outside the batch (the two
+that contrast). The backbone's learned start has no place here: the large tower is the backbone. All aids are ours.
 """
 
 from __future__ import annotations
@@ -21,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
+from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
-from isa_lite.query_encoder import TEMPLATE, compose, prompt_ids, splice
+from isa_lite.query_encoder import TEMPLATE, compose, prompt_ids, splice, start_vectors
 from isa_lite.token_learner import ToWords
 from isa_lite.vl_model import VLModel, plain_attention
 
@@ -48,13 +54,21 @@ class Inversion(nn.Module):
         return compose(vl, self(images.to(device)).unsqueeze(1), modifiers, template)
 
 
-def _fresh(vl: VLModel, embeddings: Tensor, seed: int) -> Inversion:
+def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inversion:
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(
             f"at least two embeddings, N x E, are needed to contrast with one another, not {tuple(embeddings.shape)}"
         )
     torch.manual_seed(seed)
-    return Inversion(embeddings.shape[1], vl.word_width, vl.word_norm).to(vl.device)
+    mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
+    if start_words:
+        mapping.to_word.start_from(start_vectors(vl, start_words))
+    return mapping.to(vl.device)
+
+
+def _others(embeddings: Tensor, batch: Tensor, negatives: int, step: int, seed: int) -> Tensor:
+    """Rows of `embeddings` outside a batch of B indices, up to `negatives` x E, drawn from the seed and the step."""
+    return embeddings[torch.from_numpy(other_indices(len(embeddings), batch.numpy(), negatives, step, seed))]
 
 
 def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
@@ -66,7 +80,7 @@ def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
 def _fit(
     name: str,
     parameters: Sequence[Tensor],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor, int], Tensor],
     count: int,
     steps: int,
     batch_size: int,
@@ -74,19 +88,19 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> None:
-    """AdamW with a cosine schedule on `loss_of` the indices (B) of a batch, drawn epoch by epoch from `count` items."""
+    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by epoch) and the step."""
     if steps < 1 or batch_size < 2:
         raise ValueError(f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}")
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    for _ in trange(steps, desc=name, disable=not progress, mininterval=5):
+    for step in trange(steps, desc=name, disable=not progress, mininterval=5):
         if len(order) < min(batch_size, count):
             order = torch.randperm(count, generator=generator)
         batch, order = order[:batch_size], order[batch_size:]
         optimizer.zero_grad(set_to_none=True)
-        loss_of(batch).backward()
+        loss_of(batch, step).backward()
         optimizer.step()
         schedule.step()
 
@@ -99,6 +113,9 @@ def pic2word_like(
     lr: float = 1e-3,
     temperature: float = 0.05,
     template: str = TEMPLATE,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    negatives: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> Inversion:
@@ -106,14 +123,15 @@ def pic2word_like(
 
     The prompt with an image's word must be nearer to that image than to the batch's others, and the other way round.
     Differs from Pic2Word in: temperature (a constant, CLIP's learned one there), two hidden layers, norm-matched words,
-    rendered scenes for three million web images.
+    rendered scenes for three million web images. Aids, none of them Pic2Word's: start_words, word_noise, negatives.
     """
-    mapping = _fresh(vl, images, seed)
+    mapping = _fresh(vl, images, seed, start_words)
 
-    def loss_of(batch: Tensor) -> Tensor:
+    def loss_of(batch: Tensor, step: int) -> Tensor:
         image = images[batch].to(vl.device)
         with plain_attention(vl.device):
-            return gcd_loss(_prompt(vl, mapping(image), template), image, temperature)
+            query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
+            return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
 
     _fit("Pic2Word-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
     return mapping.eval()
@@ -126,6 +144,8 @@ def optimize_words(
     lr: float = 0.05,
     gravity: float = 0.1,
     template: str = TEMPLATE,
+    start_words: str = "",
+    word_noise: float = 0.0,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
@@ -134,21 +154,25 @@ def optimize_words(
 
     The loss is one minus the cosine of prompt and image; a word has the length of real words. `gravity` weighs one minus the
     cosine of the word with the nearest real word, which keeps it among words that the text tower knows. Ours, for SEARLE's
-    pull towards phrases that GPT wrote.
+    pull towards phrases that GPT wrote. Aids, neither of them SEARLE's: all words start from the first of start_words instead of
+    from random directions, and each step reads them with word_noise (`distill.blur`), drawn batch by batch.
     """
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()
     known = F.normalize(table[table.norm(dim=1) > 0].float(), dim=-1)  # W x D
     torch.manual_seed(seed)
     start = F.normalize(torch.randn(len(images), vl.word_width), dim=-1)
+    if start_words:
+        start = F.normalize(start_vectors(vl, start_words)[:1], dim=-1).repeat(len(images), 1)
     found = []
     for s in trange(0, len(images), batch_size, desc="words for images", disable=not progress, mininterval=5):
         target = images[s : s + batch_size].to(vl.device)
         free = start[s : s + batch_size].to(vl.device).requires_grad_(True)
         optimizer = torch.optim.Adam([free], lr=lr)
-        for _ in range(steps):
+        for step in range(steps):
             words = F.normalize(free, dim=-1)  # B x D
+            read = blur(words, word_noise, step * len(images) + s, seed) * vl.word_norm
             with plain_attention(vl.device):
-                far = 1 - (_prompt(vl, words * vl.word_norm, template) * target).sum(-1)  # B
+                far = 1 - (_prompt(vl, read, template) * target).sum(-1)  # B
             unlike = 1 - (words @ known.T).amax(-1)  # B
             optimizer.zero_grad(set_to_none=True)
             (far + gravity * unlike).sum().backward()  # a sum: no image's word depends on what else is in its batch
@@ -165,6 +189,9 @@ def searle_like(
     batch_size: int = 128,
     lr: float = 1e-3,
     temperature: float = 0.25,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    negatives: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> Inversion:
@@ -172,16 +199,22 @@ def searle_like(
 
     images: N x E, words: N x D (made with `optimize_words` where not given). The guess must be nearer, by cosine, to its
     own image's word than to the others of the batch, and the other way round. Differs from SEARLE in: the pull is towards
-    words instead of GPT's phrases, in `optimize_words` alone; norm-matched words; no dropout.
+    words instead of GPT's phrases, in `optimize_words` alone; norm-matched words; no dropout. Aids, none of them SEARLE's:
+    start_words (of the words and of the mapping), word_noise (of the words, which alone are read by the text tower), negatives
+    (other images' words).
     """
-    mapping = _fresh(vl, images, seed)
-    words = optimize_words(vl, images, seed=seed, progress=progress) if words is None else words
+    mapping = _fresh(vl, images, seed, start_words)
+    if words is None:
+        words = optimize_words(vl, images, start_words=start_words, word_noise=word_noise, seed=seed, progress=progress)
     if len(words) != len(images):
         raise ValueError(f"{len(images)} images but {len(words)} words")
 
-    def loss_of(batch: Tensor) -> Tensor:
-        guess, word = (F.normalize(x, dim=-1) for x in (mapping(images[batch].to(vl.device)), words[batch].to(vl.device)))
-        return gcd_loss(guess, word, temperature)
+    def loss_of(batch: Tensor, step: int) -> Tensor:
+        others = _others(words, batch, negatives, step, seed)
+        guess, word, others = (
+            F.normalize(x.to(vl.device), dim=-1) for x in (mapping(images[batch].to(vl.device)), words[batch], others)
+        )
+        return gcd_loss(guess, word, temperature, others)
 
     _fit("SEARLE-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
     return mapping.eval()
@@ -211,6 +244,8 @@ def lincir_like(
     batch_size: int = 128,
     lr: float = 1e-3,
     noise: float = 0.5,
+    start_words: str = "",
+    word_noise: float = 0.0,
     seed: int = 0,
     progress: bool = True,
 ) -> Inversion:
@@ -220,9 +255,10 @@ def lincir_like(
     text tower must give the embedding of the whole caption. The noise (normal, its length up to `noise` times the
     embedding's, drawn evenly) bridges the gap between text and image embeddings. Differs from LinCIR in: key words are all but
     a list of function words, there nouns and adjectives; the loss is one minus the cosine, there the squared error.
+    Aids, neither of them LinCIR's: start_words, and word_noise on the word itself. Its loss contrasts nothing, so no negatives.
     """
     embedded = vl.encode_text(captions)
-    mapping = _fresh(vl, embedded, seed)
+    mapping = _fresh(vl, embedded, seed, start_words)
     start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
     prompts = [keyword_prompt(vl, caption) for caption in captions]
     without = next((c for c, (_, marks) in zip(captions, prompts, strict=True) if not any(marks)), None)
@@ -236,13 +272,14 @@ def lincir_like(
         places[row, 1 : len(tokens) + 1] = torch.tensor(marks)
     generator = torch.Generator().manual_seed(seed + 1)
 
-    def loss_of(batch: Tensor) -> Tensor:
+    def loss_of(batch: Tensor, step: int) -> Tensor:
         latent = embedded[batch]
         size = noise * torch.rand(len(batch), 1, generator=generator)
         latent = latent + size * torch.randn(latent.shape, generator=generator) / float(np.sqrt(latent.shape[1]))
         rows = vl.cut(ids[batch].to(vl.device))
         marks = places[batch, : rows.shape[1]].to(vl.device)
-        words = mapping(latent.to(vl.device)).repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
+        words = blur(mapping(latent.to(vl.device)), word_noise, step, seed)
+        words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
         vectors = splice(vl, words, rows, marks)
         with plain_attention(vl.device):
             return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()

@@ -91,10 +91,7 @@ class QueryEncoder(nn.Module):
         config = QueryEncoderConfig(word_width=vl.word_width, word_norm=vl.word_norm, vl_model=vl.fingerprint, **settings)
         encoder = cls(config, vl)
         if config.start_words:
-            words = vl.word_vectors(torch.tensor(vl.words.ids(config.start_words), device=vl.device)).detach().float().cpu()
-            if unknown := int((words.norm(dim=1) == 0).sum()):
-                raise ValueError(f"start_words: {vl.name} has never seen {unknown} of the tokens of {config.start_words!r}")
-            encoder.mapping.to_word.start_from(words)
+            encoder.mapping.to_word.start_from(start_vectors(vl, config.start_words))
         return encoder
 
     def forward(self, pixels: Tensor, reads: bool = False) -> Sentence:
@@ -149,6 +146,14 @@ class QueryEncoder(nn.Module):
         except (RuntimeError, SafetensorError) as error:  # of other shapes, or a file that is cut off
             raise ValueError(f"the weights in {folder} do not fit its query_encoder.json: {error}") from error
         return encoder.eval()
+
+
+def start_vectors(vl: VLModel, start_words: str) -> Tensor:
+    """The word vectors of a text, N x D, on the CPU. Raises ValueError where `vl` has never seen one of its tokens."""
+    words = vl.word_vectors(torch.tensor(vl.words.ids(start_words), device=vl.device)).detach().float().cpu()
+    if unknown := int((words.norm(dim=1) == 0).sum()):
+        raise ValueError(f"start_words: {vl.name} has never seen {unknown} of the tokens of {start_words!r}")
+    return words
 
 
 # ------------------------------------------------------------------------------------------ composition

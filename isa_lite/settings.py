@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isa_lite.parameters import check_whole
+from isa_lite.recipes import RECIPES
 
 _HERE = Path(__file__).resolve().parent
 #: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
@@ -230,7 +231,10 @@ class FolderConfig(PretrainConfig):
 
 @dataclass
 class CompareConfig:
-    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's; every run must have them."""
+    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's; every run must have them.
+
+    start_words, word_noise, negatives: the shipped query encoder's aids; each one-word recipe is trained once more with them.
+    """
 
     num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
     inverted: int = 1000  # of these images, those for which SEARLE-like first optimises a word
@@ -240,6 +244,9 @@ class CompareConfig:
     gallery: int = 5000
     chosen_queries: int = 500
     chosen_gallery: int = 2000
+    start_words: str = RECIPES["default"].start_words
+    word_noise: float = RECIPES["default"].word_noise
+    negatives: int = RECIPES["default"].negatives
 
 
 @dataclass

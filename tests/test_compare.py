@@ -26,7 +26,7 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     symmetric = QueryEncoder.for_model(vl, backbone="vl", num_tokens=2)
     found = compare.rivals(vl, 7, TINY, progress=False)
-    trained = {"Pic2Word-like", "SEARLE-like", "LinCIR-like"}
+    trained = {f"{name}{aids}" for name in ("Pic2Word-like", "SEARLE-like", "LinCIR-like") for aids in ("", compare.AIDED)}
     assert set(found["methods"]) == {"BASIC-like", *UNTRAINED, *FUSIONS, *trained}
     assert set(found["training_seconds"]) == trained and set(found["weights"]) == set(FUSIONS)
     bench = make_benchmark(20, 100, 7)
@@ -40,6 +40,27 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     ):
         expected = recall(benchmark_ranks(bench, queries, gallery), 10)
         assert measured[name]["R@10"] == pytest.approx(expected, abs=0.01)
+
+
+def test_a_one_word_recipe_is_trained_as_it_is_and_with_the_aids_it_has_a_place_for(monkeypatch):
+    given = {}
+
+    def training(name, original):
+        def train(*args, **settings):
+            given.setdefault(name, []).append(
+                {n: settings.get(n) for n in ("start_words", "word_noise", "negatives") if n in settings}
+            )
+            return original(*args, **settings)
+
+        monkeypatch.setattr(compare, name, train)
+
+    for name in ("pic2word_like", "searle_like", "optimize_words", "lincir_like"):
+        training(name, getattr(compare, name))
+    compare.rivals(load_vl_model(), 7, TINY, progress=False)
+    start, noise, negatives = ({n: getattr(TINY, n)} for n in ("start_words", "word_noise", "negatives"))
+    assert all(value for aid in (start, noise, negatives) for value in aid.values())
+    assert given["pic2word_like"] == [{}, start | noise | negatives] and given["lincir_like"] == [{}, start | noise]
+    assert given["optimize_words"] == [{}, start | noise] and given["searle_like"] == [{}, start | negatives]
 
 
 @pytest.fixture

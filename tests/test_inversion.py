@@ -36,6 +36,50 @@ def test_pic2word_like_learns_to_name_images_and_leaves_the_model_alone(vl, imag
     assert vl.fingerprint == before
 
 
+START = "large red circle"
+
+
+def test_a_word_starts_as_the_first_of_the_start_words(vl, images):
+    large = vl.word_vectors(torch.tensor(vl.words.ids("large"))).detach()[0]
+    made = {
+        "Pic2Word-like": pic2word_like(vl, images, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False)(images),
+        "SEARLE-like": searle_like(
+            vl, images, torch.randn(64, vl.word_width), steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False
+        )(images),
+        "LinCIR-like": lincir_like(vl, CAPTIONS, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False)(images),
+        "optimised": optimize_words(vl, images[:4], steps=1, lr=1e-9, start_words=START, progress=False),
+    }
+    for name, words in made.items():
+        assert torch.nn.functional.cosine_similarity(words, large, dim=1).min() > 0.9, name
+    with pytest.raises(ValueError, match="start_words"):
+        pic2word_like(vl, images, steps=1, start_words="red zebra", progress=False)
+
+
+@pytest.mark.parametrize("aid", [{"word_noise": 0.0, "negatives": 0}, {"word_noise": 1.0}, {"negatives": 40}])
+def test_an_aid_changes_what_is_learned_and_zero_leaves_it_out(vl, images, aid):
+    fit = {"steps": 2, "batch_size": 8, "progress": False}
+    words = torch.randn(64, vl.word_width, generator=torch.Generator().manual_seed(0))
+    learned = {
+        "Pic2Word-like": lambda **aids: pic2word_like(vl, images, **fit, **aids).to_word.direction.weight,
+        "SEARLE-like": lambda **aids: searle_like(vl, images, words, **fit, **aids).to_word.direction.weight,
+        "LinCIR-like": lambda **aids: lincir_like(vl, CAPTIONS, **fit, **aids).to_word.direction.weight,
+        "optimised": lambda **aids: optimize_words(vl, images[:4], steps=2, progress=False, **aids),
+    }
+    places = {"SEARLE-like": ("negatives",), "LinCIR-like": ("word_noise",), "optimised": ("word_noise",)}
+    for name, learn in learned.items():
+        given = {n: value for n, value in aid.items() if n in places.get(name, aid)}
+        if given:
+            assert torch.equal(learn(), learn(**given)) == (not any(given.values())), name
+
+
+def test_further_negatives_are_other_images_than_the_batchs(images):
+    rows = images.new_tensor(range(64))[:, None]
+    batch = torch.tensor([3, 60, 7])
+    found = inversion._others(rows, batch, 50, 0, 0).flatten().tolist()
+    assert len(set(found)) == 50 and not set(found) & {3, 60, 7}
+    assert len(inversion._others(rows, batch, 1000, 0, 0)) == 61 and len(inversion._others(rows, batch, 0, 0, 0)) == 0
+
+
 def test_a_seed_gives_a_mapping(vl, images):
     a, b, c = (pic2word_like(vl, images, steps=3, batch_size=8, seed=s, progress=False).state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)

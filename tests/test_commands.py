@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,3 +128,12 @@ def test_the_old_names_still_work(tmp_path):
 
 def test_names_that_parsers_need_are_those_of_the_modules():
     assert settings.MAPPING_NAMES == tuple(MAPPINGS)
+
+
+def test_texts_name_the_commands_as_they_are_called():
+    """Where a card tells how a file was made, it keeps the name of that day."""
+    files = [ROOT / "README.md", *(ROOT / "isa_lite").rglob("*.py"), *(ROOT / "notebooks").rglob("*.ipynb")]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"python -m isa_lite\.\w", text), path
+        assert {found for found in re.findall(r"-m isa_lite (\w+)", text)} <= {*COMMANDS, "NAME", "COMMAND", "lists"}, path

@@ -14,7 +14,7 @@ from isa_lite.vl_model import VLModel
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 
-#: One model of each family, those with small text towers; the whole list is `python -m isa_lite.parity`.
+#: One model of each family, those with small text towers; the whole list is `python -m isa_lite parity`.
 MODELS = ["ViT-S-32", "MobileCLIP-B", "MobileCLIP2-S0", "EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "coca_ViT-B-32"]
 MODELS += ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "coca_roberta-ViT-B-32"]
 MODELS += ["roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32", "nllb-clip-base"]

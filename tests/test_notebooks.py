@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbval.plugin import get_sanitize_patterns
 from PIL import Image
 
 from isa_lite.gallery import Gallery
@@ -22,6 +24,7 @@ from isa_lite.vl_model import load_vl_model
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHORT = [path.stem for path in NOTEBOOKS if path.name[:2] not in ("02", "05")]  # the others train for minutes
 
 
 def papermill(name: str | Path, folder: Path, fails: bool = False, **parameters) -> str:
@@ -160,10 +163,56 @@ def test_a_bad_parameter_stops_papermill_with_its_name(tmp_path, path):
     assert "unknown parameter 'sede'" in said and "'seed'" in said
 
 
+def measured(text: str) -> bool:
+    """Whether nbval would leave out something of this text."""
+    first = get_sanitize_patterns((ROOT / "notebooks" / "nbval.cfg").read_text(encoding="utf-8"))[0][0]
+    return bool(re.search(first, text))
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_is_not_compared_is_asserted(name):
+    """A number that was measured, or a cell that is not compared at all, has an assertion: there or, for a table, in the next."""
+    code = [cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    for cell, following in zip(code, [*code[1:], code[-1]], strict=True):
+        shown = [o.get("text", "") for o in cell.outputs] + [o.data.get("text/plain", "") for o in cell.outputs if "data" in o]
+        stored = '/ "results" /' in cell.source  # read from a file: the same everywhere
+        if "NBVAL_IGNORE_OUTPUT" in cell.source or (measured("\n".join(shown)) and not stored):
+            assert re.search(r"\bassert |\bclaim\(", cell.source + following.source), cell.source
+        marked = [line for line in cell.source.splitlines() if "NBVAL" in line]
+        assert marked in ([], ["# NBVAL_IGNORE_OUTPUT"]), "a marker is a whole line"
+
+
+def test_two_outputs_are_alike_where_they_differ_in_what_was_measured_alone():
+    def compared(text: str) -> str:
+        for pattern, instead in get_sanitize_patterns((ROOT / "notebooks" / "nbval.cfg").read_text(encoding="utf-8")):
+            text = re.sub(pattern, instead, text)
+        return text
+
+    assert compared("files, 8 bits   90.0   99.8") == compared("files, 8 bits    100.0  99.7")
+    assert compared("R@1 86.7 [85.6, 87.8], 98%, -1.5e-05") == compared("R@1 9.7 [-0.6, 7.8], 7.5%, 2.0")
+    for one, other in (
+        ("(500, 20, 192)", "(500, 21, 192)"),
+        ("90.0", "nan"),
+        ("holds: a", "DOES NOT HOLD: a"),
+        ("R@1 5.0", "R@5 5.0"),
+    ):
+        assert compared(one) != compared(other)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["00_start_here", "01_token_learner", "03_retrieval", "04_attention", "06_benchmarks", "07_deploy"]
-)
+def test_nbval_compares_so_wherever_it_is_started(tmp_path):
+    for name in ("conftest.py", "nbval.cfg"):
+        shutil.copy(ROOT / "notebooks" / name, tmp_path)
+    for name, source, stored in (("good", "print('R@1', 90.4, (2, 3))", "R@1 90.0 (2, 3)"), ("bad", "print((2, 3))", "(2, 4)")):
+        cell = new_code_cell(source, outputs=[new_output("stream", name="stdout", text=stored + "\n")], execution_count=1)
+        nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
+    done = subprocess.run([*command, "good.ipynb", "bad.ipynb"], cwd=tmp_path, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in done.stdout and "FAILED bad.ipynb" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
 def test_a_short_notebook_gives_what_it_shows(name):
     command = [
         sys.executable,

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -125,36 +126,89 @@ def _optimizer_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.
 
 
 def save_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, info: Mapping) -> None:
-    """Modules by name, their optimizer's moments, and `info` (the step, the settings, the history so far)."""
+    """Modules by name, their optimizer's moments, and `info` (the identity, the step, the history so far)."""
     import torch
 
     tensors = {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
     tensors |= {key: torch.as_tensor(optimizer.state[p][slot]) for key, p, slot in _optimizer_tensors(modules, optimizer)}
-    write_tensors(path, tensors, info)
+    write_tensors(path, tensors, {"threads": torch.get_num_threads()} | dict(info))
 
 
-def resume_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, identity: Mapping) -> dict | None:
-    """`load_run`, if there is a run in `path`; its `info` must hold `identity`, by which runs are told apart.
+def resume_run(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, identity: Mapping, steps: int
+) -> dict | None:
+    """Put back what `save_run` wrote; returns its `info`, or None where there is no run.
 
-    Raises ValueError, before anything is loaded, that names what is different; returns None where there is no run.
+    Its `info` must hold `identity`, by which runs are told apart, and a "step" of at most `steps`. Raises ValueError, before
+    anything is loaded, that names each setting that is different, with both values, or the file, where it is damaged. Warns where
+    the threads of this process are not as many as the run had.
     """
-    if not path.is_file():
+    import torch
+
+    if not path.exists():
         return None
-    found, wanted = read_info(path)["identity"], json.loads(json.dumps(identity))  # tuples come back as lists
-    if found != wanted:
-        changed = [k for k in wanted if found.get(k) != wanted[k]]
-        raise ValueError(f"{path} belongs to another run (different {', '.join(changed)}); delete it or choose another file")
-    return load_run(path, modules, optimizer)
-
-
-def load_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict:
-    """Put back what `save_run` wrote; returns its `info`."""
     tensors, info = read_tensors(path)
+    found, wanted = info.get("identity"), json.loads(json.dumps(identity))  # tuples come back as lists
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no state of a run; choose another file")
+    if changed := list(_differences(found, wanted)):
+        raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); delete it or choose another file")
+    if type(info.get("step")) is not int or not 0 <= info["step"] <= steps:
+        raise damaged(path, f"its step is {info.get('step')!r}")
+    state, moments = _sorted_out(path, tensors, modules)
     for name, module in modules.items():
-        module.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+        module.load_state_dict(state[name])
+    for parameter, slots in moments.items():
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
+    if (threads := info.get("threads")) != torch.get_num_threads():
+        now = torch.get_num_threads()
+        warnings.warn(
+            f"{path} was made with {threads} threads, and this process has {now} (OMP_NUM_THREADS sets them): the result will "
+            "differ a little from that of a run that was never interrupted",
+            stacklevel=3,
+        )
+    return info
+
+
+def damaged(path: Path, why: str) -> ValueError:
+    """The error for a state that is not whole."""
+    return ValueError(f"{path} is damaged: {why}; delete it, and the run starts anew")
+
+
+def _differences(found: object, wanted: object, name: str = "") -> Iterable[str]:
+    """Where two sets of settings differ, as "name: theirs there, ours here"."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in dict.fromkeys((*wanted, *found)):
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield f"{name}: {_short(found)} there, {_short(wanted)} here"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sorted_out(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> tuple[dict, dict]:
+    """The tensors of a state, by module and by parameter. Raises ValueError, naming the file, for one that does not fit."""
+    left, state, moments = dict(tensors), {}, {}
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise damaged(path, f"{key} holds values that are no numbers")
+    for name, module in modules.items():
+        own = module.state_dict()
+        state[name] = {key: left.pop(f"{name}.{key}", None) for key in own}
+        for key, value in own.items():
+            found = state[name][key]
+            if found is None or found.shape != value.shape or found.dtype != value.dtype:
+                raise damaged(path, f"{name}.{key} is missing, or of another shape or type")
         for key, parameter in module.named_parameters():
             prefix = f"optimizer.{name}.{key}."
-            slots = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            slots = {k.removeprefix(prefix): left.pop(k) for k in tensors if k.startswith(prefix)}
+            if any(value.shape not in (parameter.shape, ()) for value in slots.values()):
+                raise damaged(path, f"the moments of {name}.{key} are of another shape")
             if slots:
-                optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
-    return info
+                moments[parameter] = slots
+    if left:
+        raise damaged(path, f"nobody knows its {next(iter(left))}")
+    return state, moments

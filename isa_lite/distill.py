@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite import ranks
-from isa_lite.checkpoint import resume_run, save_run
+from isa_lite.checkpoint import damaged, resume_run, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
 from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.runs import MINUTES, Keeper
 from isa_lite.settings import DistillConfig
 from isa_lite.targets import targets
 from isa_lite.vl_model import VLModel, plain_attention
@@ -45,9 +47,32 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarr
     """The images of one step: a new permutation every epoch, a function of the seed and the step alone."""
     batch_size = min(batch_size, count)
     per_epoch = count // batch_size
-    order = np.random.default_rng((seed, 3, step // per_epoch)).permutation(count)
     place = step % per_epoch * batch_size
-    return order[place : place + batch_size]
+    return _order(count, step // per_epoch, seed)[place : place + batch_size].copy()
+
+
+@lru_cache(maxsize=2)  # two epochs, since workers are ahead of the training
+def _order(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, 3, epoch)).permutation(count)
+
+
+class Batches(Sequence):
+    """This process's images of every step from `start` to `stop`, drawn when they are asked for: b of `rows` each.
+
+    in_order: each batch sorted.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, start: int, stop: int, in_order: bool = False):
+        self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, range(start, stop)
+        self.in_order = in_order
+        self.place = ranks.rank(), ranks.count()  # a worker process would not know them
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        chosen = self.rows[batch_indices(len(self.rows), self.batch_size, self.steps[i], self.seed)]
+        return ranks.part(np.sort(chosen) if self.in_order else chosen, *self.place)
 
 
 def other_indices(count: int, batch: np.ndarray, negatives: int, step: int, seed: int) -> np.ndarray:
@@ -126,14 +151,15 @@ def distill(
     config: DistillConfig,
     cache: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_minutes: float = MINUTES,
     progress: bool = True,
 ) -> History:
     """Train `encoder` in place, on `images` alone, against the frozen `vl`.
 
     images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the targets.
-    checkpoint: a file of this run's state; if it exists, the run goes on from there (ValueError if it belongs to
-    other settings or images). Returns the history of losses and validation recall.
+    checkpoint: a file of this run's state, written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C, which
+    then is KeyboardInterrupt. If it exists, the run goes on from there (ValueError if it belongs to other settings or images,
+    is damaged, or in use by another process). Returns the history of losses and validation recall.
 
     Several processes (`ranks`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
     are the same files for all. Raises ValueError where they cannot share a batch evenly.
@@ -147,6 +173,20 @@ def distill(
         raise ValueError(f"batch_size {config.batch_size}{cut} is not a multiple of {ranks.count()}, the number of processes")
     if config.lar_weight > 0:
         vl.check_lar()
+    with Keeper(checkpoint, checkpoint_minutes) as keeper:
+        return _distill(images, vl, encoder, config, cache, keeper, progress)
+
+
+def _distill(
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: DistillConfig,
+    cache: str | Path | None,
+    keeper: Keeper,
+    progress: bool,
+) -> History:
+    """`distill`, whose arguments have been checked."""
     device, began = torch.device(config.device), time.perf_counter()
     vl.to(device), encoder.to(device, memory_format=torch.channels_last)
     known = targets(images, vl, config.lar_weight > 0, cache, config.num_workers)
@@ -161,11 +201,10 @@ def distill(
     history, start = History(), 0
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
-    checkpoint = Path(checkpoint) if checkpoint else None
-    if checkpoint and (info := resume_run(checkpoint, {"encoder": encoder}, optimizer, identity)):
-        start, history = info["step"], History(**info["history"])
-        history.recall = [tuple(point) for point in history.recall]
-    ranks.same(start, f"the step that they go on from, by what they see of {checkpoint}")
+    steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
+    if keeper.path and (info := resume_run(keeper.path, {"encoder": encoder}, optimizer, identity, steps)):
+        start, history = info["step"], _history(keeper.path, info)
+    ranks.same(start, f"the step that they go on from, by what they see of {keeper.path}")
     ranks.agree(encoder.state_dict().values())
     began -= history.seconds
 
@@ -176,24 +215,25 @@ def distill(
         history.seconds = time.perf_counter() - began
         if ranks.rank() == 0:
             save_run(
-                checkpoint, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
+                keeper.path, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
             )
 
     half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
-    steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
-    batches = [batch_indices(len(train), config.batch_size, step, config.seed) for step in range(start, steps)]  # of `train`
-    chosen = [ranks.part(train[batch]) for batch in batches]  # b of B images, or all of them where there is one process
+    if start < steps:
+        keeper.begin(save, start)
+    chosen = Batches(train, config.batch_size, config.seed, start, steps)
     bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
     loader = batch_loader(images, chosen, encoder.pixels, config.num_workers)
     bar = tqdm(
-        zip(batches, chosen, loader, strict=True),
+        zip(chosen, loader, strict=True),
         total=steps,
         initial=start,
         desc="distillation",
         mininterval=2,
         disable=not progress or ranks.rank() > 0,
     )
-    for step, (batch, rows, pixels) in enumerate(bar, start):
+    for step, (rows, pixels) in enumerate(bar, start):  # b of B images, or all of them where there is one process
+        batch = batch_indices(len(train), config.batch_size, step, config.seed)  # B, of `train`
         encoder.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -220,16 +260,13 @@ def distill(
         ranks.add_gradients(encoder)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
+        ranks.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
         history.gcd.append(gcd.item())
         validate = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
-        keep = checkpoint and ((step + 1) % checkpoint_every == 0 or step + 1 == config.steps)
-        if validate or keep:
-            ranks.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
         if validate:
             history.recall.append((step + 1, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
             bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
-        if keep:
-            save(step + 1)
+        keeper.after(step + 1, last=step + 1 == steps)
     if not steps:
         history.recall = [(0, own_image_recall(images, held_back, known.embeddings, vl, encoder, config))]
     history.seconds = time.perf_counter() - began
@@ -237,14 +274,31 @@ def distill(
     return history
 
 
+def _history(path: Path, info: dict) -> History:
+    """The history in the state of a run. Raises ValueError, naming the file, for a damaged one."""
+    try:
+        history = History(**info["history"])
+        history.recall = [(int(step), float(share)) for step, share in history.recall]
+        numbers = [history.seconds, *history.gcd, *history.lar, *history.matched]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"its history is none ({error})") from error
+    if len(history.gcd) != info["step"] or not all(isinstance(number, (int, float)) for number in numbers):
+        raise damaged(path, "its history is not that of its steps")
+    return history
+
+
 def own_image_recall(
     images: Images, rows: np.ndarray, known: np.ndarray, vl: VLModel, encoder: QueryEncoder, config: DistillConfig
 ) -> float:
     """Recall@1 in percent: does the sentence of a held-back image find that image among all held-back ones?"""
-    picked = images[rows] if isinstance(images, np.ndarray) else [images[int(i)] for i in rows]
+    chunks = [rows[s : s + 128] for s in range(0, len(rows), 128)]
+    was_training = encoder.training
+    encoder.eval()
     with torch.inference_mode():
-        tokens = encoder.sentences(picked).tokens.to(vl.device)
+        loader = batch_loader(images, chunks, encoder.pixels, config.num_workers)  # pictures of any size come and go
+        tokens = torch.cat([encoder(pixels).tokens for pixels in loader]).to(vl.device)
         found = torch.cat([sentence_embeddings(vl, part, config.template)[0] for part in tokens.split(256)])
+    encoder.train(was_training)
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())
 

@@ -179,9 +179,10 @@ class _Batches(Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         chosen = self.batches[i]
-        return self.to_pixels(
-            self.images[chosen] if isinstance(self.images, np.ndarray) else [self.images[int(j)] for j in chosen]
-        )
+        if isinstance(self.images, np.ndarray):
+            return self.to_pixels(self.images[chosen])
+        # One after the other: a hundred photographs at their full size would take gigabytes.
+        return torch.cat([self.to_pixels([self.images[int(j)]]) for j in chosen])
 
 
 def batch_loader(images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0) -> DataLoader:

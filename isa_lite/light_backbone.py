@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import resume_run, save_run
-from isa_lite.distill import batch_indices, learning_rate
+from isa_lite.checkpoint import damaged, resume_run, save_run
+from isa_lite.distill import Batches, learning_rate
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.runs import MINUTES, Keeper
 from isa_lite.settings import BackboneConfig
 from isa_lite.targets import targets
 from isa_lite.vl_model import VLModel
@@ -48,12 +49,20 @@ def learn_features(
     config: BackboneConfig,
     cache: Path,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
+    checkpoint_minutes: float = MINUTES,
 ) -> tuple[float, float]:
     """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
 
-    Raises ValueError for a checkpoint of another run.
+    checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises ValueError for one of another
+    run, a damaged one, and one that another process works on.
     """
+    with Keeper(checkpoint, checkpoint_minutes) as keeper:
+        return _learn_features(images, vl, encoder, config, cache, keeper)
+
+
+def _learn_features(
+    images: Images, vl: VLModel, encoder: QueryEncoder, config: BackboneConfig, cache: Path, keeper: Keeper
+) -> tuple[float, float]:
     known = targets(images, vl, True, cache, config.num_workers).patches  # N x P x C, float16
     some = torch.from_numpy(known[:4000].astype(np.float32))
     mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3  # C each; a channel that never moves is not divided by nothing
@@ -68,11 +77,20 @@ def learn_features(
 
     identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
     start, losses, seconds = 0, [], 0.0
-    if checkpoint and (info := resume_run(checkpoint, modules, optimizer, identity)):
-        start, losses, seconds = info["step"], info["losses"], info["seconds"]
+    if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity, config.steps)):
+        start, losses, seconds = info["step"], info.get("losses"), info.get("seconds")
+        numbers = [seconds, *losses] if isinstance(losses, list) and len(losses) == start else [None]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise damaged(keeper.path, "its losses or seconds are not those of its steps")
     began = time.perf_counter() - seconds
 
-    batches = [np.sort(batch_indices(len(images), config.batch_size, step, config.seed)) for step in range(start, config.steps)]
+    def save(step: int) -> None:
+        state = {"identity": identity, "step": step, "losses": losses, "seconds": time.perf_counter() - began}
+        save_run(keeper.path, modules, optimizer, state)
+
+    if start < config.steps:
+        keeper.begin(save, start)
+    batches = Batches(np.arange(len(images)), config.batch_size, config.seed, start, config.steps, in_order=True)
     loader = batch_loader(images, batches, encoder.pixels, config.num_workers)
     bar = tqdm(zip(batches, loader, strict=True), total=config.steps, initial=start, desc="light backbone", mininterval=2)
     for step, (rows, pixels) in enumerate(bar, start):
@@ -85,14 +103,11 @@ def learn_features(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
+        if (step + 1) % 100 == 0:
             bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
-            seconds = time.perf_counter() - began
-            state = {"identity": identity, "step": step + 1, "losses": losses, "seconds": seconds}
-            if checkpoint:
-                save_run(checkpoint, modules, optimizer, state)
+        keeper.after(step + 1, last=step + 1 == config.steps)
     encoder.backbone.eval()
-    return float(np.mean(losses[-100:])), seconds
+    return float(np.mean(losses[-100:])), time.perf_counter() - began
 
 
 if __name__ == "__main__":  # the old name of `python -m isa_lite light_backbone`

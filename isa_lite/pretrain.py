@@ -32,13 +32,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite import scenes
-from isa_lite.checkpoint import load_run, read_info, save_run, write_tensors, write_text
+from isa_lite.checkpoint import damaged, resume_run, save_run, write_tensors, write_text
 from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.parameters import command_line
+from isa_lite.runs import MINUTES, Keeper
 from isa_lite.settings import PretrainConfig
 from isa_lite.vl_model import VLModel, commit, machine, plain_attention
 
-CHECKPOINT_EVERY = 250  # steps
 POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
 PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -208,30 +208,34 @@ def _train(
     config: PretrainConfig,
     checkpoint: Path | None,
     log: Callable[[str], None],
+    checkpoint_minutes: float,
 ) -> float:
     """The loop of both trainings: `loss_of` a batch gives the loss and the share of right answers. Returns the seconds it took.
 
-    Progress is saved in `checkpoint` and resumed from there. Raises ValueError for a checkpoint of other settings.
+    Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for one of other settings.
     """
     optimizer, start, before, began = _optimizer(modules, config), 0, 0.0, time.time()
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
     settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
-    if checkpoint and checkpoint.is_file():
-        info = read_info(checkpoint)
-        changed = [k for k, v in settings.items() if info["config"].get(k) != v]
-        if changed:
-            raise ValueError(f"{checkpoint} belongs to a run with another {', '.join(changed)}; delete it or name another --run")
-        load_run(checkpoint, modules, optimizer)
-        start, before = info["step"], info["seconds"]
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-    for step, batch in zip(bar, _stream(source(purpose, start, steps), config.num_workers), strict=True):
-        loss, right = loss_of(batch)
-        _step(loss, optimizer, _lr(step, steps, config))
-        if (step + 1) % 100 == 0:
-            log(f"{name}, step {step + 1}: loss {loss.item():.3f}, right {100 * right:.0f}%")
-        if checkpoint and ((step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps):
-            info = {"step": step + 1, "seconds": before + time.time() - began, "config": settings}
-            save_run(checkpoint, modules, optimizer, info)
+
+    def save(step: int) -> None:
+        info = {"identity": settings, "step": step, "seconds": before + time.time() - began}
+        save_run(keeper.path, modules, optimizer, info)
+
+    with Keeper(checkpoint, checkpoint_minutes) as keeper:
+        if keeper.path and (info := resume_run(keeper.path, modules, optimizer, settings, steps)):
+            start, before = info["step"], info.get("seconds")
+            if not isinstance(before, (int, float)):
+                raise damaged(keeper.path, "its seconds are no number")
+        if start < steps:
+            keeper.begin(save, start)
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+        for step, batch in zip(bar, _stream(source(purpose, start, steps), config.num_workers), strict=True):
+            loss, right = loss_of(batch)
+            _step(loss, optimizer, _lr(step, steps, config))
+            if (step + 1) % 100 == 0:
+                log(f"{name}, step {step + 1}: loss {loss.item():.3f}, right {100 * right:.0f}%")
+            keeper.after(step + 1, last=step + 1 == steps)
     return before + time.time() - began
 
 
@@ -245,6 +249,7 @@ def train_towers(
     log: Callable[[str], None] = tqdm.write,
     source: Source | None = None,
     texts: Sequence[str] | None = None,
+    checkpoint_minutes: float = MINUTES,
 ) -> tuple[VLModel, float]:
     """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is saved there and resumed.
 
@@ -269,7 +274,7 @@ def train_towers(
         right = ((text @ image.T).argmax(1) == owner).float().mean()  # captions nearest to their own image
         return contrastive_loss(image, text, owner, scale.exp()), right
 
-    seconds = _train("towers", modules, loss_of, source, 1, config.steps, config, checkpoint, log)
+    seconds = _train("towers", modules, loss_of, source, 1, config.steps, config, checkpoint, log, checkpoint_minutes)
     modules["table"].store(vl)
     return vl.eval().requires_grad_(False), seconds
 
@@ -313,6 +318,7 @@ def train_matcher(
     checkpoint: Path | None = None,
     log: Callable[[str], None] = tqdm.write,
     source: Source | None = None,
+    checkpoint_minutes: float = MINUTES,
 ) -> tuple[MatchingEncoder, float]:
     """The matching encoder on the frozen towers, own image against the three hardest others; also the seconds it took."""
     source = source or partial(SceneBatches, config)
@@ -327,7 +333,8 @@ def train_matcher(
             others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices  # B x 3
             return candidates_loss(matcher, tokens, mask, patches, others)
 
-    seconds = _train("matching encoder", {"matcher": matcher}, loss_of, source, 3, config.matching_steps, config, checkpoint, log)
+    modules, steps = {"matcher": matcher}, config.matching_steps
+    seconds = _train("matching encoder", modules, loss_of, source, 3, steps, config, checkpoint, log, checkpoint_minutes)
     return matcher.eval().requires_grad_(False), seconds
 
 
@@ -335,19 +342,19 @@ def train_matcher(
 
 
 def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
-    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if there is one, beside them."""
-    write_text(
-        folder / "open_clip_config.json",
-        json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n",
-    )
+    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if there is one, beside them.
+
+    The config, without which a folder is no model, goes first and comes back last: an export that is cut off leaves no half.
+    """
+    settings = folder / "open_clip_config.json"
+    for old in (settings, folder / "matching_encoder.json", folder / "matching_encoder.safetensors"):
+        old.unlink(missing_ok=True)  # nor may a matching encoder of an earlier model stay
     half = {k: v.half() if v.is_floating_point() else v for k, v in vl.clip.state_dict().items()}
     write_tensors(folder / "open_clip_model.safetensors", half)
-    if vl.matcher is None:  # nor may one of an earlier model stay
-        for ending in ("json", "safetensors"):
-            (folder / f"matching_encoder.{ending}").unlink(missing_ok=True)
-        return
-    write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
-    write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
+    if vl.matcher is not None:
+        write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
+        write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
+    write_text(settings, json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n")
 
 
 def pretrain(config: PretrainConfig, folder: Path, run: Path) -> None:

@@ -26,6 +26,7 @@ from isa_lite.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, spli
 from isa_lite.images import ImageFolder
 from isa_lite.own_data import fingerprint
 from isa_lite.pretrain import export, train_matcher, train_towers
+from isa_lite.runs import MINUTES
 from isa_lite.settings import FolderConfig
 from isa_lite.vl_model import VLModel, commit, load_vl_model, machine
 
@@ -46,10 +47,12 @@ def pretrain_folder(
     out: str | Path,
     run: str | Path | None = None,
     log: Callable[[str], None] = tqdm.write,
+    checkpoint_minutes: float = MINUTES,
 ) -> VLModel:
     """Both towers, contrastive, then the matching encoder with hardest negatives; written to `out` and loaded from there.
 
-    captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of checkpoints, to resume from.
+    captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of checkpoints, to resume from
+    (see `runs.Keeper`).
     `out` is then a folder in open_clip's local-dir layout, with training.json beside the weights. Warns of captions that are
     too long for the text tower. Raises ValueError for too few different captions, and for a `run` of other settings or data.
     """
@@ -65,7 +68,7 @@ def pretrain_folder(
     config = replace(config)
     config.data = fingerprint(images, captions)
     towers = run / "towers.safetensors" if run else None
-    vl, seconds = train_towers(config, towers, log, batches.source, _may_say(batches.texts, config))
+    vl, seconds = train_towers(config, towers, log, batches.source, _may_say(batches.texts, config), checkpoint_minutes)
     minutes = {"towers": round(seconds / 60, 1)}
     cut = sum(int(ids[-1]) != 0 for ids in vl.tokenize(batches.texts))
     if cut:
@@ -74,7 +77,7 @@ def pretrain_folder(
         )
     if config.matching_steps:
         matching = run / "matching_encoder.safetensors" if run else None
-        vl.matcher, seconds = train_matcher(vl, config, matching, log, batches.source)
+        vl.matcher, seconds = train_matcher(vl, config, matching, log, batches.source, checkpoint_minutes)
         minutes["matching encoder"] = round(seconds / 60, 1)
     export(vl, config, out)
     record = {

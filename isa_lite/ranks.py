@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 Rows = TypeVar("Rows", Tensor, np.ndarray)
+Value = TypeVar("Value")
 
 
 def count() -> int:
@@ -52,10 +53,11 @@ def joined(device: str) -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def part(rows: Rows) -> Rows:
-    """This process's rows of a batch: as many as every other's, in order."""
-    size = len(rows) // count()
-    return rows[rank() * size : (rank() + 1) * size]
+def part(rows: Rows, own: int | None = None, of: int | None = None) -> Rows:
+    """This process's rows of a batch, or those of process `own` of so many: as many as every other's, in order."""
+    own, of = rank() if own is None else own, of or count()
+    size = len(rows) // of
+    return rows[own * size : (own + 1) * size]
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -93,9 +95,12 @@ def agree(tensors: Iterable[Tensor]) -> None:
 
 
 def average(tensors: Iterable[Tensor]) -> None:
-    """Give every process the mean of all processes' values."""
-    for tensor in tensors if count() > 1 else ():
-        tensor.copy_(total(tensor) / count())
+    """Give every process the mean of all processes' values, which all tensors have of one type."""
+    known = list(tensors) if count() > 1 else []
+    if known:
+        mean = total(torch.cat([t.flatten() for t in known])) / count()  # one exchange for all of them
+        for tensor, new in zip(known, mean.split([t.numel() for t in known]), strict=True):
+            tensor.copy_(new.view_as(tensor))
 
 
 def same(value: object, what: str) -> None:
@@ -105,6 +110,23 @@ def same(value: object, what: str) -> None:
         distributed.all_gather_object(values, value)
     if any(other != value for other in values):
         raise ValueError(f"the {count()} processes differ in {what}: {values}; give all of them the same files")
+
+
+def told(value: Value) -> Value:
+    """Number 0's `value`, in every process."""
+    values: list[Value] = [value]
+    if count() > 1:
+        distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def anywhere(*flags: bool) -> tuple[bool, ...]:
+    """For each flag, whether any process has it set."""
+    if count() == 1:
+        return flags
+    found = torch.tensor(flags, dtype=torch.uint8, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return tuple(map(bool, found.tolist()))
 
 
 def wait() -> None:

@@ -95,6 +95,8 @@ def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, 
         values[:] = [value, strange.get(type(value), value)]
 
     monkeypatch.setattr(ranks.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(ranks, "told", lambda value: value)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     strange = {tuple: ("0123", False)}
     with pytest.raises(ValueError, match="2 processes differ in their images, or in whether they see the targets"):

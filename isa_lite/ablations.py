@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from isa_lite.evaluate import seed_interval
 from isa_lite.mappings import MAPPINGS
-from isa_lite.settings import WITHOUT_CHANGE
+from isa_lite.recipes import RECIPES, START_WORDS
+from isa_lite.settings import SCENES, WITHOUT_CHANGE
 from isa_lite.symmetric import LARGE_TOWER
 
 #: Light families of timm, each with a feature map of stride 16.
@@ -39,10 +41,11 @@ ASIDE = ("device", "num_workers", "out_dir")
 
 
 def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
-    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets."""
+    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets. defaults: complete (`recipes`)."""
     lar = defaults["lar_weight"] or 0.1
     numbers = {"tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)), "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2))}
     numbers["noise on words"] = "word_noise", (0.0, 0.5, 1.0, 1.5)
+    numbers["negatives outside the batch"] = "negatives", (0, 1024, 8192)
     numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
     found: dict[str, dict[str, dict]] = {
         "losses": {
@@ -52,11 +55,12 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
             "neither (untrained)": {"gcd_weight": 0.0, "lar_weight": 0.0},
         },
         "mapping": {name: {"mapping": name} for name in MAPPINGS},
-        "start words": {"a description": {"start_words": defaults["start_words"]}, "none": {"start_words": ""}},
+        "recipe": {name: {"recipe": name, **asdict(aids)} for name, aids in RECIPES.items()},
+        "start words": {"a description": {"start_words": START_WORDS}, "none": {"start_words": ""}},
         "norm matching": {"on": {"norm_matching": True}, "off": {"norm_matching": False}},
         # Learned weights there are for one of them only, so it is shown with and without, and all others start from random ones.
         "backbone": {
-            f"{defaults['backbone']}, learned start": {},
+            f"{defaults['backbone']}, learned start": {"backbone_weights": SCENES},
             **{name: {"backbone": name, "backbone_weights": ""} for name in BACKBONES},
             "large tower (symmetric)": {"backbone": LARGE_TOWER, "backbone_weights": ""},
         },

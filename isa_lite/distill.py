@@ -34,13 +34,16 @@ from isa_lite.vl_model import VLModel, plain_attention
 @dataclass
 class History:
     """One entry a step: loss terms in nats, and the share of sentences that the matching encoder puts with their own image
-    (none where LAR is late interaction); validation points: (step, Recall@1 in percent of own image among those held back)."""
+    (none where LAR is late interaction); validation points: (step, Recall@1 in percent of own image among those held back).
+    recipe, dtype: of the run's settings."""
 
     gcd: list[float] = field(default_factory=list)
     lar: list[float] = field(default_factory=list)
     matched: list[float] = field(default_factory=list)
     recall: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    recipe: str = ""
+    dtype: str = ""
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -204,6 +207,7 @@ def _distill(
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
     if keeper.path and (info := resume_run(keeper.path, {"encoder": encoder}, optimizer, identity, steps)):
         start, history = info["step"], _history(keeper.path, info)
+    history.recipe, history.dtype = config.recipe, config.dtype
     ranks.same(start, f"the step that they go on from, by what they see of {keeper.path}")
     ranks.agree(encoder.state_dict().values())
     began -= history.seconds

@@ -62,6 +62,15 @@ def flag() -> Rule:
     return rule
 
 
+def optional(rule: Rule) -> Rule:
+    """None, or what `rule` allows: for a parameter that something else decides where nothing is given."""
+
+    def allowed(value):
+        return None if value is None else rule(value)
+
+    return allowed
+
+
 def text(*choices: str) -> Rule:
     """A string; one of `choices`, where there are any."""
 
@@ -123,7 +132,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[
 
     names: of the fields, if not all that are numbers or strings; choices: by name, the values that one of them takes.
     """
-    types = {"int": int, "float": float, "str": str, "int | None": int}
+    types = {"int": int, "float": float, "str": str, "int | None": int, "float | None": float}
     for f in fields(kind):
         if not f.init or (f.name not in names if names else f.type not in types):
             continue

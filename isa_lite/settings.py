@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isa_lite.parameters import check_whole
-from isa_lite.recipes import RECIPES
+from isa_lite.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parent
 #: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
@@ -98,7 +98,8 @@ class QueryEncoderConfig:
 class DistillConfig:
     """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
 
-    With both losses off (gcd_weight and lar_weight 0) nothing is trained.
+    With both losses off (gcd_weight and lar_weight 0) nothing is trained. Where negatives or word_noise is None, the recipe's
+    value takes its place.
     """
 
     steps: int = setting(800, "training steps")
@@ -109,8 +110,15 @@ class DistillConfig:
     temperature: float = setting(0.05, "temperature of GCD and of late interaction")
     gcd_weight: float = setting(1.0, "weight of global contrastive distillation; 0 switches it off")
     lar_weight: float = setting(0.1, "weight of local alignment regularization; 0 switches it off")
-    negatives: int = setting(8192, "images outside the batch that each sentence is told apart from; fewer where there are fewer")
-    word_noise: float = setting(1.0, "Gaussian noise on pseudo-words, in lengths of a pseudo-word")
+    recipe: str = setting(
+        "default", "core: the parts that the paper's abstract names, or default: with our aids (default: default)"
+    )
+    negatives: int | None = setting(
+        None, "images outside the batch that each sentence is told apart from, if there are so many (default: the recipe's)"
+    )
+    word_noise: float | None = setting(
+        None, "Gaussian noise on pseudo-words, in lengths of a pseudo-word (default: the recipe's)"
+    )
     validation: int = setting(500, "images held back to watch the recall")
     validate_every: int = setting(100, "steps between two looks at the recall")
     template: str = setting(TEMPLATE, "the prompt, with {sentence} and {modifier}")
@@ -120,6 +128,9 @@ class DistillConfig:
     num_workers: int = setting(0, "processes that read images ahead")
 
     def __post_init__(self):
+        for name, value in recipe(self.recipe).distillation.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         check_whole(self, steps=1, batch_size=2, validation=2, validate_every=1, negatives=0, warmup=0, num_workers=0, seed=0)
         for name in ("lr", "temperature", "gcd_weight", "lar_weight", "word_noise", "weight_decay"):
             value, positive = getattr(self, name), name in ("lr", "temperature")

@@ -33,6 +33,7 @@ from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.parameters import command_line
 from isa_lite.pretrain import pretrain
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.recipes import complete
 from isa_lite.sentences import look
 from isa_lite.settings import DATA, NOTEBOOK, SCENES_CLIP, WITHOUT_CHANGE, PretrainConfig
 from isa_lite.vl_model import commit, load_vl_model, machine
@@ -108,8 +109,8 @@ def sweep(args: Namespace) -> None:
     defaults = notebook_defaults(args.notebook)
     if args.out is None and (args.smoke or args.steps not in (None, defaults["steps"])) and not args.dry_run:
         raise ValueError("a sweep of other steps does not replace one of full length: say with --out where its record goes")
-    given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device}
-    defaults |= {name: value for name, value in given.items() if value is not None}
+    given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device, "recipe": args.recipe}
+    defaults = complete(defaults | {name: value for name, value in given.items() if value is not None})
     runs = plan(defaults, args.only, args.seeds)
 
     needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)

@@ -12,8 +12,9 @@ from papermill.exceptions import PapermillExecutionError
 from isa_lite import ablations, draw, sweep
 from isa_lite.commands import main
 from isa_lite.mappings import MAPPINGS
+from isa_lite.recipes import RECIPES, complete
 
-DEFAULTS = sweep.notebook_defaults(sweep.NOTEBOOK)
+DEFAULTS = complete(sweep.notebook_defaults())
 
 
 def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
@@ -25,9 +26,12 @@ def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
     for run in runs:
         different = set(ablations.changed(run["parameters"], DEFAULTS))
         pairs = {"gcd_weight", "lar_weight"}, {"backbone", "backbone_weights"}, {"vl_model", "backbone_weights"}
-        assert len(different) <= 1 or different in pairs
+        recipe = run["parameters"]["recipe"] != "default"
+        assert len(different) <= 1 or different in pairs or recipe
+        assert not recipe or different == {"recipe", *vars(RECIPES["core"])}
         learned = run["parameters"]["backbone_weights"]  # they belong to one backbone and one VL model
         assert not learned or not {"backbone", "vl_model"} & different
+    assert {("recipe", name) for name in RECIPES} <= {pair for run in runs for pair in run["shows"]}
     shown = {pair for run in runs for pair in run["shows"]}
     assert {("tokens", str(n)) for n in (1, 2, 4, 8, 12, 16, 24)} <= shown
     assert {("mapping", name) for name in MAPPINGS} <= shown
@@ -181,6 +185,17 @@ def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, noteb
     ran.clear()
     main(["sweep", *arguments])  # without --add everything is run again
     assert len(ran) == 8
+
+
+def test_a_sweep_of_core_changes_one_thing_of_core():
+    core = complete(sweep.notebook_defaults() | {"recipe": "core"})
+    runs = ablations.plan(core)
+    assert runs[0]["parameters"] == {**core, "single_vector": False, "seed": 0} and core["negatives"] == 0
+    assert {("recipe", "core"), ("start words", "none"), ("norm matching", "off"), ("noise on words", "0")} <= set(
+        runs[0]["shows"]
+    )
+    (shipped,) = (run["parameters"] for run in runs if ("recipe", "default") in run["shows"])
+    assert shipped == ablations.plan(DEFAULTS)[0]["parameters"]
 
 
 def test_the_record_keeps_what_a_vl_model_says_that_is_not_on_this_machine():

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from isa_lite.parameters import add_settings, settings_from
+from isa_lite.recipes import RECIPES, recipe
 from isa_lite.settings import MAPPING_NAMES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
-ENCODER = (
-    "backbone", "pretrained", "backbone_weights", "mapping", "start_words", "image_size", "stride", "num_tokens", "width", "depth"
-)  # fmt: skip
+ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens", "width", "depth")
+AIDS = {"backbone_weights": "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of light_backbone"}
+AIDS["start_words"] = "a text whose words the sentence is before training; '' for none"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,7 +23,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
     parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
     add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
-    add_settings(parser, DistillConfig)
+    for name, meaning in AIDS.items():
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)")
+    add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
+
+
+def encoder_settings(args: Namespace) -> dict:
+    """What `QueryEncoder.for_model` is asked for: what was given, and otherwise the recipe's."""
+    backbone = "" if args.pretrained else args.backbone  # timm's weights are a start of their own
+    given = {name: getattr(args, name) for name in (*ENCODER, *AIDS)}
+    return recipe(args.recipe, args.vl_model, backbone).encoder | {n: value for n, value in given.items() if value is not None}
 
 
 def run(args: Namespace) -> None:
@@ -40,7 +50,7 @@ def run(args: Namespace) -> None:
     with ranks.joined(config.device):
         images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)
         torch.manual_seed(config.seed)
-        encoder = QueryEncoder.for_model(vl, **{name: getattr(args, name) for name in ENCODER})
+        encoder = QueryEncoder.for_model(vl, **encoder_settings(args))
         history = distill(images, vl, encoder, config, args.out / "run", args.out / "run" / "distill.safetensors")
         if ranks.rank() == 0:
             info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from isa_lite.parameters import whole_number
+from isa_lite.recipes import RECIPES
 from isa_lite.settings import NOTEBOOK, WITHOUT_CHANGE
 
 
@@ -23,6 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--steps", type=whole_number(1), help="training steps of every run; give --out too (default: the notebook's)"
     )
     parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
+    parser.add_argument(
+        "--recipe", choices=tuple(RECIPES), help="core or default, of every run that does not vary it (default: the notebook's)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the notebook's)")
     parser.add_argument(
         "--jobs",

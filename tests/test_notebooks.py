@@ -125,6 +125,8 @@ REFUSED = [
     ("02_distillation", {"backbone": "mobilenetv4_conv_smal"}, "backbone 'mobilenetv4_conv_smal'"),
     ("02_distillation", {"images": "nowhere"}, "no folder nowhere"),
     ("02_distillation", {"num_tokens": 65}, "'num_tokens' and 'template'"),
+    ("02_distillation", {"recipe": "paper"}, "'recipe'.*'core', 'default'"),
+    ("02_distillation", {"negatives": -1}, "'negatives'.*at least 0"),
     ("02_distillation", {"gallery": 3999}, "'gallery'.*4000"),
     ("03_retrieval", {"encoder": "nowhere"}, "nowhere.*query_encoder.json"),
     ("03_retrieval", {"queries": 200, "gallery": 500}, "'gallery'.*800"),

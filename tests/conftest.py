@@ -4,6 +4,8 @@ import os
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,16 +14,19 @@ from isa_lite.pretrain import PretrainConfig, export, fresh_model
 from isa_lite.vl_model import VLModel, load_vl_model
 
 
-@pytest.fixture(scope="session")
-def vl_folder(tmp_path_factory):
-    """A tiny random VL model with a matching encoder, in open_clip's local-dir layout."""
+def write_vl_model(folder: Path) -> Path:
+    """A tiny random VL model with a matching encoder, in open_clip's local-dir layout; also for fuzz.py."""
     config = PretrainConfig(image_size=64, embed_dim=16, vision_width=4, text_width=32, text_layers=1)
     vl = fresh_model(config)
     patches = vl.encode_pixels_and_patches(torch.zeros(1, 3, 64, 64))[1]  # 1 x N x width
     vl.matcher = MatchingEncoder(config.text_width, patches.shape[2], patches.shape[1], width=16, depth=1, heads=2)
-    folder = tmp_path_factory.mktemp("vl_model")
     export(vl, config, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vl_folder(tmp_path_factory):
+    return write_vl_model(tmp_path_factory.mktemp("vl_model"))
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
-"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know; settings of a run.
+"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know; options of commands.
 
 A notebook calls `check` in the cell behind its parameters, with a rule for each:
 
-    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=text())
+    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=folder(), device=device())
+    with naming("vl_model"):
+        vl = load_vl_model(p.vl_model)
 
-A misspelt name or a bad value raises a ValueError that names it, before any work is done.
+A misspelt name or a bad value raises a ValueError that names it, before any work is done. Nothing here imports PyTorch, unless
+a `device` other than cpu is to be looked at.
 """
 
 from __future__ import annotations
@@ -12,37 +15,43 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import math
+import os
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 Rule = Callable[[Any], Any]
 _PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
 _IPYTHON = {"In", "Out", "exit", "quit"}
+#: About what one rendered scene takes in memory, with its picture and what is computed of it.
+SCENE_BYTES = 50_000
 
 
-def whole(least: int) -> Rule:
-    """A whole number of at least `least`."""
+def whole(least: int, most: int | None = None, each: int = 0) -> Rule:
+    """A whole number of at least `least` and at most `most`. each: bytes of memory that one takes; all must fit."""
 
     def rule(value):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"must be a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+            above = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"must be a whole number {above}")
+        if each and value * each > memory():
+            raise ValueError(f"must be at most {memory() // each}, for which this machine has the memory")
         return value
 
     return rule
 
 
 def number(least: float, above: bool = False) -> Rule:
-    """A number of at least `least`, or above it."""
+    """A finite number of at least `least`, or above it."""
 
     def rule(value):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not (value > least or (value == least and not above))
-        ):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < least or (above and value == least):
             raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}")
         return float(value)
 
@@ -85,17 +94,119 @@ def text(*choices: str) -> Rule:
     return rule
 
 
-def _parameters_cell(cells: Sequence[str], rules: Collection[str]) -> set[str]:
-    """What the parameters cell assigns: of the cells that were run, it is the last that gives a parameter with its type."""
-    for source in reversed(cells):
+def folder() -> Rule:
+    """The path of a folder to write into, which is there or can be made."""
+
+    def rule(value):
+        _check_folder(Path(text()(value)))
+        return value
+
+    return rule
+
+
+def file() -> Rule:
+    """The path of a file to write, in a folder that is there or can be made."""
+
+    def rule(value):
+        path = Path(text()(value))
+        _check_folder(path.parent)
+        if path.is_dir():
+            raise ValueError("must be the path of a file, and there is a folder of that name")
+        return value
+
+    return rule
+
+
+def _check_folder(path: Path) -> None:
+    """Raises ValueError unless one can write into the folder, or make it: what is there of its path must be folders."""
+    for nearest in (path, *path.absolute().parents):
         try:
-            body = ast.parse(source).body
-        except SyntaxError:  # a command of IPython's
+            os.lstat(nearest)
+            break
+        except (FileNotFoundError, NotADirectoryError):
             continue
-        typed = {s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
+        except (OSError, ValueError) as error:  # a name that is too long, or that no system takes
+            raise ValueError(f"must be the path of a folder: {getattr(error, 'strerror', None) or error}") from None
+    if not nearest.is_dir():
+        raise ValueError(f"must be the path of a folder, and {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"must be where you may write, and {nearest} cannot be written to")
+
+
+def device() -> Rule:
+    """A device as PyTorch names them, cpu, cuda, cuda:1, mps, ..., that this machine has."""
+
+    def rule(value):
+        check_device(text()(value))
+        return value
+
+    return rule
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that cannot be used. PyTorch is imported only where `name` is not cpu."""
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        found = torch.device(name)
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
+        if found.type != "cuda":
+            torch.empty(0, device=found)
+        elif (found.index or 0) >= (count := torch.cuda.device_count()):  # asked without starting CUDA in this process
+            raise RuntimeError(f"CUDA devices here: {count}")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or a build that knows none
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from None
+
+
+def memory() -> float:
+    """Bytes of memory of this machine, or of the container in which this runs; infinite where nothing says."""
+    found = [math.inf]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no container, or no limit
+            continue
+    return min(found)
+
+
+@contextmanager
+def naming(*parameters: str) -> Iterator[None]:
+    """Inside, an error in what a user gave also says in which parameter: it is raised again with their names in front."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        kinds = (FileNotFoundError, ConnectionError, ImportError)
+        names = ", ".join(map(repr, parameters))
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        raise kind(f"parameter{'s'[: len(parameters) > 1]} {names}: {error}") from None
+
+
+def _assigned(source: str) -> tuple[set[str], set[str]]:
+    """The names that a cell assigns, and those of them that it gives a type."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a command of IPython's
+        return set(), set()
+    typed = {s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
+    return typed | {t.id for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}, typed
+
+
+def _given(cells: Sequence[str], rules: Collection[str]) -> set[str] | None:
+    """What the parameters cell assigns, and the cell behind it that papermill injects; None where no such cell was run.
+
+    Of the cells that were run, the parameters cell is the last that gives a parameter with its type.
+    """
+    for at in reversed(range(len(cells))):
+        found, typed = _assigned(cells[at])
         if not typed.isdisjoint(rules):
-            return typed | {t.id for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
-    return set()
+            injected = [source for source in cells[at + 1 : at + 2] if source.startswith("# Parameters")]  # as papermill begins
+            return found.union(*(_assigned(source)[0] for source in injected))
+    return None
 
 
 class Parameters(SimpleNamespace):
@@ -105,14 +216,15 @@ class Parameters(SimpleNamespace):
 def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
     """The checked parameters as attributes. Call it with `globals()` right behind the parameters cell.
 
-    Raises ValueError naming the parameter: for a plain value in the namespace that is no parameter (a misspelt name),
-    for a parameter that is missing, or for a value against its rule. Where a notebook's cells are run again in the same
-    kernel, the namespace holds the notebook's own values too; then only the names in the parameters cell are looked at.
+    Raises ValueError naming the parameter: for one that the parameters cell, or papermill's behind it, gives and that the
+    notebook does not have (a misspelt name), for one that is missing, or for a value against its rule. What else is in the
+    namespace (from a startup file of IPython, or from the notebook's own cells when they are run again) is not looked at,
+    unless nothing tells which cells were run. Nor are the paths that `papermill --inject-paths` adds.
     """
-    again = any(isinstance(value, Parameters) for value in namespace.values())
-    suspects = _parameters_cell(namespace.get("In", ()), rules) if again else namespace
+    given = _given(namespace.get("In", ()), rules)
     for name, value in namespace.items():
-        if name in suspects and name not in {*rules, *_IPYTHON} and not name.startswith("_") and isinstance(value, _PLAIN):
+        suspect = isinstance(value, _PLAIN) and not name.startswith(("_", "PAPERMILL_")) and name not in _IPYTHON
+        if suspect and name not in rules and (given is None or name in given):
             near = difflib.get_close_matches(name, rules, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
             raise ValueError(f"unknown parameter {name!r}; {hint}")
@@ -127,6 +239,32 @@ def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
     return Parameters(**checked)
 
 
+def option(rule: Rule, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The type of a command's option from a rule; what is given is read as `kind` first."""
+
+    def read(given: str):
+        try:
+            try:
+                value = kind(given)
+            except ValueError:  # not even a number
+                value = given
+            return rule(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}, not {given!r}") from None
+
+    return read
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least`."""
+    return option(whole(least), int)
+
+
+def output(rule: Rule) -> Callable[[str], Path]:
+    """The type of an option that names where results go: `folder()` or `file()`."""
+    return lambda given: Path(option(rule)(given))
+
+
 def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence[str]) -> None:
     """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`. `settings.setting` gives them their help.
 
@@ -139,18 +277,6 @@ def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[
         how: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
         how |= {"action": "store_true"} if f.type == "bool" else {"type": types[f.type], "choices": choices.get(f.name)}
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least `least`."""
-
-    def read(text: str) -> int:
-        try:
-            return whole(least)(int(text))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}") from None
-
-    return read
 
 
 def settings_from(args: argparse.Namespace, kind: type) -> Any:

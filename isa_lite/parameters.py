@@ -2,12 +2,12 @@
 
 A notebook calls `check` in the cell behind its parameters, with a rule for each:
 
-    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=folder(), device=device())
+    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=folder(), device=device_name())
     with naming("vl_model"):
         vl = load_vl_model(p.vl_model)
 
 A misspelt name or a bad value raises a ValueError that names it, before any work is done. Nothing here imports PyTorch, unless
-a `device` other than cpu is to be looked at.
+a device other than cpu is to be looked at.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from typing import Any
 Rule = Callable[[Any], Any]
 _PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
 _IPYTHON = {"In", "Out", "exit", "quit"}
-#: About what one rendered scene takes in memory, with its picture and what is computed of it.
-SCENE_BYTES = 50_000
+_SCENE_BYTES = 50_000  # about what one rendered scene takes in memory, with its picture and what is computed of it
 
 
 def whole(least: int, most: int | None = None, each: int = 0) -> Rule:
@@ -44,6 +43,11 @@ def whole(least: int, most: int | None = None, each: int = 0) -> Rule:
         return value
 
     return rule
+
+
+def scene_count(least: int, each: int = 1) -> Rule:
+    """A number of rendered scenes, at least `least` and as many as memory holds. each: scenes that are made for one."""
+    return whole(least, each=each * _SCENE_BYTES)
 
 
 def number(least: float, above: bool = False) -> Rule:
@@ -133,7 +137,7 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"must be where you may write, and {nearest} cannot be written to")
 
 
-def device() -> Rule:
+def device_name() -> Rule:
     """A device as PyTorch names them, cpu, cuda, cuda:1, mps, ..., that this machine has."""
 
     def rule(value):

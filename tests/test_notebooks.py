@@ -124,7 +124,7 @@ REFUSED = [
     ("02_distillation", {"lar_weight": -1}, "'lar_weight'.*at least 0"),
     ("02_distillation", {"backbone": "mobilenetv4_conv_smal"}, "backbone 'mobilenetv4_conv_smal'"),
     ("02_distillation", {"images": "nowhere"}, "no folder nowhere"),
-    ("02_distillation", {"num_tokens": 65}, "'num_tokens' and 'template'"),
+    ("02_distillation", {"num_tokens": 65}, "'num_tokens', 'template'"),
     ("02_distillation", {"recipe": "paper"}, "'recipe'.*'core', 'default'"),
     ("02_distillation", {"negatives": -1}, "'negatives'.*at least 0"),
     ("02_distillation", {"gallery": 3999}, "'gallery'.*4000"),
@@ -139,6 +139,28 @@ REFUSED = [
     ("05_your_images", {"backbone_weights": "lite0"}, "tf_efficientnet_lite0"),
     ("06_benchmarks", {"split": "train"}, "'split'.*'val'"),
     ("06_benchmarks", {"root": "."}, "'root'.*one benchmark"),
+    ("00_start_here", {"gallery": 10**9}, "'gallery'.*memory"),
+    ("01_token_learner", {"images": 10**9}, "'images'.*memory"),
+    ("02_distillation", {"num_images": 10**9}, "'num_images'.*memory"),
+    ("02_distillation", {"gallery": 10**9}, "'gallery'.*memory"),
+    ("02_distillation", {"num_tokens": 10**9}, "'num_tokens'"),
+    ("02_distillation", {"lar_weight": float("inf")}, "'lar_weight'"),
+    ("02_distillation", {"device": "cuda:99"}, "'device'.*cuda:99"),
+    ("02_distillation", {"vl_model": "ViT-B-23"}, "'vl_model'.*ViT-B-32"),
+    ("02_distillation", {"template": "a photo"}, "'template'"),
+    ("02_distillation", {"out_dir": "taken"}, "'out_dir'.*taken"),
+    ("03_retrieval", {"gallery": 10**9}, "'gallery'.*memory"),
+    ("04_attention", {"encoder": "taken"}, "'encoder'.*taken"),
+    ("05_your_images", {"template": "a photo"}, "'template'"),
+    ("05_your_images", {"num_tokens": 60}, "'num_tokens'"),
+    ("05_your_images", {"lar_weight": float("inf")}, "'lar_weight'"),
+    ("05_your_images", {"vl_model": "nowhere"}, "'vl_model'.*nowhere"),
+    ("05_your_images", {"out_dir": "taken/below"}, "'out_dir'.*taken"),
+    ("06_benchmarks", {"benchmark": "cirr", "root": "nowhere"}, "'root'.*nowhere"),
+    ("06_benchmarks", {"out_dir": "taken"}, "'out_dir'.*taken"),
+    ("06_benchmarks", {"template": "a photo"}, "'template'"),
+    ("07_deploy", {"out_dir": "taken"}, "'out_dir'.*taken"),
+    ("07_deploy", {"distractors": 10**9}, "'distractors'.*memory"),
     ("07_deploy", {"thread": 1}, "unknown.*'thread'.*'threads'"),
     ("07_deploy", {"distractors": 5}, "'distractors'.*at least 100"),
     ("07_deploy", {"gallery": 1999}, "'gallery'.*2000"),
@@ -149,6 +171,7 @@ REFUSED = [
 def test_a_notebook_refuses_a_bad_parameter_by_its_name(tmp_path, monkeypatch, name, given, words):
     """Its first cells are run in this process, for a new one takes seconds; papermill itself is tried below."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
     names = {}
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells:

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from isa_lite import parameters
-from isa_lite.parameters import check, device, file, flag, folder, naming, number, text, whole
+from isa_lite.parameters import check, device_name, file, flag, folder, naming, number, text, whole
 
 RULES = dict(steps=whole(1), weight=number(0), smoke=flag(), device=text("cpu", "cuda"))
 GOOD = dict(steps=5, weight=0.5, smoke=False, device="cpu", In=[], _hidden=3, check=check)
@@ -88,12 +88,12 @@ def test_a_number_is_at_most_what_memory_holds(monkeypatch):
 
 
 def test_a_device_is_any_that_torch_has_here():
-    assert device()("cpu") == "cpu" and device()("cpu:0") == "cpu:0"
+    assert device_name()("cpu") == "cpu" and device_name()("cpu:0") == "cpu:0"
     for name in ("cuda:99", "cdua", "meta", "", "cuda:-1"):
         with pytest.raises(ValueError, match=f"device '{name}' cannot be used"):
-            device()(name)
+            device_name()(name)
     with pytest.raises(ValueError, match="string"):
-        device()(0)
+        device_name()(0)
 
 
 def test_where_results_go_can_be_made(tmp_path):

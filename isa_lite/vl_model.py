@@ -61,6 +61,7 @@ class VLModel(nn.Module):
         self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
         #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
         self.matcher_reads_words: bool = getattr(clip, "matcher_reads_words", False)
+        self._hashed: tuple[list, str] = [], ""  # see `fingerprint`
         self.vocab_size, self.word_width = self.tower.table.weight.shape
         size = clip.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
@@ -192,13 +193,27 @@ class VLModel(nn.Module):
     @property
     def fingerprint(self) -> str:
         """A key that changes with any weight, the activation or the preprocessing; what is cached on disk is filed under it."""
+        tensors = sorted(self.state_dict().items())
+        state = [repr(self.preprocess), any(isinstance(module, QuickGELU) for module in self.modules()), *map(_trace, tensors)]
+        if self._hashed[0] != state:  # a large model takes seconds
+            self._hashed = state, self._hash(tensors)
+        return self._hashed[1]
+
+    def _hash(self, tensors: Sequence[tuple[str, Tensor]]) -> str:
         digest = hashlib.sha256(repr(self.preprocess).encode())
         if any(isinstance(module, QuickGELU) for module in self.modules()):  # which the weights do not show
             digest.update(b"QuickGELU")
-        for key, value in sorted(self.state_dict().items()):
+        for key, value in tensors:
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _trace(named: tuple[str, Tensor]) -> tuple:
+    """What shows that a tensor has changed: where it is, how often it was written, and some of its values."""
+    name, value = named
+    some = value.detach().flatten()[:: max(1, value.numel() // 64)].tolist()
+    return name, value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype, str(some)
 
 
 def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu") -> VLModel:

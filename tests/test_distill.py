@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -417,13 +418,45 @@ def test_half_computed_targets_are_not_taken_for_whole(vl, images, tmp_path, pat
         patch.setattr(VLModel, name, fail_the_second_time)
         with pytest.raises(KeyboardInterrupt):
             targets(many, vl, patches, tmp_path)
-    for _ in range(2):
-        known = targets(many, vl, patches, tmp_path)
-        assert np.array_equal(known.embeddings, expected.embeddings)
-        assert not patches or np.array_equal(known.patches, expected.patches)
-    if patches:  # stopped between the two arrays
-        next(tmp_path.rglob("patches.npy")).unlink()
-        assert np.array_equal(targets(many, vl, patches, tmp_path).patches, expected.patches)
+    assert sorted(p.name for p in tmp_path.rglob("*.embeddings.npy")) == ["000000.embeddings.npy"]  # half of the work is kept
+    calls.append(1)  # only what is missing is computed, and never more than that
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLModel, name, lambda self, pixels: calls.append(1) or encode(self, pixels))
+        for _ in range(2):
+            known = targets(many, vl, patches, tmp_path)
+            assert np.array_equal(known.embeddings, expected.embeddings)
+            assert not patches or np.array_equal(known.patches, expected.patches)
+    assert len(calls) == 4
+    for spoil in (Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:-7]), lambda p: p.write_bytes(b"")):
+        for file in list(tmp_path.rglob("*.npy")):
+            spoil(file)
+            known = targets(many, vl, patches, tmp_path)
+            assert np.array_equal(known.embeddings, expected.embeddings)
+            assert not patches or np.array_equal(known.patches, expected.patches)
+
+
+def test_rows_of_several_files_are_read_as_from_one_array(vl, images, tmp_path):
+    many = np.concatenate([images] * 14)  # 280: three files
+    one, shards = targets(many, vl, True).patches, targets(many, vl, True, tmp_path).patches
+    assert len(shards.files) == 3 and shards.shape == one.shape
+    for rows in (np.array([279, 0, 93, 94, 0, 187]), slice(0, 100), np.arange(280)[::-7], np.array([], dtype=int)):
+        assert np.array_equal(shards[rows], one[rows])
+
+
+def test_two_runs_that_fill_one_cache_at_once_both_get_every_row(vl, vl_folder, images, tmp_path):
+    many = np.concatenate([images] * 14)
+    expected = targets(many, vl, True)
+    with ThreadPoolExecutor(2) as pool:  # each writes what the other also writes
+        runs = [pool.submit(targets, many, load_vl_model(str(vl_folder)), True, tmp_path) for _ in range(2)]
+        for found in (run.result() for run in runs):
+            assert np.array_equal(found.embeddings, expected.embeddings) and np.array_equal(found.patches, expected.patches)
+
+
+def test_a_cache_that_is_a_file_is_refused_before_any_work(vl, images, tmp_path, no_model):
+    (tmp_path / "cache").write_text("")
+    no_model()
+    with pytest.raises(ValueError, match="cache"):
+        targets(images, vl, False, tmp_path / "cache")
 
 
 # ------------------------------------------------------------------------------------------- image folders

@@ -72,7 +72,7 @@ def of_your_images(folder: Path) -> None:
     assert (found["queries"], found["gallery"], found["held_out"]) == (20, 120, 12)
     assert set(found["methods"]) == {"isa", "image only", "text only", "image + text", "composition ceiling", "target ceiling"}
     # What is held out is in neither training: not among the targets of distillation, nor among the captions of the large model.
-    (targets,) = (out / "cache").glob("*/embeddings.npy")
+    (targets,) = (out / "cache").glob("*/*.embeddings.npy")
     recorded = json.loads((out / "vl_model" / "training.json").read_text(encoding="utf-8"))
     assert len(np.load(targets)) == 108 and recorded["data"]["held out"] == 12
     recorded = json.loads((out / "without_change" / "training.json").read_text(encoding="utf-8"))

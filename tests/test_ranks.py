@@ -59,7 +59,7 @@ def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
     assert bool(one["matched"]) == matching and "NaN" not in json.dumps(one)
     assert one["recall"] == two["recall"] and len(one["gcd"]) == 4
     for name in ("embeddings", "patches"):
-        a, b = (np.load(next((folder / out).rglob(f"{name}.npy"))) for out in ("one", "two"))
+        a, b = (np.load(next((folder / out).rglob(f"*.{name}.npy"))) for out in ("one", "two"))
         assert np.allclose(a, b, atol=1e-3)
     assert not list(folder.rglob("*.part*"))
 

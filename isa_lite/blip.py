@@ -9,13 +9,14 @@ Shapes: B batch, T text positions, N patches, D word-embedding width, W width, E
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import open_clip
 from torch import Tensor, nn
 
+from isa_lite.checkpoint import read_json
 from isa_lite.hub import HF_WEIGHTS, repository
+from isa_lite.open_clip_models import check_finite, check_preprocessing, fitting
 from isa_lite.text_tower import EXTRA, TextTower
 
 #: Text positions that a prompt may use. BLIP has 512; its own retrieval code uses 35.
@@ -127,23 +128,29 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.t
     except ImportError as error:
         raise ImportError(f"BLIP needs the package transformers; install the extra: pip install '{EXTRA}'") from error
     folder = repository(name, "a BLIP", "config.json", HF_WEIGHTS, ("preprocessor_config.json",))
-    kind = json.loads((folder / "config.json").read_text()).get("model_type") if (folder / "config.json").is_file() else None
+    kind = _kind(folder)
     if kind != "blip":
         raise ValueError(f"{name} holds no BLIP: its config.json " + (f"says {kind!r}" if kind else "is missing"))
     if not any((folder / weights).is_file() for weights in HF_WEIGHTS):
         raise ValueError(f"{name} holds no weights; one of {', '.join(HF_WEIGHTS)} must lie beside its config.json")
-    model, report = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    settings = folder / "preprocessor_config.json"
+    look = read_json(settings, "how images are prepared") if settings.is_file() else {}
+    look = {key: look[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in look}
+    check_preprocessing(settings, look)
+    with fitting(folder, "holds no BLIP that fits its config.json"):
+        model, report = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if report["missing_keys"]:  # a BLIP for captions or questions has no matching head
         missing = sorted(report["missing_keys"])
         raise ValueError(
             f"{name} is not a BLIP for image-text retrieval: {len(missing)} of its weights are missing, among them {missing[0]}; "
             "take one like Salesforce/blip-itm-base-coco"
         )
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=CONTEXT, local_files_only=True)
-    settings = folder / "preprocessor_config.json"
-    look = json.loads(settings.read_text()) if settings.is_file() else {}
-    mean = tuple(look.get("image_mean", open_clip.OPENAI_DATASET_MEAN))
-    std = tuple(look.get("image_std", open_clip.OPENAI_DATASET_STD))
+    check_finite(folder, model)
+    own = {"context_length": CONTEXT, "local_files_only": True, "trust_remote_code": False}
+    with fitting(folder, "holds no tokenizer"):
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), **own)
+    mean = tuple(look.get("mean", open_clip.OPENAI_DATASET_MEAN))
+    std = tuple(look.get("std", open_clip.OPENAI_DATASET_STD))
     blip = Blip(model.eval(), mean, std).to(device)
     size = blip.visual.image_size
     return blip, open_clip.image_transform(size, False, mean, std, resize_mode="squash", interpolation="bicubic"), tokenizer
@@ -151,5 +158,9 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.t
 
 def is_blip(folder: Path) -> bool:
     """Whether a local folder holds a BLIP."""
+    return _kind(folder) == "blip"
+
+
+def _kind(folder: Path) -> str | None:
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "blip"
+    return read_json(config, "the settings of a model").get("model_type") if config.is_file() else None

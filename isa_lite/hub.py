@@ -10,7 +10,9 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import open_clip
@@ -47,9 +49,24 @@ def no_answer(url: str, seconds: float | None = None) -> str:
     return found[0] if found else f"no answer within {seconds:g} seconds"
 
 
+_asking: ContextVar[Path | None] = ContextVar("asking", default=None)
+
+
+@contextmanager
+def nothing_fetched(folder: Path) -> Iterator[None]:
+    """Inside, nothing is fetched, only read from the cache: who names a local folder has not named what its settings name."""
+    token = _asking.set(folder)
+    try:
+        yield
+    finally:
+        _asking.reset(token)
+
+
 def _reach(url: str, what: str, advice: str) -> None:
-    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached."""
+    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached, or must not be."""
     hub = url.startswith(constants.ENDPOINT)
+    if folder := _asking.get():
+        raise ConnectionError(f"{what} is not on this machine, and a local folder fetches nothing: put its files into {folder}")
     reason = "HF_HUB_OFFLINE is set" if hub and constants.HF_HUB_OFFLINE else no_answer(url)
     if reason:
         cache = f"{constants.HF_HUB_CACHE}, which HF_HOME moves" if hub else "~/.cache/clip"

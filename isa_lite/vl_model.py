@@ -230,6 +230,9 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch that knows none
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from error
+    own = name == SCENES_CLIP or name.startswith(("blip:", "hf-hub:", "local-dir:")) or Path(name).is_dir()
+    if pretrained and own:
+        raise ValueError(f"pretrained={pretrained!r} is for names of open_clip alone: {name} comes with its own weights")
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
     if name.startswith("blip:") or is_blip(folder):
         clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)

@@ -129,5 +129,6 @@ def load_tokenizer(source: str, text: dict, name: str, folder: Path | None = Non
         context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
         tokenizer_mode=text.get("tokenizer_mode"),
         local_files_only=True,
-        **text.get("tokenizer_kwargs", {}),
+        trust_remote_code=False,
+        **(text.get("tokenizer_kwargs") or {}),
     )

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters recipes settings answers checkpoint ranks runs images scenes icons hub words text_tower matching_encoder blip
-    open_clip_models vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
+    parameters recipes settings answers checkpoint ranks runs images scenes icons hub words text_tower matching_encoder
+    open_clip_models blip vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets distill
     light_backbone embed gallery evaluate baselines fusion inversion sentences interventions spaces
     benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
     benchmarks.run benchmarks.__main__ ablations growth compare

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -13,7 +14,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from isa_lite import pretrain
+from isa_lite.checkpoint import read_tensors, write_tensors
 from isa_lite.measure import multiply_adds
+from isa_lite.open_clip_models import check_settings
+from isa_lite.pretrain import PretrainConfig, export
 from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -354,7 +359,7 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     (tmp_path / "cut" / "open_clip_model.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "open_clip_config.json").write_text('{"model_cfg": ')
-    with pytest.raises(ValueError, match="half.open_clip_config.json is no JSON"):
+    with pytest.raises(ValueError, match="half.open_clip_config.json"):
         load_vl_model(str(tmp_path / "half"))
     with pytest.raises(ValueError, match="cut holds no weights that fit its open_clip_config.json"):
         load_vl_model(str(tmp_path / "cut"))
@@ -399,3 +404,124 @@ def test_the_same_weights_with_another_activation_are_another_model():
     other.clip.load_state_dict(one.clip.state_dict())
     assert not torch.allclose(one.encode_text(TEXTS), other.encode_text(TEXTS), atol=1e-4)
     assert one.fingerprint != other.fingerprint
+
+
+# ---------------------------------------------------------------------------------- what a model folder may say
+
+
+def changed(vl_folder: Path, to: Path, change) -> Path:
+    """The model's folder again, with its settings changed in place by `change`."""
+    shutil.copytree(vl_folder, to)
+    config = json.loads((to / "open_clip_config.json").read_text())
+    config = change(config) or config
+    (to / "open_clip_config.json").write_text(json.dumps(config))
+    return to
+
+
+def put(*path):
+    """A change that puts the last of `path` at the place that the others name."""
+
+    def change(config):
+        for key in path[:-2]:
+            config = config.setdefault(key, {})
+        config[path[-2]] = path[-1]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model_cfg", "text_cfg", "tokenizer_kwargs", {"trust_remote_code": True}),
+        ("model_cfg", "text_cfg", "tokenizer_kwargs", {"bpe_path": "/etc/passwd"}),
+        ("model_cfg", "vision_cfg", "timm_model_name", "hf-hub:somebody/something"),
+        ("model_cfg", "vision_cfg", "timm_model_name", "local-dir:/tmp/x"),
+        ("model_cfg", "vision_cfg", "act_kwargs", {"cls": "x"}),
+        ("model_cfg", "cache_dir", "/tmp"),
+        ("model_cfg", "text_cfg", []),
+        ("model_cfg", "text_cfg", "tokenizer_kwargs", {"clean": "nothing"}),
+        ("model_cfg", "text_cfg", "width", float("nan")),
+        ("model_cfg", "text_cfg", "width", 10**15),
+        ("model_cfg", "text_cfg", "heads", 0),
+        ("model_cfg", "text_cfg", "layers", "four"),
+        ("model_cfg", "embed_dim", None),
+        ("model_cfg", []),
+        ("preprocess_cfg", []),
+        ("preprocess_cfg", "std", None),
+        ("preprocess_cfg", "std", [0.5, 0.5, 0]),
+        ("preprocess_cfg", "mean", [0.5, 0.5]),
+        ("preprocess_cfg", "mean", [0.5, float("nan"), 0.5]),
+        ("preprocess_cfg", "resize_mode", "wide"),
+        ("preprocess_cfg", "interpolation", ["bicubic"]),
+        ("preprocess_cfg", "mena", [0.5, 0.5, 0.5]),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_not_known_to_be_harmless_or_cannot_work_is_refused(vl_folder, tmp_path, no_network, path):
+    folder = changed(vl_folder, tmp_path / "m", put(*path))
+    with pytest.raises(ValueError, match="open_clip_config.json"):
+        load_vl_model(str(folder))
+
+
+@pytest.mark.parametrize("key", ["hf_tokenizer_name", "hf_model_name"])
+def test_a_local_folder_reaches_no_network(vl_folder, tmp_path, no_network, monkeypatch, key):
+    pytest.importorskip("transformers")
+    asked = []
+    monkeypatch.setattr("isa_lite.hub.no_answer", lambda *a: asked.append(a) or "")
+    folder = changed(vl_folder, tmp_path / "m", put("model_cfg", "text_cfg", key, "somebody/something-unheard-of"))
+    with pytest.raises(ConnectionError, match=re.escape(str(folder))):
+        load_vl_model(str(folder))
+    assert not asked
+
+
+def test_every_model_that_open_clip_knows_sets_what_is_harmless():
+    for name in open_clip.list_models():
+        check_settings(Path(name), open_clip.get_model_config(name), "model_cfg")
+
+
+def test_weights_that_are_no_numbers_are_refused(vl_folder, tmp_path):
+    for name in ("open_clip_model.safetensors", "matching_encoder.safetensors"):
+        folder = Path(shutil.copytree(vl_folder, tmp_path / name))
+        tensors, _ = read_tensors(folder / name)
+        next(v for v in tensors.values() if v.is_floating_point()).view(-1)[0] = float("nan")
+        write_tensors(folder / name, tensors)
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            load_vl_model(str(folder))
+
+
+@pytest.mark.parametrize("record", [[], {"width": 0}, {"width": "a"}, {"colour": 3}])
+def test_settings_of_a_matching_encoder_that_cannot_work_are_named(vl_folder, tmp_path, record):
+    folder = Path(shutil.copytree(vl_folder, tmp_path / "m"))
+    (folder / "matching_encoder.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="matching_encoder.json"):
+        load_vl_model(str(folder))
+
+
+def test_weights_beside_a_folder_are_refused(vl_folder):
+    with pytest.raises(ValueError, match="pretrained"):
+        load_vl_model(str(vl_folder), "openai")
+    with pytest.raises(ValueError, match="pretrained"):
+        load_vl_model(pretrained="openai")
+
+
+def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeypatch):
+    shutil.copytree(vl_folder, tmp_path / "m")
+    config = PretrainConfig(image_size=64, embed_dim=16, vision_width=4, text_width=32, text_layers=1)
+    write = {"write_text": pretrain.write_text, "write_tensors": pretrain.write_tensors}
+    for stop in range(4):  # before the first, second, ... file is written
+        calls = iter(range(stop))
+        for name, real in write.items():
+
+            def cut(*given, real=real, calls=calls):
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                real(*given)
+
+            monkeypatch.setattr(pretrain, name, cut)
+        with pytest.raises(KeyboardInterrupt):
+            export(vl, config, tmp_path / "m")
+        with pytest.raises(ValueError, match="open_clip_config.json"):
+            load_vl_model(str(tmp_path / "m"))
+    monkeypatch.undo()
+    export(vl, config, tmp_path / "m")
+    assert load_vl_model(str(tmp_path / "m")).matcher is not None

@@ -357,11 +357,11 @@ def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
     write_text(settings, json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n")
 
 
-def pretrain(config: PretrainConfig, folder: Path, run: Path) -> None:
+def pretrain(config: PretrainConfig, folder: Path, run: Path, checkpoint_minutes: float = MINUTES) -> None:
     """Both trainings, with checkpoints in `run`; the model and its record go into `folder`."""
     made_by = commit()
-    vl, towers = train_towers(config, run / "towers.safetensors")
-    vl.matcher, matching = train_matcher(vl, config, run / "matching_encoder.safetensors")
+    vl, towers = train_towers(config, run / "towers.safetensors", checkpoint_minutes=checkpoint_minutes)
+    vl.matcher, matching = train_matcher(vl, config, run / "matching_encoder.safetensors", checkpoint_minutes=checkpoint_minutes)
     export(vl, config, folder)
     record = {
         "command": command_line("pretrain", config),

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import IO
 
 from isa_lite import ranks
+from isa_lite.settings import MINUTES
 
-#: How often the state of a run is saved.
-MINUTES = 5.0
 _BEYOND = 1 << 30  # the byte that is locked: beyond the text, which others may read
 _held: dict[Path, object] = {}  # what this process has locked: a system's lock does not stop its own process
 

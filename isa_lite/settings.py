@@ -28,6 +28,8 @@ SCENES, SCENES_BACKBONE, WEIGHTS = "scenes", "scenes-light-backbone", "backbone"
 IMAGE_SIZE = 96
 #: The words around a query's two halves (the paper's "a photo of"; its punctuation is ours).
 TEMPLATE = "a photo of {sentence}, {modifier}"
+#: How often the state of a run is saved.
+MINUTES = 5.0
 #: The names of the mapping networks; `mappings.MAPPINGS` holds the networks themselves.
 MAPPING_NAMES = ("adaptive", "single vector", "average pooling", "slot attention", "resampler")
 #: Numbers of distractors at which `growth` measures.

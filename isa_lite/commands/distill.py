@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isa_lite.parameters import add_settings, settings_from
 from isa_lite.recipes import RECIPES, recipe
-from isa_lite.settings import MAPPING_NAMES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
+from isa_lite.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
 ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens", "width", "depth")
@@ -22,6 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the query encoder; targets and states are in OUT/run")
     parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
     parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
+    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
     add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
     for name, meaning in AIDS.items():
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)")
@@ -51,7 +52,8 @@ def run(args: Namespace) -> None:
         images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)
         torch.manual_seed(config.seed)
         encoder = QueryEncoder.for_model(vl, **encoder_settings(args))
-        history = distill(images, vl, encoder, config, args.out / "run", args.out / "run" / "distill.safetensors")
+        run = args.out / "run"
+        history = distill(images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes)
         if ranks.rank() == 0:
             info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
             encoder.cpu().save(args.out, info | {"seconds": round(history.seconds, 1), "processes": ranks.count()})

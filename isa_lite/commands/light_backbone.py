@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from isa_lite.parameters import add_settings, command_line, settings_from
-from isa_lite.settings import SCENES_BACKBONE, WEIGHTS, BackboneConfig
+from isa_lite.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / SCENES_BACKBONE, help="folder of the weights")
     parser.add_argument("--run", type=Path, default=Path("runs/light_backbone"), help="folder of cache and checkpoint")
+    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
     add_settings(parser, BackboneConfig)
 
 
@@ -37,7 +38,8 @@ def run(args: Namespace) -> None:
     world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
     jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
     images = scenes.render_many(world, jitter, vl.image_size)
-    loss, seconds = learn_features(images, vl, encoder, config, args.run / "cache", args.run / "state.safetensors")
+    run = args.run
+    loss, seconds = learn_features(images, vl, encoder, config, run / "cache", run / "state.safetensors", args.checkpoint_minutes)
     write_tensors(args.out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
     record = {
         **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},

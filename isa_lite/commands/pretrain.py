@@ -6,12 +6,13 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from isa_lite.parameters import add_settings, settings_from
-from isa_lite.settings import SCENES_CLIP, PretrainConfig
+from isa_lite.settings import MINUTES, SCENES_CLIP, PretrainConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs") / SCENES_CLIP, help="folder of the model")
     parser.add_argument("--run", type=Path, default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from")
+    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
     add_settings(parser, PretrainConfig)
 
 
@@ -20,5 +21,5 @@ def run(args: Namespace) -> None:
 
     from isa_lite.pretrain import pretrain
 
-    pretrain(config, args.out, args.run)
+    pretrain(config, args.out, args.run, args.checkpoint_minutes)
     print(f"{args.out}: load_vl_model({str(args.out)!r}) loads it")

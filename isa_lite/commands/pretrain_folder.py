@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from isa_lite.parameters import add_settings, settings_from
-from isa_lite.settings import FolderConfig
+from isa_lite.settings import MINUTES, FolderConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--captions", type=Path, required=True, help="CSV file with the columns image and caption")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--run", type=Path, help="folder of the checkpoints, to resume from (default: OUT/run)")
+    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
     add_settings(parser, FolderConfig)
 
 
@@ -25,5 +26,6 @@ def run(args: Namespace) -> None:
     from isa_lite.pretrain_folder import pretrain_folder
 
     images = ImageFolder(args.images)
-    pretrain_folder(images, read_captions(args.captions, images), config, args.out, args.run or args.out / "run")
+    captions, run = read_captions(args.captions, images), args.run or args.out / "run"
+    pretrain_folder(images, captions, config, args.out, run, checkpoint_minutes=args.checkpoint_minutes)
     print(f"{args.out}: load_vl_model({str(args.out)!r}) loads it, and so does open_clip as local-dir:{args.out}")

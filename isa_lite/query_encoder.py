@@ -117,6 +117,7 @@ class QueryEncoder(nn.Module):
 
     def save(self, folder: str | Path, info: dict | None = None) -> None:
         """Weights as query_encoder.safetensors, settings (and `info`, for the reader) as query_encoder.json."""
+        (Path(folder) / "query_encoder.json").unlink(missing_ok=True)  # old settings with new weights would be neither
         write_tensors(Path(folder) / "query_encoder.safetensors", self.state_dict())
         write_text(
             Path(folder) / "query_encoder.json", json.dumps({"config": asdict(self.config), "info": info or {}}, indent=1) + "\n"

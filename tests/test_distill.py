@@ -443,11 +443,11 @@ def test_rows_of_several_files_are_read_as_from_one_array(vl, images, tmp_path):
         assert np.array_equal(shards[rows], one[rows])
 
 
-def test_two_runs_that_fill_one_cache_at_once_both_get_every_row(vl, vl_folder, images, tmp_path):
+def test_two_runs_that_fill_one_cache_at_once_both_get_every_row(vl, images, tmp_path):
     many = np.concatenate([images] * 14)
     expected = targets(many, vl, True)
     with ThreadPoolExecutor(2) as pool:  # each writes what the other also writes
-        runs = [pool.submit(targets, many, load_vl_model(str(vl_folder)), True, tmp_path) for _ in range(2)]
+        runs = [pool.submit(targets, many, vl, True, tmp_path) for _ in range(2)]
         for found in (run.result() for run in runs):
             assert np.array_equal(found.embeddings, expected.embeddings) and np.array_equal(found.patches, expected.patches)
 

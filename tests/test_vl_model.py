@@ -367,7 +367,7 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     matcher = tmp_path / "matcher" / "matching_encoder.safetensors"
     for spoil in (lambda: matcher.write_bytes(matcher.read_bytes()[:500]), matcher.unlink):
         spoil()
-        with pytest.raises(ValueError, match="matcher holds no weights that fit its matching_encoder.json"):
+        with pytest.raises(ValueError, match="matcher.*matching_encoder"):
             load_vl_model(str(tmp_path / "matcher"))
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import ImageOps
 
 from isa_lite.distill import History
-from isa_lite.evaluate import Benchmark, recall, recall_interval, seed_interval
+from isa_lite.evaluate import Benchmark, bootstrap_interval, recall, recall_interval, seed_interval
 from isa_lite.images import ImageFolder
 from isa_lite.own_data import Triplets
 
@@ -456,20 +456,54 @@ def curves(histories: Mapping[str, History], window: int = 20, step: int | None 
 
 
 def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6) -> Figure:
-    """An image (`side` inches), and beside it what each token attends to: maps L x h x w over it, brighter where it looks."""
+    """An image (`side` inches), and beside it the weights with which each token reads it, brighter where they are higher.
+
+    maps: L x h x w, those of one read, token by token; or N x L x h x w, all N reads (`Sentence.reads`): then each token has a
+    column of N pictures, and each band of tokens begins with the image. Every picture is scaled to its own highest weight.
+    """
     with matplotlib.rc_context(_STYLE):
-        image = np.asarray(image)
-        rows = -(-(len(maps) + 1) // columns)
-        figure = _figure(side * columns, (side + 0.25) * rows)
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        _picture(panels[0], image, "image")
-        for i, axes in enumerate(panels[1:]):
-            if i >= len(maps):
-                axes.axis("off")
-                continue
-            _picture(axes, image, titles[i] if titles else f"token {i + 1}")
-            extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-            _lay_over(axes, maps[i], extent)
+        image, maps = np.asarray(image), np.asarray(maps)
+        several, reads = maps.ndim == 4, maps.reshape(-1, *maps.shape[-3:])
+        count = reads.shape[1]
+        bands = -(-count // (columns - 1)) if several else -(-(count + 1) // columns)
+        figure = _figure(side * columns, (side * len(reads) + (0.4 if several else 0.25)) * bands)
+        grid = figure.subplots(bands * len(reads), columns, squeeze=False)
+        for axes in grid.flat:
+            axes.axis("off")
+        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+        for i in range(count):
+            band, column = divmod(i, columns - 1) if several else divmod(i + 1, columns)
+            for n, read in enumerate(reads):
+                axes = grid[band * len(reads) + n, column + several]
+                axes.axis("on")
+                title = "" if n else titles[i] if titles else f"token {i + 1}"
+                _picture(axes, image, wrap(title, 14) if several else title, size=9 if several else 11)
+                _lay_over(axes, read[i], extent)
+                if several and column == 0:
+                    axes.set_ylabel(f"read {n + 1}", fontsize=10)
+        for axes in grid[:: len(reads), 0] if several else grid[:1, 0]:
+            axes.axis("on")
+            _picture(axes, image, "image")
+        return figure
+
+
+def cover_curves(values: Mapping[str, np.ndarray], shares: Sequence[float], ylabel: str, title: str = "") -> Figure:
+    """What covering a growing share of the images does: the mean over queries by kind of region, with its 95% interval.
+
+    values: by region, shares x B (`interventions.cover_curves`). A curve that falls early names what the sentence depends on.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(10, 4.4)
+        axes = figure.subplots()
+        marks = [(GREY, ":", "x"), (GREEN, "--", "^"), (BLUE, "-", "s"), (PURPLE, "-.", "D"), (RED, ":", "v"), (ORANGE, "-", "o")]
+        percent = 100 * np.asarray(shares)
+        for (name, found), (color, line, mark) in zip(values.items(), itertools.cycle(marks)):
+            axes.plot(percent, found.mean(1), color=color, linestyle=line, marker=mark, label=name, linewidth=2)
+            low, high = zip(*(bootstrap_interval(row) for row in found), strict=True)
+            axes.fill_between(percent, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.set(xlabel="share of the image that is covered, in %", ylabel=ylabel, title=title, xlim=(0, None))
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        figure.legend(frameon=False, fontsize=12, loc="outside right center")
         return figure
 
 

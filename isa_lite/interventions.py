@@ -79,21 +79,24 @@ def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
     return painted
 
 
-def region_maps(reads: Tensor, seed: int = 0) -> dict[str, Tensor]:
+def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, Tensor]:
     """What the reads of B images, B x N x L x h x w (`Sentence.reads`), name as regions, B x h x w each: means over tokens.
 
     "first read", "second read" (the mean over the blocks, so N must be at least 2: else ValueError), "both reads" (their mean),
-    and two controls: "random cells", and the first read of the next image, which has the same kind of shape.
+    and three controls: "random cells"; the first read of the next image, which has the same kind of shape; and "contrast", the
+    distance of the colours, images B x H x W x 3, from each image's median colour, for which no model is needed.
     """
     if reads.shape[1] < 2:
         raise ValueError("reads: a first and a second one are needed; these are of an encoder that reads the image once")
     first, second = reads[:, 0].mean(1), reads[:, 1:].mean((1, 2))
     chance = torch.rand(first.shape, generator=torch.Generator().manual_seed(seed))
+    away = np.abs(images - np.median(images, (1, 2), keepdims=True)).mean(-1)  # B x H x W
     return {
         "random cells": chance,
         "first read, another image's": first.roll(-1, 0),
         "second read": second,
         "both reads": (first + second) / 2,
+        "contrast": F.adaptive_avg_pool2d(torch.from_numpy(away), first.shape[-2:]),
         "first read": first,
     }
 

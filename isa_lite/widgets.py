@@ -295,20 +295,21 @@ def search_panel(pictures: Images, vl: VLModel, encoder: QueryEncoder, embedding
 
 
 def _place(attention: Tensor) -> str:
-    """Where a map h x w is strongest, in words."""
+    """Where a read's map, h x w, is strongest, in words."""
     if float(attention.max() - attention.min()) < 1e-6:
-        return "it looks evenly at the whole image"
+        return "evenly over the whole image"
     height, width = attention.shape
     row, column = divmod(int(attention.argmax()), width)
     place = scenes.POSITIONS[3 * (3 * row // height) + 3 * column // width]
-    return f"it looks most at the {place}, where one of {height * width} cells gets {attention.max():.0%} of its attention"
+    return f"most at the {place}, where one of {height * width} cells gets {attention.max():.0%} of the weight"
 
 
 def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> Panel:
-    """Choose an image and one token of its sentence: where it looks, and the real words nearest to it.
+    """Choose an image and one token of its sentence: how it reads the image, and the real words nearest to it.
 
     encoders: by name; with several, of different numbers of tokens L, a slider goes through them, shortest sentence first.
-    Controls: image, encoder and token (both from 1). `shown`: words, the nearest with their cosines, and attention, a map h x w.
+    Controls: image, encoder and token (both from 1). `shown`: words, the nearest with their cosines, and reads, N x h x w: the
+    weights of each of the token's N reads.
     """
     if not encoders:
         raise ValueError("encoders is empty; give at least one, for example {'shipped': QueryEncoder.load(folder, vl)}")
@@ -331,35 +332,37 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
 
     @lru_cache(32)
     def read(name: str, i: int):
-        sentence = encoders[name].sentences([pictures[i]])
-        return sentence.maps[0], nearest_words(vl, sentence.tokens[0], 5)
+        sentence = encoders[name].sentences([pictures[i]], reads=True)
+        return sentence.reads[0], nearest_words(vl, sentence.tokens[0], 5)
 
     def compute() -> tuple[str, str, dict]:
         name, i, t = by_length[chosen.value - 1], which.value, token.value
-        maps, words = read(name, i)
+        reads, words = read(name, i)  # N x L x h x w
         picture = _picture(pictures[i])
         side = min(240, *picture.size)  # the encoder saw the square in the middle, so that is what the map is laid over
         best = words[t - 1]
         figure = draw.attention(
-            ImageOps.fit(picture, (side, side)), maps[t - 1 : t].numpy(), [f"token {t}: {best[0][0]}"], columns=2, side=2.6
+            ImageOps.fit(picture, (side, side)), reads[:, t - 1 : t].numpy(), [f"token {t}: {best[0][0]}"], columns=2, side=1.8
         )
-        where = _place(maps[t - 1])
+        places = [f"read {n}: {_place(weights)}" for n, weights in enumerate(reads[:, t - 1], 1)]
+        where = "; ".join(places)
         rows = "".join(f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best)
         sentence = " · ".join(
             f"<b>▸ {n} “{escape(near[0][0])}”</b>" if n == t else f"{n} “{escape(near[0][0])}”" for n, near in enumerate(words, 1)
         )
         html = (
             f'<div class="isa-query"><img class="isa-wide" src="{_source(draw.png(figure))}" '
-            f'alt="image {escape(_names(pictures)[i])}, and laid over it the attention of token {t}: {where}">'
+            f'alt="image {escape(_names(pictures)[i])}, and laid over it the weights of token {t}. {where}">'
             f"<table><tr><th>nearest word</th><th>cosine</th></tr>{rows}</table></div>"
             f"<p>The sentence, each token by its nearest word: {sentence}</p>"
         )
-        message = f"Token {t} of {lengths[name]}, encoder “{escape(name)}”: {where}; nearest word: “{escape(best[0][0])}”."
-        return html, message, {"words": best, "attention": maps[t - 1]}
+        said = f"Token {t} of {lengths[name]}, encoder “{escape(name)}”; nearest word: “{escape(best[0][0])}”."
+        return html, f"{said} {where[0].upper()}{where[1:]}.", {"words": best, "reads": reads[:, t - 1]}
 
     return Panel(
         "Look through one token",
-        "Choose an image and a token: type, use the arrow keys, or drag. Bright: where the token looks. " + hint,
+        "Choose an image and a token: type, use the arrow keys, or drag. Bright: where one of its reads has high weights. The "
+        "sentence depends on all of them, and not on the weights alone. " + hint,
         {
             "image": which,
             "token": token,

@@ -92,6 +92,27 @@ def test_attention_lays_each_map_over_the_image():
     assert np.allclose(laid.get_array(), maps[1] / maps[1].max()) and tuple(laid.get_extent()) == (-0.5, 31.5, 31.5, -0.5)
 
 
+def test_all_reads_of_a_token_stand_in_its_column():
+    reads = np.random.default_rng(0).random((3, 5, 6, 6))
+    figure = draw.attention(BENCH.images[0], reads, [f"{i + 1}: a" for i in range(5)], columns=4)
+    grid = np.array(figure.axes).reshape(6, 4)  # two bands of three reads: the image, and three tokens in the first
+    assert [a.get_title() for a in grid[0]] == ["image", "1: a", "2: a", "3: a"]
+    assert [a.get_title() for a in grid[3]] == ["image", "4: a", "5: a", ""]
+    assert [len(a.images) for a in grid.flat] == [1, 2, 2, 2, 0, 2, 2, 2, 0, 2, 2, 2, 1, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0]
+    for token, read, axes in ((1, 2, grid[2, 2]), (4, 0, grid[3, 2])):
+        assert np.allclose(axes.images[1].get_array(), reads[read, token] / reads[read, token].max())
+    assert [a.get_ylabel() for a in grid[:, 1]] == ["read 1", "read 2", "read 3"] * 2
+
+
+def test_a_cover_curve_is_the_mean_over_queries_in_its_interval():
+    values = {"first": np.array([[1.0, 0.8], [0.5, 0.3]]), "random": np.array([[1.0, 1.0], [0.9, 0.7]])}
+    axes = draw.cover_curves(values, (0.1, 0.5), "cosine", "title").axes[0]
+    assert [line.get_label() for line in axes.lines] == ["first", "random"]
+    assert np.allclose(axes.lines[0].get_xydata(), [[10, 0.9], [50, 0.4]])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert np.allclose([band.min(), band.max()], [0.3, 1.0])  # of two queries, drawn again
+
+
 def test_token_bars_stand_side_by_side():
     axes = draw.token_bars({"a": [1.0, 2.0], "b": [3.0, 4.0]}, "score", level=1.5).axes[0]
     bars = [(round(bar.get_x() + bar.get_width() / 2, 6), bar.get_height()) for bar in axes.patches]

@@ -83,7 +83,7 @@ def test_what_has_no_two_reads_is_refused(vl, bench):
     with pytest.raises(ValueError, match="images"):
         sentences_changed(QueryEncoder.for_model(vl, num_tokens=2), bench.images[:1])
     with pytest.raises(ValueError, match="reads"):
-        region_maps(other.sentences(bench.images[:2], reads=True).reads)
+        region_maps(bench.images[:2], other.sentences(bench.images[:2], reads=True).reads)
 
 
 def test_the_named_pixels_and_no_others_are_covered():
@@ -109,14 +109,18 @@ def test_the_named_pixels_and_no_others_are_covered():
 
 
 def test_regions_are_means_over_tokens_and_blocks():
-    reads = torch.rand(3, 3, 4, 2, 5)
-    found = region_maps(reads, seed=1)
+    reads, images = torch.rand(3, 3, 4, 2, 5), np.full((3, 4, 10, 3), 200, np.uint8)
+    images[0, :2, 4:6] = (200, 170, 200)  # the third of five cells in the upper row
+    found = region_maps(images, reads, seed=1)
     assert torch.allclose(found["first read"][1], sum(reads[1, 0, token] for token in range(4)) / 4)
     second = sum(reads[1, n, token] for n in (1, 2) for token in range(4)) / 8
     assert torch.allclose(found["second read"][1], second)
     assert torch.allclose(found["both reads"][1], (found["first read"][1] + second) / 2)
     assert torch.equal(found["first read, another image's"][0], found["first read"][1])
-    assert torch.equal(found["random cells"], region_maps(reads, seed=1)["random cells"]) and found["random cells"].std() > 0
+    assert (
+        torch.equal(found["random cells"], region_maps(images, reads, seed=1)["random cells"]) and found["random cells"].std() > 0
+    )
+    assert found["contrast"][0].tolist() == [[0, 0, 10, 0, 0], [0] * 5] and not found["contrast"][1:].any()
 
 
 def test_a_curve_has_a_value_for_every_share_and_query(vl, shipped, bench):

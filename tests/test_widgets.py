@@ -205,7 +205,7 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
     bench, vl, encoder, _ = world
     panel = widgets.token_panel(bench.images[:5], vl, {"shipped": encoder})
     assert panel.controls["encoder"].disabled and "num_tokens" in panel.children[0].value
-    sentence = encoder.sentences(bench.images[4:5])
+    sentence = encoder.sentences(bench.images[4:5], reads=True)
     panel.controls["image"].value = 4
     for t in (1, 2, 12):
         panel.controls["token"].value = t
@@ -213,12 +213,13 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
         ((words, cosines),) = [zip(*near, strict=True) for near in nearest_words(vl, sentence.tokens[0, t - 1 : t], 5)]
         assert [word for word, _ in panel.shown["words"]] == list(words)
         assert [cosine for _, cosine in panel.shown["words"]] == pytest.approx(cosines, abs=1e-5)
-        assert torch.allclose(panel.shown["attention"], sentence.maps[0, t - 1], atol=1e-5)
+        assert torch.allclose(panel.shown["reads"], sentence.reads[0, :, t - 1], atol=1e-5)
         (picture,) = Page(panel.picture.value).all("img")
         title = f"token {t}: {words[0]}"
-        figure = draw.attention(bench.images[4], sentence.maps[0, t - 1 : t].numpy(), [title], columns=2, side=2.6)
+        figure = draw.attention(bench.images[4], sentence.reads[0, :, t - 1 : t].numpy(), [title], columns=2, side=1.8)
         difference = pixels(picture["src"]).astype(int) - pixels(base64.b64encode(draw.png(figure)).decode())
         assert abs(difference).max() <= 2  # a last digit may round to another shade
+        assert all(f"read {n}: " in picture["alt"] and f"ead {n}: " in message(panel) for n in (1, 2, 3))
         assert f"token {t}" in picture["alt"] and panel.shown["words"][0][0] in Page(panel.picture.value).text
 
 

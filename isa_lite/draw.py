@@ -495,7 +495,7 @@ def cover_curves(values: Mapping[str, np.ndarray], shares: Sequence[float], ylab
     with matplotlib.rc_context(_STYLE):
         figure = _figure(10, 4.4)
         axes = figure.subplots()
-        marks = [(GREY, ":", "x"), (GREEN, "--", "^"), (BLUE, "-", "s"), (PURPLE, "-.", "D"), (RED, ":", "v"), (ORANGE, "-", "o")]
+        marks = [(GREY, ":", "x"), (GREEN, "--", "^"), (BLUE, "-", "s"), (PURPLE, "-.", "D"), (ORANGE, "-", "o"), (RED, ":", "v")]
         percent = 100 * np.asarray(shares)
         for (name, found), (color, line, mark) in zip(values.items(), itertools.cycle(marks)):
             axes.plot(percent, found.mean(1), color=color, linestyle=line, marker=mark, label=name, linewidth=2)

@@ -96,8 +96,8 @@ def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, T
         "first read, another image's": first.roll(-1, 0),
         "second read": second,
         "both reads": (first + second) / 2,
-        "contrast": F.adaptive_avg_pool2d(torch.from_numpy(away), first.shape[-2:]),
         "first read": first,
+        "contrast": F.adaptive_avg_pool2d(torch.from_numpy(away), first.shape[-2:]),
     }
 
 

@@ -1,4 +1,7 @@
-"""What a sentence holds: where its tokens look, which words they are near, what follows when one goes or moves. Ours."""
+"""What a sentence holds: how its tokens read an image, which words they are near, what follows when one goes or moves. Ours.
+
+Attention says where the weight of a read goes. What the sentence depends on is another question: see `interventions`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
     maps: B x L x h x w; masks: for each image its objects' masks, N x H x W (N may differ). Chance is the share of the image
     that objects cover: what attention spread evenly gives. Both are summed over images before they are divided, so an image
     with tiny objects cannot blow the score up. Returns two vectors of length L: the score with all objects of an image
-    taken together, and with only the one that the token looks at most, against that object's own area.
+    taken together, and with only the one that has most of the token's attention, against that object's own area.
     """
     if len(maps) != len(masks):
         raise ValueError(f"attention maps of {len(maps)} images but masks of {len(masks)}")
@@ -53,7 +56,7 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
 
 
 def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) -> dict[str, dict]:
-    """Several encoders over the same rendered scenes, by their number of tokens: where they look, in plain lists.
+    """Several encoders over the same rendered scenes, by their number of tokens: the weights of their `maps`, in plain lists.
 
     maps: L x h x w, on one scene (`look_scene`); grounding: of each token with its best object,
     over all the scenes; elsewhere: the same with each image's maps laid over another image's objects. Raises ValueError

@@ -341,9 +341,9 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
         picture = _picture(pictures[i])
         side = min(240, *picture.size)  # the encoder saw the square in the middle, so that is what the map is laid over
         best = words[t - 1]
-        figure = draw.attention(
-            ImageOps.fit(picture, (side, side)), reads[:, t - 1 : t].numpy(), [f"token {t}: {best[0][0]}"], columns=2, side=1.8
-        )
+        titles = [f"read {n}" for n in range(1, len(reads) + 1)]
+        square = ImageOps.fit(picture, (side, side))
+        figure = draw.attention(square, reads[:, t - 1].numpy(), titles, columns=len(reads) + 1, side=1.8)
         places = [f"read {n}: {_place(weights)}" for n, weights in enumerate(reads[:, t - 1], 1)]
         where = "; ".join(places)
         rows = "".join(f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best)

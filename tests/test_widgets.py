@@ -215,8 +215,8 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
         assert [cosine for _, cosine in panel.shown["words"]] == pytest.approx(cosines, abs=1e-5)
         assert torch.allclose(panel.shown["reads"], sentence.reads[0, :, t - 1], atol=1e-5)
         (picture,) = Page(panel.picture.value).all("img")
-        title = f"token {t}: {words[0]}"
-        figure = draw.attention(bench.images[4], sentence.reads[0, :, t - 1 : t].numpy(), [title], columns=2, side=1.8)
+        titles = ["read 1", "read 2", "read 3"]
+        figure = draw.attention(bench.images[4], sentence.reads[0, :, t - 1].numpy(), titles, columns=4, side=1.8)
         difference = pixels(picture["src"]).astype(int) - pixels(base64.b64encode(draw.png(figure)).decode())
         assert abs(difference).max() <= 2  # a last digit may round to another shade
         assert all(f"read {n}: " in picture["alt"] and f"ead {n}: " in message(panel) for n in (1, 2, 3))

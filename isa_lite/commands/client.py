@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 
 from isa_lite.parameters import whole_number
@@ -24,6 +25,10 @@ def run(args: Namespace) -> None:
     if not model:
         raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
     client = QueryClient(args.folder, vl_model=model)
-    scores = embeddings @ client.encode([read_image(args.image)], [args.modifier])[0]  # N
-    for i in np.argsort(-scores)[: args.k]:
-        print(f"{scores[i]:.4f}  {ids[i]}")
+    query = client.encode([read_image(args.image)], [args.modifier])[0]  # E
+    if embeddings.shape[1] != len(query):
+        raise ValueError(f"{args.gallery} holds embeddings of {embeddings.shape[1]} numbers, and the query has {len(query)}")
+    scores, encoding = embeddings @ query, sys.stdout.encoding or "utf-8"  # N
+    for i in np.argsort(-scores, kind="stable")[: args.k]:  # of equal ones, the first in the gallery
+        answer = f"{scores[i]:.4f}  {ids[i]}"
+        print(answer.encode(encoding, "backslashreplace").decode(encoding))  # a file name may hold what a terminal cannot show

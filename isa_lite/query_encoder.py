@@ -7,34 +7,56 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision import transforms as T
 
 from isa_lite.backbones import build_backbone, check_backbone, start_config
-from isa_lite.checkpoint import read_tensors, write_tensors, write_text
-from isa_lite.images import to_pixels
+from isa_lite.checkpoint import read_json, read_tensors, write_tensors, write_text
+from isa_lite.images import check_images, to_pixels
 from isa_lite.mappings import MAPPINGS
 from isa_lite.settings import TEMPLATE, QueryEncoderConfig, check_template
 from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.token_learner import Sentence
-from isa_lite.vl_model import VLModel
+from isa_lite.vl_model import VLModel, check_texts
+
+#: The sizes that a query encoder may have, least and most: more is a mistake, or a file that asks for all the memory.
+SIZES = {
+    "word_width": (1, 2**16),
+    "num_tokens": (1, 2**10),
+    "image_size": (1, 2**11),
+    "stride": (1, 2**11),
+    "width": (1, 2**14),
+    "depth": (0, 2**7),
+}
 
 
 def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
     """The settings with a value in place of each None but the stride's. Raises ValueError for a value that cannot work."""
-    for name in ("num_tokens", "image_size", "stride", "width"):
+    for name, (least, most) in SIZES.items():
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        if value is None and name in ("image_size", "stride", "width", "depth"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
+            bound = f"at least {least}" if isinstance(value, (int, np.integer)) and value < least else f"from {least} to {most}"
+            raise ValueError(f"{name} must be {bound}, a whole number, not {value!r}")
+    for name in ("vl_model", "backbone", "backbone_weights", "mapping", "start_words"):
+        if not isinstance(getattr(config, name), str):
+            raise ValueError(f"{name} must be a text, not {getattr(config, name)!r}")
+    for name in ("pretrained", "norm_matching"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, not {getattr(config, name)!r}")
+    if not _finite(config.word_norm) or config.word_norm <= 0:
+        raise ValueError(f"word_norm must be a number above 0, not {config.word_norm!r}")
     if config.mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
     own = inspect.signature(MAPPINGS[config.mapping]).parameters
@@ -44,9 +66,17 @@ def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
         start = start_config(config.backbone, config.pretrained, config.backbone_weights)
         known = {name: value for name, value in start._asdict().items() if getattr(config, name) is None}
         config = replace(config, **known)
-    if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
-        raise ValueError(f"mean and std are three numbers each, std above 0; not {config.mean} and {config.std}")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if not isinstance(values, (tuple, list)) or len(values) != 3 or not all(map(_finite, values)):
+            raise ValueError(f"{name} must be three numbers, not {values!r}")
+    if min(config.std) <= 0:
+        raise ValueError(f"std must be three numbers above 0, not {config.std!r}")
     return config
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -56,22 +86,28 @@ def _rgb(image: Image.Image) -> Image.Image:
 class QueryEncoder(nn.Module):
     """Image -> sentence of pseudo-words. A light backbone's feature map, and a mapping network on it."""
 
-    def __init__(self, config: QueryEncoderConfig, vl: VLModel | None = None, initial_weights: bool = True):
+    def __init__(
+        self,
+        config: QueryEncoderConfig,
+        vl: VLModel | None = None,
+        initial_weights: bool = True,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ):
         """vl: needed for the backbone "vl" only. initial_weights: False where those that `config` names would be replaced
-        anyway: nothing is fetched."""
+        anyway: nothing is fetched. shapes: of the weights that follow; where the mapping network would have others, ValueError is
+        raised before it takes any memory."""
         super().__init__()
         config = _filled(config)
+        if vl is not None and config.num_tokens > vl.words.room:
+            raise ValueError(f"num_tokens must be at most {vl.words.room}, what the text tower reads, not {config.num_tokens}")
         start = (config.pretrained, config.backbone_weights) if initial_weights else (False, "")
         self.backbone, stride, (channels, *grid) = build_backbone(config.backbone, config.image_size, config.stride, *start, vl)
-        self.mapping = MAPPINGS[config.mapping](
-            channels,
-            tuple(grid),
-            config.num_tokens,
-            config.word_width,
-            config.word_norm if config.norm_matching else None,
-            config.width,
-            config.depth,
-        )
+        norm = config.word_norm if config.norm_matching else None
+        settings = (channels, tuple(grid), config.num_tokens, config.word_width, norm, config.width, config.depth)
+        if shapes is not None:
+            with torch.device("meta"):  # shapes, and no numbers
+                _check_shapes(MAPPINGS[config.mapping](*settings), shapes, "mapping.")
+        self.mapping = MAPPINGS[config.mapping](*settings)
         self.config = config = replace(config, stride=stride, num_tokens=len(self.mapping.to_word.start))
         cut = [T.Resize(config.image_size, T.InterpolationMode.BICUBIC), T.CenterCrop(config.image_size)]
         ours = T.Compose([*cut, T.Lambda(_rgb), T.ToTensor(), T.Normalize(config.mean, config.std)])
@@ -100,7 +136,8 @@ class QueryEncoder(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels: B x 3 x H x W -> the backbone's map, B x C x h x w."""
-        return self.backbone(pixels.to(next(self.parameters()).device))[0]
+        own = next(self.parameters())
+        return self.backbone(pixels.to(own.device, own.dtype))[0].to(own.dtype)
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
@@ -108,7 +145,11 @@ class QueryEncoder(nn.Module):
 
     @torch.no_grad()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128, reads: bool = False) -> Sentence:
-        """Images -> their sentences and attention maps, in evaluation mode, on the CPU; and all `reads` if asked for."""
+        """Images -> their sentences and attention maps, in evaluation mode, on the CPU; and all `reads` if asked for.
+
+        A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is no list of pictures.
+        """
+        check_images(images)
         was_training = self.training
         self.eval()
         parts = [self(self.pixels(images[s : s + batch_size]), reads) for s in range(0, len(images), batch_size)]
@@ -125,28 +166,61 @@ class QueryEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, vl: VLModel | None = None) -> QueryEncoder:
-        """What `save` wrote. Raises FileNotFoundError, or ValueError where the weights do not fit the settings or `vl`."""
+        """What `save` wrote. Raises FileNotFoundError, or ValueError naming the file, where settings or weights cannot be used
+        or do not fit one another, or belong to another model than `vl`. What they ask for is checked before it takes memory."""
         folder = Path(folder)
-        if not (folder / "query_encoder.json").is_file():
+        settings, weights = folder / "query_encoder.json", folder / "query_encoder.safetensors"
+        if not settings.is_file():
             raise FileNotFoundError(
                 f"{folder} holds no query_encoder.json; give the folder that QueryEncoder.save wrote "
                 f"(a relative one as seen from {Path.cwd().name}/)"
             )
-        try:
-            config = QueryEncoderConfig(**json.loads((folder / "query_encoder.json").read_text())["config"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / 'query_encoder.json'} holds no settings of a query encoder: {error}") from error
+        if not weights.is_file():
+            raise FileNotFoundError(f"{folder} holds no {weights.name}, which belongs to its {settings.name}; save it again")
+        config = _read_config(settings)
         if vl is not None and config.vl_model != vl.fingerprint:
             raise ValueError(
                 f"the query encoder in {folder} belongs to VL model {config.vl_model}, not {vl.fingerprint} ({vl.name}); "
                 "its sentences mean nothing to another model: load that one, or distill again"
             )
-        encoder = cls(config, vl, initial_weights=False)  # the weights follow; nothing is to be downloaded
         try:
-            encoder.load_state_dict(read_tensors(folder / "query_encoder.safetensors")[0])
-        except (RuntimeError, SafetensorError) as error:  # of other shapes, or a file that is cut off
+            with safe_open(weights, "pt") as file:
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            encoder = cls(config, vl, initial_weights=False, shapes=shapes)  # the weights follow; nothing is to be downloaded
+            tensors = read_tensors(weights)[0]
+            encoder.load_state_dict(tensors)
+        except (RuntimeError, SafetensorError, ValueError, OSError) as error:  # of other shapes, or a file that is cut off
             raise ValueError(f"the weights in {folder} do not fit its query_encoder.json: {error}") from error
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{weights}: the weights {key} are not finite; train the query encoder again")
         return encoder.eval()
+
+
+def _read_config(path: Path) -> QueryEncoderConfig:
+    """The settings in a query_encoder.json. Raises ValueError naming the file and the setting."""
+    found = read_json(path, "the settings of a query encoder").get("config")
+    try:
+        if not isinstance(found, dict):
+            raise ValueError("it has no config")
+        known = {field.name: field.default is MISSING for field in fields(QueryEncoderConfig)}
+        if unknown := [name for name in found if name not in known]:
+            raise ValueError(f"it names {unknown[0]!r}, which this version does not know")
+        if lacking := [name for name, needed in known.items() if needed and name not in found]:
+            raise ValueError(f"it lacks {lacking[0]!r}")
+        config = QueryEncoderConfig(**found)
+        if config.image_size is None or config.mean is None or config.std is None:  # what `save` writes has no gaps
+            raise ValueError("it lacks image_size, mean or std")
+        return _filled(config)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no settings of a query encoder: {error}") from error
+
+
+def _check_shapes(module: nn.Module, shapes: Mapping[str, Sequence[int]], prefix: str) -> None:
+    """Raises ValueError for the first tensor of the module that would have another shape than the one of its name."""
+    for key, tensor in module.state_dict(prefix=prefix).items():
+        if list(tensor.shape) != list(shapes.get(key, ())):
+            raise ValueError(f"{key} would be {list(tensor.shape)}, and is {list(shapes[key]) if key in shapes else 'not there'}")
 
 
 def start_vectors(vl: VLModel, start_words: str) -> Tensor:
@@ -170,6 +244,9 @@ def prompt_ids(
     two fields, and for a modifier that does not fit, unless `truncate` allows cutting its end.
     """
     check_template(template)
+    modifiers = check_texts(modifiers, "modifiers")
+    if not 0 <= num_tokens <= vl.words.room:
+        raise ValueError(f"num_tokens must be from 0 to {vl.words.room}, what the text tower reads, not {num_tokens}")
     words = vl.words
     rows, marks = [], []
     for modifier in modifiers:
@@ -216,9 +293,22 @@ def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
 def compose(
     vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 256
 ) -> Tensor:
-    """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU."""
+    """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU.
+
+    Raises ValueError for sentences of another shape or width than the model's words, or not finite; for modifiers that are no
+    list of as many texts ("" asks for no change); and for a modifier that does not fit, unless `truncate` cuts its end.
+    """
+    modifiers = check_texts(modifiers, "modifiers")
+    if isinstance(tokens, np.ndarray):
+        tokens = torch.from_numpy(np.ascontiguousarray(tokens))
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be a tensor of floats, B x L x {vl.word_width}, not a {type(tokens).__name__}")
+    if tokens.ndim != 3 or tokens.shape[2] != vl.word_width:
+        raise ValueError(f"tokens must have the shape B x L x {vl.word_width}, not {tuple(tokens.shape)}")
     if len(tokens) != len(modifiers):
         raise ValueError(f"{len(tokens)} sentences but {len(modifiers)} modifiers")
+    if not tokens.isfinite().all():
+        raise ValueError(f"tokens must be finite, and sentence {int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])} is not")
     parts, known = [], known_words(vl, template)
     for s in range(0, len(modifiers), batch_size):
         ids, places = prompt_ids(vl, tokens.shape[1], modifiers[s : s + batch_size], template, truncate)

@@ -48,7 +48,7 @@ CAPTIONS = ("both orders", "one order")
 
 def check_template(template: str) -> None:
     """Raises ValueError for a template without its two fields."""
-    if sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
+    if not isinstance(template, str) or sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
         raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
 
 

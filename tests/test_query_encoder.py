@@ -179,11 +179,11 @@ def test_a_modifier_that_does_not_fit_says_by_how_much_or_is_cut(vl, template, o
 
 
 def test_a_sentence_that_does_not_fit_is_an_error_even_if_modifiers_may_be_cut(vl):
-    with pytest.raises(ValueError, match=r"is 4 token\(s\) too long"):
-        prompt_ids(vl, 76, ["blue"], "a photo {sentence} {modifier}", truncate=True)  # 2 + 2 + 76 + 1 = 81 > 77
+    with pytest.raises(ValueError, match=r"is 3 token\(s\) too long"):
+        prompt_ids(vl, 75, ["blue"], "a photo {sentence} {modifier}", truncate=True)  # 2 + 2 + 75 + 1 = 80 > 77
     for truncate in (False, True):
         with pytest.raises(ValueError, match="too long"):
-            prompt_ids(vl, 76, [""], truncate=truncate)
+            prompt_ids(vl, 75, [""], truncate=truncate)
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,10 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
         ({"backbone": "%%%%"}, "unknown backbone '%%%%'"),
         ({"stride": 3}, r"no feature map of stride 3; its strides are \[2, 4, 8, 16, 32\]"),
         ({"mapping": "adaptiv"}, "unknown mapping 'adaptiv'; there are 'adaptive', 'single vector', 'average pooling'"),
-        ({"num_tokens": 0}, "num_tokens must be at least 1, not 0"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"stride": -16}, "stride must be at least 1"),
-        ({"width": 0}, "width must be at least 1"),
+        ({"num_tokens": 0}, "num_tokens"),
+        ({"image_size": 0}, "image_size"),
+        ({"stride": -16}, "stride"),
+        ({"width": 0}, "width"),
         ({"backbone": "resnet18.nobody_in1k"}, r"'resnet18' has no weights tagged 'nobody_in1k'; its tags are .*a1_in1k"),
         (
             {"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32},
@@ -278,8 +278,8 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
             {"backbone": "inception_v4", "image_size": 8, "stride": 32},
             "'inception_v4' does not work at image_size 8: .*; its own size is 299",
         ),
-        ({"std": (0.5, 0.5, 0)}, "std above 0"),
-        ({"mean": (0.5,)}, "mean and std are three numbers each"),
+        ({"std": (0.5, 0.5, 0)}, "std"),
+        ({"mean": (0.5,)}, "mean"),
         ({"backbone_weights": "lite"}, "unknown backbone_weights 'lite': there are 'scenes', 'lite0', and any folder"),
         (
             {"backbone_weights": "lite0"},
@@ -628,3 +628,113 @@ def test_a_sentence_starts_from_words_that_the_text_tower_knows():
     assert (cosine.argmax(-1) == torch.arange(3)).all() and cosine.diagonal(dim1=1, dim2=2).min() > 0.8
     with pytest.raises(ValueError, match="start_words: .* has never seen 1 of the tokens of 'red zebra'"):
         QueryEncoder.for_model(shipped, start_words="red zebra")
+
+
+# ------------------------------------------------------------------------------------ damage, and odd arguments
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_tokens": 10**9},
+        {"num_tokens": 100},  # more than the text tower reads, less than every bound
+        {"num_tokens": 3.0},
+        {"num_tokens": True},
+        {"image_size": 10**9},
+        {"image_size": "64"},
+        {"image_size": None},
+        {"stride": 10**9},
+        {"width": 10**9},
+        {"width": None},
+        {"depth": 10**9},
+        {"depth": -1},
+        {"word_width": 10**9},
+        {"word_width": 31},
+        {"word_norm": float("nan")},
+        {"word_norm": -1},
+        {"word_norm": None},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"mean": "0.5"},
+        {"mean": None},
+        {"std": [1, 1, float("inf")]},
+        {"std": [1, 1]},
+        {"backbone": 3},
+        {"mapping": []},
+        {"pretrained": "false"},
+        {"norm_matching": 1},
+        {"start_words": None},
+        {"from_a_later_version": 1},
+    ],
+)
+def test_settings_of_a_saved_encoder_are_checked_before_any_memory_is_taken(vl, tmp_path, change):
+    fresh(vl).save(tmp_path)
+    path = tmp_path / "query_encoder.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": record["config"] | change}))
+    (name,) = change
+    for model in (vl, None):
+        with pytest.raises(ValueError, match=r"query_encoder\.json") as error:
+            QueryEncoder.load(tmp_path, model)
+        assert name in str(error.value) or name in ("width", "num_tokens", "word_width")  # those by the weights' own names
+
+
+def test_a_saved_encoder_without_a_needed_setting_is_named(vl, tmp_path):
+    fresh(vl).save(tmp_path)
+    path = tmp_path / "query_encoder.json"
+    record = json.loads(path.read_text())
+    for name in ("word_width", "word_norm"):
+        path.write_text(json.dumps({"config": {k: v for k, v in record["config"].items() if k != name}}))
+        with pytest.raises(ValueError, match=rf"query_encoder\.json.*{name}"):
+            QueryEncoder.load(tmp_path, vl)
+
+
+def test_weights_that_are_not_finite_or_not_there_are_named(vl, tmp_path):
+    encoder = fresh(vl)
+    with torch.no_grad():
+        encoder.mapping.to_word.start[0, 0] = float("nan")
+    encoder.save(tmp_path)
+    with pytest.raises(ValueError, match=r"query_encoder\.safetensors.*mapping\.to_word\.start"):
+        QueryEncoder.load(tmp_path, vl)
+    (tmp_path / "query_encoder.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"query_encoder\.safetensors"):
+        QueryEncoder.load(tmp_path, vl)
+
+
+@pytest.mark.parametrize(
+    "tokens, modifiers, named",
+    [
+        (torch.zeros(3, 2, 32), "red", "modifiers"),
+        (torch.zeros(1, 2, 32), [None], r"modifiers\[0\]"),
+        (torch.zeros(1, 2, 32), None, "modifiers"),
+        (torch.zeros(0, 2, 32), [], "modifiers"),
+        (torch.zeros(2, 32), ["red", "blue"], "tokens"),
+        (torch.zeros(1, 2, 31), ["red"], "tokens"),
+        (torch.zeros(1, 2, 32).long(), ["red"], "tokens"),
+        (None, ["red"], "tokens"),
+        (torch.full((1, 2, 32), float("nan")), ["red"], "tokens"),
+        (torch.zeros(1, 90, 32), ["red"], "num_tokens"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_by_name(vl, tokens, modifiers, named):
+    with pytest.raises(ValueError, match=named):
+        compose(vl, tokens, modifiers)
+
+
+@pytest.mark.parametrize("modifiers", ["red", None, [3]])
+def test_prompts_are_made_of_a_list_of_texts(vl, modifiers):
+    with pytest.raises(ValueError, match="modifiers"):
+        prompt_ids(vl, 2, modifiers)
+    with pytest.raises(ValueError, match="template"):
+        prompt_ids(vl, 2, ["red"], None)
+
+
+def test_sentences_may_be_an_array(vl, images):
+    tokens = fresh(vl).sentences(images).tokens
+    assert torch.equal(compose(vl, tokens.numpy(), MODIFIERS + [""]), compose(vl, tokens, MODIFIERS + [""]))
+
+
+def test_an_encoder_in_half_precision_writes_nearly_the_same_sentences(vl, images):
+    encoder = fresh(vl)
+    exact = encoder.sentences(images).tokens
+    rough = encoder.bfloat16().sentences(images).tokens.float()
+    assert torch.nn.functional.cosine_similarity(exact, rough, dim=-1).min() > 0.98

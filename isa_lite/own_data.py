@@ -18,9 +18,11 @@ import io
 import json
 import os
 import unicodedata
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
 
@@ -30,12 +32,14 @@ import torch
 from torch import Tensor
 
 from isa_lite import baselines, evaluate
+from isa_lite.checkpoint import read_json
 from isa_lite.images import ImageFolder
 from isa_lite.query_encoder import QueryEncoder, compose
 from isa_lite.vl_model import VLModel
 
 DELIMITERS = ",;\t|"
 SHOWN = 5  # problems of a file that a message lists
+NEAR = 500  # names on either side, in the alphabet, among which one that is nearly right is looked for
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -51,12 +55,37 @@ class _Names:
         self.number = {self._key(f.relative_to(images.folder).as_posix()): i for f, i in (copies | number).items()}
         self.broken = {self._key(f.relative_to(images.folder).as_posix()): why for f, why in images.broken.items()}
 
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.number)
+
+    #: What people change in a name or leave out: large and small letters, the folder, the ending.
+    _loosened = (str.casefold, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem.casefold())
+
+    @cached_property
+    def _loose(self) -> list[dict[str, str]]:
+        """For each of `_loosened`, the first name of the folder by what is left of it."""
+        return [{loosen(name): name for name in reversed(self._sorted)} for loosen in self._loosened]
+
     @staticmethod
     def _key(name: str) -> str:
         return unicodedata.normalize("NFC", name)  # macOS stores an accent apart from its letter
 
-    def find(self, name: str) -> int:
-        """The number of the image in its folder. Raises ValueError saying what is wrong with the name and what to do."""
+    def _near(self, key: str) -> str | None:
+        """The name that was probably meant. Comparing letters is slow: it is done with the neighbours in the alphabet alone."""
+        for loosen, known in zip(self._loosened, self._loose, strict=True):
+            if loosen(key) in known:
+                return known[loosen(key)]
+        place = bisect(self._sorted, key)
+        alike = difflib.get_close_matches(key, self._sorted[max(0, place - NEAR) : place + NEAR], n=50)
+        # Of names that differ in a digit, one that begins alike.
+        return max(alike, key=lambda known: len(commonprefix([known, key])), default=None)
+
+    def find(self, name: str, hint: bool = True) -> int:
+        """The number of the image in its folder. Raises ValueError saying what is wrong with the name and what to do.
+
+        hint: look for the name that was probably meant; a message shows a few errors, and need not do so for all the others.
+        """
         if not name.strip():
             raise ValueError("names no image; write its path in the folder, or delete the entry")
         for path in (name, name.strip(), name.strip().replace("\\", "/")):
@@ -73,12 +102,9 @@ class _Names:
                 raise ValueError(f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or delete the entry")
         if os.path.exists(self.folder / name.strip()):  # False also for what no file can be called, such as a long caption
             raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
-        same = [known for known in self.number if known.casefold() == key.casefold()]  # some systems do not tell .JPG from .jpg
-        same += [known for known in self.number if PurePosixPath(known).name == PurePosixPath(key).name]
-        alike = difflib.get_close_matches(key, self.number, n=50)  # of names that differ in a digit, one that begins alike
-        near = same[:1] or sorted(alike, key=lambda known: len(commonprefix([known, key])), reverse=True)
-        hint = f"did you mean {near[0]!r}?" if near else "put it there, or delete the entry"
-        raise ValueError(f"{name!r} is not in the folder {self.folder.name}; {hint}")
+        near = self._near(key) if hint else None
+        advice = f"did you mean {near!r}?" if near else "put it there, or delete the entry"
+        raise ValueError(f"{name!r} is not in the folder {self.folder.name}; {advice}")
 
 
 def _refuse(path: Path, problems: Sequence[str], what: str) -> None:
@@ -115,7 +141,10 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
     head = next(iter(content.splitlines()), "")
     columns: list[str] = []
     for delimiter in DELIMITERS:
-        columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
+        try:
+            columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}: the first row cannot be read ({error}); save the table as CSV again") from None
         if {"image", "caption"} <= set(columns):
             break
     else:
@@ -136,7 +165,7 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
         if not image.strip() and not caption.strip():
             continue  # an empty line
         try:
-            owner, caption = names.find(image), plain(caption)
+            owner, caption = names.find(image, len(problems) < SHOWN), plain(caption)
             if not caption:
                 raise ValueError(f"{image!r} has an empty caption; write one, or delete the row")
         except ValueError as error:
@@ -183,16 +212,13 @@ def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
     Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used, and what to do.
     """
     path, names = Path(path), _Names(images)
-    try:
-        entries = json.loads(_text_of(path, "triplets"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    entries = read_json(path, "triplets", object)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}}, and not empty')
     reference, texts, targets, problems = [], [], [], []
     for number, entry in enumerate(entries, 1):
         try:
-            start, words, answers = _entry(entry, names)
+            start, words, answers = _entry(entry, names, len(problems) < SHOWN)
         except ValueError as error:
             problems.append(f"entry {number}: {error}")
             continue
@@ -201,7 +227,7 @@ def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
     return Triplets(np.array(reference), texts, targets)
 
 
-def _entry(entry: object, names: _Names) -> tuple[int, str, list[int]]:
+def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"is {str(entry)[:40]!r}; it must be an object with reference, modifier and targets")
     missing = [key for key in ("reference", "modifier", "targets") if key not in entry]
@@ -213,8 +239,8 @@ def _entry(entry: object, names: _Names) -> tuple[int, str, list[int]]:
         raise ValueError("targets must be a list of files, also where there is only one")
     if not entry["modifier"].strip():
         raise ValueError("has an empty modifier; say what should be different")
-    start = names.find(entry["reference"])
-    found = sorted({names.find(t) for t in entry["targets"]} - {start})
+    start = names.find(entry["reference"], hint)
+    found = sorted({names.find(t, hint) for t in entry["targets"]} - {start})
     if not found:
         raise ValueError("has no target but its own reference, which a ranking leaves out; name another image")
     return start, " ".join(entry["modifier"].split()), found

@@ -1,7 +1,10 @@
 """A folder of the user's own: captions and triplets as people write them, and what is said about those that cannot be used."""
 
+import difflib
 import json
 import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,7 +192,7 @@ def test_queries_are_read_and_a_reference_is_never_its_own_answer(folder, mark):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[", "is not JSON: line 1, column 2"),
+        ("[", "JSON"),
         ({}, "must be a list of"),
         ([], "must be a list of .* and not empty"),
         (["a"], "entry 1: is 'a'; it must be an object with reference, modifier and targets"),
@@ -314,3 +317,47 @@ def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_pla
         captions(images, "image,caption\nA.PNG,x\n")
     with pytest.raises(ValueError, match="row 2: 'a red star a red star .* is not in the folder"):  # the columns are swapped
         captions(images, f"image,caption\n{'a red star ' * 40},a.png\n")
+
+
+# -------------------------------------------------------------------------------------------- large folders
+
+
+def many(count: int) -> SimpleNamespace:
+    """A folder of many images that nobody has to draw: the readers ask for its names alone."""
+    files = [Path("pictures") / f"{i // 100:04d}" / f"photo_{i:07d}.jpg" for i in range(count)]
+    return SimpleNamespace(folder=Path("pictures"), files=files, duplicates={}, broken={})
+
+
+@pytest.mark.parametrize(
+    "change", [lambda name: name[:-4], lambda name: f"data/{name}", lambda name: name.replace("photo", "phot")]
+)
+def test_thousands_of_names_that_are_nearly_right_are_not_compared_with_all_others(tmp_path, change, monkeypatch):
+    """Five are shown with what was probably meant. Letters are compared for these alone, with a part of the names."""
+    compared, close = [], difflib.get_close_matches
+    monkeypatch.setattr(
+        difflib, "get_close_matches", lambda word, known, **k: compared.append(len(known)) or close(word, known, **k)
+    )
+    images = many(5000)
+    names = [change(f.relative_to("pictures").as_posix()) for f in images.files[:3000]]
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a cat\n" for name in names))
+    entries = [{"reference": name, "modifier": "in red", "targets": [name]} for name in names]
+    (tmp_path / "triplets.json").write_text(json.dumps(entries))
+    for read, file in ((read_captions, "captions.csv"), (read_triplets, "triplets.json")):
+        with pytest.raises(ValueError, match=f"{file}: 3000 of 3000") as error:
+            read(tmp_path / file, images)
+        assert str(error.value).count("did you mean '0000/photo_000000") == 5
+    assert len(compared) <= 10 and max(compared, default=0) <= 1000
+
+
+def test_names_that_no_file_can_have_are_refused(folder):
+    for name in ("x" * 5000, "a\0b.png", "/a\0b.png"):
+        with pytest.raises(ValueError, match="captions.csv|triplets.json"):
+            triplets(folder, [GOOD | {"reference": name}])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe[]", b"", b"3", b"null", b"[" * 100_000])
+def test_triplets_that_are_none_are_named(folder, content):
+    path = folder.folder.parent / "triplets.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="triplets.json"):
+        read_triplets(path, folder)

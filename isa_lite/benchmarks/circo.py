@@ -35,7 +35,10 @@ from isa_lite.benchmarks.common import (
     Ranking,
     Task,
     average_precision_at,
+    by_stem,
+    check_ids,
     entries,
+    is_picture,
     make_task,
     one_of,
     read_json,
@@ -65,6 +68,13 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
             raise ValueError(
                 f"query {number} of {where}: gt_img_ids and semantic_aspects are lists, not {truths!r} and {aspects!r}"
             )
+        if not all(isinstance(aspect, str) for aspect in aspects):
+            raise ValueError(f"query {number} of {where}: semantic_aspects must be texts, not {aspects!r}")
+        if not isinstance(caption, str) or not isinstance(concept, str):
+            raise ValueError(f"query {number} of {where}: relative_caption and shared_concept must be texts")
+        if isinstance(number, bool) or not isinstance(number, (int, str)):
+            raise ValueError(f"the id {number!r} of {where} is neither a number nor a text")
+        check_ids([reference, *answer[:1], *truths], int, f"query {number} of {where}")
         if answer and target not in truths:
             raise ValueError(f"query {number} of {where}: its target {target} is not among its ground truths {truths}")
         text = f"{concept}, {caption}" if shared_concept else caption
@@ -74,12 +84,17 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         raise ValueError(f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is the file whole?")
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
-    present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     info = read_json(root, where, _LAYOUT)
     if not isinstance(info, dict) or "images" not in info:
         raise ValueError(f"{where} has no list of images; is it another file under this name?")
     pictures = list(entries(info["images"], ("id", "file_name"), where))
-    found = {number: folder / name if name in present else None for _, number, name in pictures}
+    check_ids((number for _, number, _ in pictures), int, where)
+    if strange := [name for _, _, name in pictures if not isinstance(name, str) or not name or Path(name).name != name]:
+        raise ValueError(f"{where}: the file_name {strange[0]!r} is no name of a file in {folder.name}")
+    found = {number: path if is_picture(path := folder / name) else None for _, number, name in pictures}
+    if None in found.values():
+        others = by_stem(folder)  # with another ending
+        found = {number: found[number] or others.get(Path(name).stem) for _, number, name in pictures}
     if len(found) < len(pictures):
         raise ValueError(f"{where} lists an id twice: {len(pictures)} images have {len(found)} ids")
     protocol = {

@@ -1,7 +1,7 @@
 """CIRR (Liu et al., ICCV 2021): open-domain photographs, and for each query a subset of six look-alikes.
 
 Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{split}.json` (each image's name and its path; those of
-the split val lie in `dev/`), the images below the same root or its `img_raw/`.
+the split val lie in `dev/`), the images below the same root, its `img_raw/` or its `images/`.
 
     >>> from isa_lite.benchmarks import cirr, run, tiny
     >>> from isa_lite.benchmarks.common import rank
@@ -24,10 +24,21 @@ The target is `target_hard`; `target_soft` plays no part. The answers of test1 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from isa_lite import settings
-from isa_lite.benchmarks.common import Query, Ranking, Task, entries, make_task, one_of, read_json, recall_at
+from isa_lite.benchmarks.common import (
+    Query,
+    Ranking,
+    Task,
+    check_ids,
+    entries,
+    find_picture,
+    make_task,
+    one_of,
+    read_json,
+    recall_at,
+)
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
 
 SPLITS = settings.SPLITS["cirr"]
@@ -35,7 +46,9 @@ KS = (1, 5, 10, 50)
 SUBSET_KS = (1, 2, 3)
 #: Of the complete split: queries and images.
 SIZES = {"val": (4181, 2297), "test1": (4148, 2315)}
-_LAYOUT = "CIRR lies there as cirr/captions/, cirr/image_splits/ and the images (dev/, test1/, train/), or these in img_raw/"
+_LAYOUT = (
+    "CIRR lies there as cirr/captions/, cirr/image_splits/ and the images (dev/, test1/, train/), or these in img_raw/ or images/"
+)
 
 
 def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Task]:
@@ -49,22 +62,40 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
     for record, pair, reference, caption, group, *target in entries(read_json(annotations, where, _LAYOUT), keys, where):
         if not isinstance(group, dict) or not isinstance(group.get("members"), list):
             raise ValueError(f"the img_set of query {pair} of {where} has no list of members")
+        check_ids([reference, *target, *group["members"]], str, f"query {pair} of {where}")
+        if isinstance(pair, bool) or not isinstance(pair, (int, str)):
+            raise ValueError(f"the pairid {pair!r} of {where} is neither a number nor a text")
+        if len(set(group["members"])) < len(group["members"]):
+            raise ValueError(f"the img_set of query {pair} of {where} names an image twice")
         others = tuple(name for name in group["members"] if name != reference)
         queries.append(Query(str(pair), reference, (caption,), tuple(target), others, entry=record))
-    places = list(dict.fromkeys([base / below for base in (root, annotations, annotations.parent) for below in ("", "img_raw")]))
-    paths = read_json(annotations, f"image_splits/split.rc2.{split}.json", _LAYOUT)
+    folders = [base / below for base in (root, annotations, annotations.parent) for below in ("", "img_raw", "images")]
+    places = list(dict.fromkeys(folders))
+    listing = f"image_splits/split.rc2.{split}.json"
+    paths = read_json(annotations, listing, _LAYOUT)
     if not isinstance(paths, dict):
-        raise ValueError(f"image_splits/split.rc2.{split}.json does not give each image its path; is it another file?")
+        raise ValueError(f"{listing} does not give each image its path; is it another file?")
+    for name, path in paths.items():
+        _check_path(path, f"{listing}: the path of {name}")
     protocol = {
         "gallery": "all images of the split file",
         "reference": "removed from the ranking",
         "subset": "the members of img_set without the reference",
     }
-    found = {name: next((p for place in places if (p := place / path).is_file()), None) for name, path in paths.items()}
+    found = {name: find_picture(places, path) for name, path in paths.items()}
     task = make_task("cirr", split, found, places, queries, protocol, SIZES.get(split), partial, remove_reference=True)
     if lost := sum(not set(q.targets) <= set(q.subset) for q in task.queries):
         task.notes.append(f"the target of {lost} queries is not in their img_set: each is a miss in every Recall_subset")
     return [task]
+
+
+def _check_path(path: object, what: str) -> None:
+    """Raises ValueError for a path that leads out of the folder of the benchmark, on any system, or that is none."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{what} is {path!r}, and no path")
+    for kind in (PurePosixPath(path), PureWindowsPath(path)):
+        if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
+            raise ValueError(f"{what} is {path!r}, which may lie outside the folder; is it the original file?")
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:

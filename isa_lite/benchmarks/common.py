@@ -6,7 +6,7 @@ those that a test server would compute from the file.
 
 from __future__ import annotations
 
-import json
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isa_lite.gallery import Gallery
+from isa_lite import checkpoint
+from isa_lite.gallery import Gallery, best
 
 #: What an image is called in the annotations: FashionIQ and CIRR have names, CIRCO has numbers.
 Id = str | int
-ENDINGS = (".png", ".jpg", ".jpeg")
+#: The endings of image files, in the order in which one of several with the same name is taken.
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,7 @@ def read_json(root: Path, relative: str, layout: str):
     path = root / relative
     if not path.is_file():
         raise FileNotFoundError(f"there is no {relative} in the folder {root.absolute()}; {layout}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return checkpoint.read_json(path, "annotations or a submission", object)
 
 
 def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iterator[tuple[Mapping, ...]]:
@@ -102,15 +101,45 @@ def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iter
         yield (record, *(record[key] for key in keys))
 
 
+def check_ids(values: Iterable[object], kind: type, where: str) -> None:
+    """Raises ValueError, with `where`, for an image id that is not of the kind (str or int) that this benchmark's ids have."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            wanted = "a name, a text" if kind is str else "a whole number"
+            raise ValueError(f"{where}: an image id is {wanted}, and this one is {value!r}, of another type")
+
+
 def one_of(what: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file lies there that is not empty, as a download that was broken off leaves it."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # not there, or a name that no file can have
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
+
+
+def find_picture(places: Iterable[Path], name: str) -> Path | None:
+    """The first file that is not empty among those called `name` in `places`, else one of that name with another ending."""
+    places = list(places)
+    if exact := next((p for place in places if is_picture(p := place / name)), None):
+        return exact
+    stem = Path(name).with_suffix("") if Path(name).suffix.lower() in ENDINGS else Path(name)
+    others = (place / f"{stem}{ending}" for place in places for ending in ENDINGS)
+    return next((p for p in others if is_picture(p)), None)
+
+
 def by_stem(folder: Path) -> dict[str, Path]:
-    """The images in `folder` by their names without ending (of several, the one whose ending comes first in `ENDINGS`)."""
-    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS] if folder.is_dir() else []
+    """The images in `folder` by their names without ending (of several, the one whose ending comes first in `ENDINGS`).
+
+    Empty files are left out.
+    """
+    found = [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and is_picture(p)] if folder.is_dir() else []
     order = sorted(found, key=lambda p: (-ENDINGS.index(p.suffix.lower()), p.name))
     return {p.stem: p for p in order}
 
@@ -158,9 +187,13 @@ def make_task(
         )
         if not partial or not kept:
             go_on = "with partial=True (--partial) both are left out, and no number compares with a complete run's"
-            raise FileNotFoundError(f"{lack}. Put them there; {go_on if kept else 'no query is left'}")
+            raise FileNotFoundError(
+                f"{lack}. Put them there (an empty file is a missing one); {go_on if kept else 'no query is left'}"
+            )
         notes.append(f"PARTIAL: {lack}; left out, so no number here compares with a complete run's")
         queries, found = kept, {i: path for i, path in found.items() if i not in missing}
+    if silent := [q.id for q in queries if not any(text.strip() for text in q.texts)]:
+        notes.append(f"{what}: the caption of {len(silent)} of the queries is empty (the first: {silent[0]})")
     whole = known is None or (len(queries) == known[0] and (len(found) == known[1] or (or_more and len(found) > known[1])))
     if not whole:
         notes.append(
@@ -176,7 +209,8 @@ def make_task(
 def rank(task: Task, queries: Tensor, gallery: Tensor, k: int = 50) -> Ranking:
     """The k best images of each query by cosine, and the order of its subset: queries B x E, gallery N x E, L2-normalised.
 
-    A gallery smaller than k is ranked whole. Raises ValueError for embeddings that do not belong to the task, or are not finite.
+    Of images with the same score, the one that stands first in the gallery comes first, in both. A gallery smaller than k is
+    ranked whole. Raises ValueError for embeddings that do not belong to the task, or are not finite.
     """
     if (len(queries), len(gallery)) != (len(task.queries), len(task.files)):
         raise ValueError(
@@ -188,12 +222,13 @@ def rank(task: Task, queries: Tensor, gallery: Tensor, k: int = 50) -> Ranking:
     ids = list(task.files)
     place = {name: i for i, name in enumerate(ids)}
     exclude = torch.tensor([place[q.reference] for q in task.queries]) if task.remove_reference else None
-    _, best = Gallery(gallery, ids).search(queries, min(k, len(ids) - task.remove_reference), exclude)
+    _, found = Gallery(gallery, range(len(ids))).search(queries, min(k, len(ids) - task.remove_reference), exclude)
     subset = []
     for query, vector in zip(task.queries, queries, strict=True):
-        scores = gallery[[place[name] for name in query.subset]] @ vector
-        subset.append([query.subset[i] for i in scores.argsort(descending=True, stable=True).tolist()])
-    return Ranking([[ids[i] for i in row] for row in best.tolist()], subset)
+        among = sorted(place[name] for name in query.subset)
+        order = best((gallery[among] @ vector)[None], len(among))[1][0].tolist() if among else []
+        subset.append([ids[among[i]] for i in order])
+    return Ranking([[ids[i] for i in row] for row in found.tolist()], subset)
 
 
 # ---------------------------------------------------------------------------------------------- metrics

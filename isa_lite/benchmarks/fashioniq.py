@@ -1,6 +1,7 @@
 """FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query, and two galleries in use.
 
-Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`, `images/{name}.png` or `.jpg`.
+Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`, `images/{name}.png` or `.jpg`
+(`.webp` and other usual endings as well), or in `images/{category}/`.
 
     >>> from isa_lite.benchmarks import fashioniq, run, tiny
     >>> from isa_lite.benchmarks.common import rank
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isa_lite import settings
-from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, entries, make_task, one_of, read_json, recall_at
+from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, check_ids, entries, make_task, one_of, read_json, recall_at
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
 from isa_lite.settings import CAPTIONS, GALLERIES
 
@@ -65,7 +66,10 @@ def load(
     one_of("captions", captions, CAPTIONS)
     root = Path(root)
     files = by_stem(root / "images")
-    return [_load(root, category, split, gallery, captions, partial, files) for category in CATEGORIES]
+    return [
+        _load(root, category, split, gallery, captions, partial, files | by_stem(root / "images" / category))
+        for category in CATEGORIES
+    ]
 
 
 def _load(root: Path, category: str, split: str, gallery: str, captions: str, partial: bool, files: dict[str, Path]) -> Task:
@@ -76,10 +80,12 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
     for i, (record, reference, texts, *target) in enumerate(entries(read_json(root, where, _LAYOUT), keys, where)):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"the captions of entry {i} of {where} are no list of texts, but {texts!r}")
+        check_ids([reference, *target], str, f"entry {i} of {where}")
         queries.append(Query(str(i), reference, joined(texts, captions), tuple(target), entry=record))
     names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
     if not isinstance(names, list):
         raise ValueError(f"{listing} is no list of image names; is it another file under this name?")
+    check_ids(names, str, listing)
     twice = len(names) - len(set(names))
     if gallery == "triplets":
         used = set().union(*(q.images for q in queries))
@@ -89,7 +95,7 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
         category,
         split,
         {name: files.get(name) for name in names},
-        [root / "images"],
+        [root / "images", root / "images" / category],
         queries,
         {
             "gallery": "all images of the split file" if gallery == "split" else "only the images of the triplets",
@@ -101,7 +107,8 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
         known and (known[0], known[1][gallery]),
         partial,
     )
-    empty = sum(not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
+    # Where both are empty, `make_task` says so.
+    empty = sum(bool(q.texts[0]) and not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
     if empty:
         task.notes.append(f"{category} {split}: an empty caption in {empty} of the queries, where the other one stands alone")
     if twice:

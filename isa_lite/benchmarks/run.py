@@ -130,10 +130,14 @@ def run(
     the result. Everything that can be refused is refused before an image is embedded.
     """
     one_of("benchmark", benchmark, tuple(BENCHMARKS))
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"methods must be a list of some of {', '.join(METHODS)}, not {methods!r}")
     for method in methods:
         one_of("method", method, METHODS)
     if "isa" in methods and encoder is None:
         raise ValueError("method 'isa' needs a query encoder (--encoder), the folder that notebook 02 writes")
+    if out is not None and (files := [p for p in (Path(out), *Path(out).absolute().parents) if p.exists() and not p.is_dir()]):
+        raise ValueError(f"out= names a folder, and {files[0]} is a file; choose another folder (--out)")
     config, module = config or RunConfig(), BENCHMARKS[benchmark]
     tasks: list[Task] = module.load(root, config.split, **config.options)
     if not all(task.answered for task in tasks) and out is None:

@@ -47,10 +47,13 @@ def check_lists(lists: Mapping[str, object], k: int, task: Task, candidates: Cal
         if not isinstance(row, list) or not all(isinstance(i, (str, int)) and not isinstance(i, bool) for i in row):
             faults.setdefault("are no list of image ids", []).append(query.id)
             continue
+        strange = set(row) - allowed
+        as_text = {str(i) for i in allowed} if strange else set()
         wrong = {
             f"do not hold {k} ids": len(row) != min(k, len(allowed) - (task.remove_reference and query.reference in allowed)),
             "name an image twice": len(set(row)) < len(row),
-            "name something that is no image of the gallery or subset, or write it as another type": not set(row) <= allowed,
+            "write image ids as another type (a text for a number, or the other way)": any(str(i) in as_text for i in strange),
+            "name something that is no image of the gallery or subset": any(str(i) not in as_text for i in strange),
             "name their own reference": task.remove_reference and query.reference in row,
         }
         for fault in (fault for fault, found in wrong.items() if found):

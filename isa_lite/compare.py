@@ -23,7 +23,7 @@ import torch
 
 from isa_lite import scenes
 from isa_lite.baselines import UNTRAINED, composed
-from isa_lite.checkpoint import write_text
+from isa_lite.checkpoint import read_json, write_text
 from isa_lite.evaluate import (
     KS,
     Benchmark,
@@ -110,7 +110,10 @@ def encoders_by_seed(folders: Sequence[Path], vl: VLModel, config: CompareConfig
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl)
-        parameters = json.loads((folder / "query_encoder.json").read_text())["info"]["parameters"]
+        record = read_json(folder / "query_encoder.json", "a query encoder of notebook 02")
+        parameters = (record.get("info") or {}).get("parameters") or {}
+        if missing := [name for name in ("num_images", "steps", "batch_size", "seed") if name not in parameters]:
+            raise ValueError(f"{folder} is not the out_dir of notebook 02: its query_encoder.json tells no {', '.join(missing)}")
         for name in ("num_images", "steps", "batch_size"):
             if parameters[name] != getattr(config, name):
                 wanted = f"{getattr(config, name)} of all other methods; train it with -p {name} {getattr(config, name)}"
@@ -125,7 +128,7 @@ def encoders_by_seed(folders: Sequence[Path], vl: VLModel, config: CompareConfig
 def kept_rivals(vl: VLModel, seed: int, config: CompareConfig, folder: Path) -> dict:
     """`rivals`, or what an earlier call with the same model, seed and settings left in `folder`."""
     path = folder / f"{vl.fingerprint}-{seed}.json"
-    done = json.loads(path.read_text()) if path.is_file() else {}
+    done = read_json(path, "a comparison of one seed") if path.is_file() else {}
     if done.get("params") != asdict(config):
         done = rivals(vl, seed, config)
         write_text(path, json.dumps(done, indent=1) + "\n")

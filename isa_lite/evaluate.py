@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from isa_lite import scenes
+from isa_lite.checkpoint import read_json
 from isa_lite.gallery import mask_reference
 from isa_lite.scenes import KINDS, Scene
 
@@ -238,9 +238,27 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
+def read_metrics(path: Path) -> dict:
+    """The metrics.json of a run. Raises ValueError, naming the file, for one that notebook 02 did not write."""
+    found, what = read_json(path, "the metrics.json of notebook 02"), f"{path} is not a metrics.json of notebook 02"
+    kept = ("data", "seed", "queries", "gallery", "params", "methods", "intervals", "machine", "training_seconds", "groups")
+    if missing := [key for key in kept if key not in found]:
+        raise ValueError(f"{what}: it lacks {', '.join(missing)}")
+    for key in ("methods", "intervals"):
+        try:
+            values = [np.asarray(of[f"R@{k}"], float) for of in found[key].values() for k in KS]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            values = [np.zeros(0)]
+        if any(value.shape != (() if key == "methods" else (2,)) for value in values) or set(found[key]) != set(found["methods"]):
+            raise ValueError(f"{what}: its {key} are not numbers R@{KS[0]}, R@{KS[1]} and R@{KS[2]} for each method")
+    if not isinstance(found["params"], dict):
+        raise ValueError(f"{what}: its params are no settings by name")
+    return found
+
+
 def gather(paths: Sequence[Path]) -> dict:
     """Several runs' metrics.json as one record: what `runs_table` shows, with the machine."""
-    runs = [json.loads(Path(path).read_text()) for path in paths]
+    runs = [read_metrics(Path(path)) for path in paths]
     kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
     for run in runs:
         run["params"].pop("out_dir", None)  # where a run wrote is of no interest to others

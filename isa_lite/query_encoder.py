@@ -61,6 +61,8 @@ def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
         raise ValueError(f"unknown mapping {config.mapping!r}; there are {', '.join(map(repr, MAPPINGS))}")
     own = inspect.signature(MAPPINGS[config.mapping]).parameters
     config = replace(config, **{n: own[n].default for n in ("width", "depth") if getattr(config, n) is None})
+    if config.mapping in ("adaptive", "resampler") and config.width % 32:  # heads of 32 channels
+        raise ValueError(f"width must be a multiple of 32 for the mapping {config.mapping!r}, not {config.width}")
     check_backbone(config.backbone)
     if None in (config.image_size, config.mean, config.std):
         start = start_config(config.backbone, config.pretrained, config.backbone_weights)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isa_lite.parameters import check_whole
+from isa_lite.parameters import check_device, check_whole
 from isa_lite.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parent
@@ -168,7 +168,7 @@ class BackboneConfig:
 
 @dataclass
 class PretrainConfig:
-    """Settings of one pre-training run. Everything random follows from `seed`.
+    """Settings of one pre-training run. Raises ValueError, naming the field, for a value that cannot work.
 
     vision_layers: blocks in each stage of a ModifiedResNet, CLIP's convolutional tower.
     """
@@ -194,6 +194,21 @@ class PretrainConfig:
     text_width: int = setting(192, "channels of the text tower; a multiple of 32")
     text_layers: int = setting(4, "layers of the text tower")
     context_length: int = setting(77, "tokens of a text at most")
+
+    def __post_init__(self):
+        check_whole(self, steps=1, matching_steps=0, families=0, singles=0, warmup=0, seed=0, num_workers=0)
+        check_whole(self, image_size=32, embed_dim=1, vision_width=2, text_width=32, text_layers=1, context_length=8)
+        for name, of in (("image_size", 32), ("vision_width", 2), ("text_width", 32)):  # the tower halves five times; heads
+            if getattr(self, name) % of:
+                raise ValueError(f"{name} must be a multiple of {of}, not {getattr(self, name)}")
+        for name in ("partial", "change"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(
+                f"lr must be a number above 0 and weight_decay one of at least 0, not {self.lr}, {self.weight_decay}"
+            )
+        check_device(self.device)
 
     def model_cfg(self) -> dict:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
@@ -234,12 +249,11 @@ class FolderConfig(PretrainConfig):
     partial: float = field(default=0.0, init=False)
 
     def __post_init__(self):
-        check_whole(self, steps=1, matching_steps=0, batch_size=8, warmup=1, seed=0, num_workers=0)
+        super().__post_init__()
+        check_whole(self, batch_size=8, warmup=1)
         for name in ("related", "change", "prompted", "zoom", "held_out"):
             if not 0 <= getattr(self, name) <= (0.5 if name in ("zoom", "held_out") else 1):
                 raise ValueError(f"{name} must be a share between 0 and {'0.5' if name in ('zoom', 'held_out') else '1'}")
-        if self.image_size < 32 or self.image_size % 32:  # the tower halves five times
-            raise ValueError(f"image_size must be a multiple of 32, not {self.image_size}")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from isa_lite.blip import is_blip, load_blip
 from isa_lite.hub import WEIGHTS, repository
 from isa_lite.images import check_images, to_pixels
 from isa_lite.open_clip_models import from_folder, from_name, unknown
+from isa_lite.parameters import check_device
 from isa_lite.settings import DATA, SCENES_CLIP
 from isa_lite.text_tower import text_tower
 from isa_lite.words import Words
@@ -251,10 +252,7 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
     one that cannot be entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what
     you named is out of reach.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a build of PyTorch that knows none
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from error
+    check_device(device)
     name = os.fspath(name)
     own = name == SCENES_CLIP or name.startswith(("blip:", "hf-hub:", "local-dir:")) or Path(name).is_dir()
     if pretrained and own:

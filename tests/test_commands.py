@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from isa_lite import commands, settings
 from isa_lite.commands import COMMANDS, main, parser_of
@@ -137,3 +139,72 @@ def test_texts_name_the_commands_as_they_are_called():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"python -m isa_lite\.\w", text), path
         assert {found for found in re.findall(r"-m isa_lite (\w+)", text)} <= {*COMMANDS, "NAME", "COMMAND", "lists"}, path
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line in which a command says why it does not run."""
+    with pytest.raises(SystemExit, match="^2$"):
+        main(list(arguments))
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "--images", ".", "--out", "TAKEN"],
+        ["export", "--out", "TAKEN"],
+        ["pretrain_folder", "--images", ".", "--captions", "c.csv", "--out", "TAKEN/below"],
+        ["benchmarks", "cirr", "--root", ".", "--out", "TAKEN"],
+        ["benchmarks", "cirr", "--root", ".", "--cache", "TAKEN"],
+        ["pretrain", "--run", "TAKEN"],
+        ["light_backbone", "--out", "TAKEN"],
+        ["cards", "--out", "TAKEN"],
+        ["growth", "--out", "TAKEN/growth.json"],
+        ["failures", "--out", "."],
+        ["compare", "--isa", ".", "--out", "TAKEN/a.json"],
+        ["sweep", "--out", "."],
+    ],
+)
+def test_where_results_cannot_go_is_refused_before_any_work(capsys, monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TAKEN").write_text("")
+    assert re.search("--(out|run|cache)", refused(capsys, *arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        (["distill", "--images", ".", "--out", "o", "--steps", "0"], "steps"),
+        (["distill", "--images", ".", "--out", "o", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["distill", "--images", "pictures", "--out", "o", "--width", "100"], "width"),
+        (["pretrain", "--text-width", "100"], "text_width"),
+        (["pretrain", "--device", "cdua"], "device 'cdua'"),
+        (["pretrain", "--steps", "0"], "steps"),
+        (["failures", "--queries", "-1"], "--queries"),
+        (["failures", "--encoder", "nowhere"], "nowhere"),
+        (["growth", "--encoder", "nowhere"], "nowhere"),
+        (["compare", "--isa", "nowhere"], "nowhere"),
+        (["sweep", "--seeds", "a"], "--seeds"),
+        (["evaluate", "nowhere.json"], "nowhere.json"),
+        (["evaluate", "list.json"], "list.json"),
+        (["evaluate", "other.json"], "other.json"),
+        (["evaluate", "methods.json"], "methods.json"),
+        (["evaluate", "picture.png"], "picture.png"),
+        (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "other.json"], "other.json"),
+        (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "list.json"], "list.json"),
+        (["parity", "ViT-B-23"], "ViT-B-23"),
+    ],
+)
+def test_bad_input_is_named_in_a_line(capsys, monkeypatch, tmp_path, arguments, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "other.json").write_text('{"runs": [{}]}')
+    keys = ("data", "seed", "queries", "gallery", "params", "machine", "training_seconds", "groups")
+    (tmp_path / "methods.json").write_text(json.dumps(dict.fromkeys(keys, {}) | {"methods": {"isa": 3}, "intervals": {}}))
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    assert name in refused(capsys, *arguments)

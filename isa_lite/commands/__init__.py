@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         near = difflib.get_close_matches(name.replace("-", "_"), COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "python -m isa_lite lists them"
         _end(2, f"error: there is no command {name!r}; {hint}")
-    args = parser_of(name).parse_args(rest)
     try:
         with _sigterm_interrupts():
+            args = parser_of(name).parse_args(rest)
             importlib.import_module(f"isa_lite.commands.{name}").run(args)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -93,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _end(1)
     except (ValueError, OSError, ImportError, MemoryError) as error:
+        _end(2, f"error: {_words(error)}")
+    except RuntimeError as error:
+        if "memory" not in str(error):  # PyTorch's way to say that there is none left
+            raise
         _end(2, f"error: {_words(error)}")
 
 

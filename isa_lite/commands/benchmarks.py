@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from isa_lite.parameters import whole_number
+from isa_lite.parameters import folder, output, whole_number
 from isa_lite.settings import CAPTIONS, GALLERIES, METHODS, SCENES_CLIP, SPLITS, TEMPLATE, RunConfig
 
 
@@ -26,8 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         sub.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to score")
         sub.add_argument("--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}")
         sub.add_argument("--truncate", action="store_true", help="cut modifiers that do not fit the text tower")
-        sub.add_argument("--out", type=Path, help="folder of metrics.json and the submission files (default: none are written)")
-        sub.add_argument("--cache", type=Path, default=Path("runs/embeddings"), help="folder of the galleries' embeddings")
+        sub.add_argument(
+            "--out", type=output(folder()), help="folder of metrics.json and the submission files (default: none are written)"
+        )
+        sub.add_argument(
+            "--cache", type=output(folder()), default=Path("runs/embeddings"), help="folder of the galleries' embeddings"
+        )
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the large tower's products")
         sub.add_argument("--batch-size", type=whole_number(1), default=128, help="images at a time")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from isa_lite.parameters import folder, output
+
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/cards"), help="folder of the cards, laid out as data/ is")
+    parser.add_argument(
+        "--out", type=output(folder()), default=Path("runs/cards"), help="folder of the cards, laid out as data/ is"
+    )
 
 
 def run(args: Namespace) -> None:

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import whole_number
+from isa_lite.parameters import file, folder, output, whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="only measure all other methods, for these seeds (default: none)",
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/compare"), help="folder of the results seed by seed")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare.json"), help="all seeds in one file")
+    parser.add_argument("--run", type=output(folder()), default=Path("runs/compare"), help="folder of the results seed by seed")
+    parser.add_argument("--out", type=output(file()), default=Path("runs/compare.json"), help="all seeds in one file")
 
 
 def run(args: Namespace) -> None:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, settings_from
+from isa_lite.parameters import add_settings, folder, output, settings_from
 from isa_lite.recipes import RECIPES, recipe
 from isa_lite.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
 
@@ -19,7 +19,9 @@ AIDS["start_words"] = "a text whose words the sentence is before training; '' fo
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the query encoder; targets and states are in OUT/run")
+    parser.add_argument(
+        "--out", type=output(folder()), required=True, help="folder of the query encoder; targets and states are in OUT/run"
+    )
     parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
     parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
     parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")

@@ -6,10 +6,12 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from isa_lite.parameters import file, output
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it")
-    parser.add_argument("--gather", type=Path, help="write all of them into this one JSON file (default: print them)")
+    parser.add_argument("--gather", type=output(file()), help="write all of them into this one JSON file (default: print them)")
 
 
 def run(args: Namespace) -> None:
@@ -20,7 +22,7 @@ def run(args: Namespace) -> None:
     import pandas as pd
 
     from isa_lite.checkpoint import write_text
-    from isa_lite.evaluate import KS, gather, runs_table
+    from isa_lite.evaluate import KS, gather, read_metrics, runs_table
 
     if args.gather:
         record = gather(args.metrics)
@@ -28,7 +30,7 @@ def run(args: Namespace) -> None:
         print(runs_table(record["runs"]).to_string())
         return
     for path in args.metrics:
-        found = json.loads(path.read_text())
+        found = read_metrics(path)
         print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
         print("Recall@K in percent [95% Wilson interval over queries]")
         rows = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
+from isa_lite.parameters import folder, output
 from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, TEMPLATE, check_template
 
 
@@ -13,7 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
     parser.add_argument("--pretrained", help="tag or file of weights, for an open_clip model (default: none)")
     parser.add_argument("--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the exported files")
+    parser.add_argument("--out", type=output(folder()), required=True, help="folder of the exported files")
     parser.add_argument("--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8")
 
 
@@ -38,12 +38,12 @@ def run(args: Namespace) -> None:
         folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])
     except RuntimeError as error:
         raise ValueError(f"{args.encoder} cannot be exported: {error}") from error
-    for path in (folder / name for folder in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
+    for path in (where / name for where in folders for name in (IMAGE, TEXT, TOKENIZER, SETTINGS)):
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
     print(f"largest difference from PyTorch: {most:.2g}")
     if args.int8:
         bench = make_benchmark(size=vl.image_size)
         gallery = vl.encode_images(bench.images)
         print(f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of {len(bench.scenes)}")
-        found = {str(folder): measured_recall(QueryClient(folder), bench, gallery) for folder in folders}
+        found = {str(where): measured_recall(QueryClient(where), bench, gallery) for where in folders}
         print(pd.DataFrame(found).T.round(1).to_string())

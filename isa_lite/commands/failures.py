@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import whole_number
+from isa_lite.parameters import file, output, whole_number
 from isa_lite.settings import DATA, SCENES_ENCODER
 
 
@@ -17,7 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and gallery")
     parser.add_argument("--each", type=whole_number(1), default=6, help="queries shown of each kind")
-    parser.add_argument("--out", type=Path, default=Path("runs/failures.html"), help="the page")
+    parser.add_argument("--out", type=output(file()), default=Path("runs/failures.html"), help="the page")
 
 
 def run(args: Namespace) -> None:

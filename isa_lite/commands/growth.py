@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from datetime import date
 from pathlib import Path
 
-from isa_lite.parameters import whole_number
+from isa_lite.parameters import file, folder, output, whole_number
 from isa_lite.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
 
 
@@ -15,8 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
     parser.add_argument("--to", type=whole_number(GROWTH_SIZES[0]), default=GROWTH_SIZES[-1], help="distractors at most")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and distractors")
-    parser.add_argument("--cache", type=Path, default=Path("runs/growth"), help="folder of the embedded shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/growth.json"), help="file of the result")
+    parser.add_argument("--cache", type=output(folder()), default=Path("runs/growth"), help="folder of the embedded shards")
+    parser.add_argument("--out", type=output(file()), default=Path("runs/growth.json"), help="file of the result")
 
 
 def run(args: Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import whole_number
+from isa_lite.parameters import file, folder, output, whole_number
 from isa_lite.recipes import RECIPES
 from isa_lite.settings import NOTEBOOK, WITHOUT_CHANGE
 
@@ -36,8 +36,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="the notebook that is run")
-    parser.add_argument("--runs", type=Path, default=Path("runs/sweep"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, help="the gathered record; a figure is written beside it (default: runs/sweep.json)")
+    parser.add_argument("--runs", type=output(folder()), default=Path("runs/sweep"), help="folder of the runs")
+    parser.add_argument(
+        "--out", type=output(file()), help="the gathered record; a figure is written beside it (default: runs/sweep.json)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
     parser.add_argument(

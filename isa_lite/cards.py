@@ -81,7 +81,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def vl_card(folder: Path, vl: VLModel) -> str:
     """The card of a VL model that `isa_lite.pretrain` wrote into `folder`."""
-    record = json.loads((folder / "training.json").read_text())
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     config = record["config"]
     recalls, by_group = measure(vl, None)
     millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in (("image", vl.clip.visual), ("match", vl.matcher))}
@@ -127,7 +127,7 @@ Licence: MIT, like the code.
 
 def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
     """The card of a query encoder that notebook 02 saved into `folder`."""
-    info = json.loads((folder / "query_encoder.json").read_text())["info"]
+    info = json.loads((folder / "query_encoder.json").read_text(encoding="utf-8"))["info"]
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -163,7 +163,7 @@ Licence: MIT, like the code.
 
 def backbone_card(folder: Path) -> str:
     """The card of the weights that `isa_lite.light_backbone` wrote into `folder`."""
-    record = json.loads((folder / f"{WEIGHTS}.json").read_text())
+    record = json.loads((folder / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
     config = record["config"]
     size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
     return f"""# {folder.name}: what the light backbone starts from

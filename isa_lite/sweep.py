@@ -58,7 +58,7 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
     began = time.time()
     given = {**parameters, "out_dir": str(folder)}
     papermill.execute_notebook(notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd())
-    found = json.loads((folder / "metrics.json").read_text())
+    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     result = {name: found[name] for name in ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")}
     result |= {"parameters": dict(parameters), "wall_seconds": round(time.time() - began, 1)}
     result |= {"commit": commit(), "date": str(date.today())}
@@ -98,7 +98,7 @@ def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[
     if done:
         each, source = np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]), f"{len(done)} finished runs"
     else:
-        stored = json.loads((DATA / "results" / "02_distillation.json").read_text())["runs"]
+        stored = json.loads((DATA / "results" / "02_distillation.json").read_text(encoding="utf-8"))["runs"]
         each = np.mean([r["training_seconds"]["isa"] / r["params"]["steps"] for r in stored])
         source = "the stored training of notebook 02, without its evaluation"
     return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
@@ -115,7 +115,7 @@ def sweep(args: Namespace) -> None:
 
     needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
     if needed and not Path(WITHOUT_CHANGE).is_dir():
-        training = json.loads((DATA / SCENES_CLIP / "training.json").read_text())
+        training = json.loads((DATA / SCENES_CLIP / "training.json").read_text(encoding="utf-8"))
         config = PretrainConfig(change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")})
         run_folder = "runs/pretrain-without-change"
         took = sum(training["minutes"].values())
@@ -138,7 +138,7 @@ def sweep(args: Namespace) -> None:
         run["key"] = key(run["parameters"], model) if model else None
         done = args.runs / str(run["key"]) / "result.json"
         if model and done.is_file():
-            results[run["key"]] = json.loads(done.read_text())
+            results[run["key"]] = json.loads(done.read_text(encoding="utf-8"))
         elif run["key"] in kept:
             results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
     waiting = [run for run in runs if run["key"] and run["key"] not in results]

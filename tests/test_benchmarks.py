@@ -3,8 +3,6 @@
 import doctest
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -897,24 +895,3 @@ def test_a_bad_argument_of_the_command_is_named(cirr_root, vl_folder, capsys, ar
     with pytest.raises(SystemExit):
         main(["benchmarks", "cirr", "--root", str(cirr_root), "--vl-model", str(vl_folder), *arguments])
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["-p", "smoke", "true"], ""),
-        (["-p", "benchmark", "cirr", "-p", "root", "tiny", "-p", "submit", "false"], ""),
-        (["-p", "root", "tiny"], "parameter 'root' names the folder of one benchmark"),
-    ],
-)
-def test_the_notebook_runs_on_tiny_trees_and_on_a_folder_of_the_user(tmp_path, arguments, message):
-    write_tiny("cirr", tmp_path / "tiny", queries=3, size=32)
-    notebook = Path(__file__).parents[1] / "notebooks" / "06_benchmarks.ipynb"
-    command = [sys.executable, "-m", "papermill", str(notebook), "executed.ipynb", "--no-progress-bar", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert bool(done.returncode) == bool(message), done.stderr[-3000:]
-    assert message in done.stderr
-    if not message:
-        name = "the images in root" if "root" in arguments else LABEL
-        (found,) = (tmp_path / "runs/06_benchmarks/cirr").glob("metrics.json")
-        assert json.loads(found.read_text())["data"] == f"cirr ({name})"

@@ -966,6 +966,7 @@ def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
     assert not deck.select("script[src], link") and len(deck.select("section.on")) == 1
 
 
+@pytest.mark.slow
 def test_the_whole_course_fits_its_pages_and_slides(tmp_path):
     assert pages.make(sorted((ROOT / "notebooks").glob("*.ipynb")), tmp_path, with_slides=True) == []
     try:

@@ -146,6 +146,7 @@ def child(vl_folder: str, folder: str, stop_at: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_twice_ends_with_the_same_weights(vl_folder, images, tmp_path):
     vl = load_vl_model(str(vl_folder))
     whole, history = trained(images, vl, steps=12)

@@ -93,6 +93,7 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_the_files_answer_as_pytorch_in_batches_of_any_size(pair, folder, pictures):
     vl, encoder = pair
     client = QueryClient(folder, threads=1)
@@ -132,6 +133,7 @@ def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
         assert np.abs(query - vl.encode_text(texts).numpy()).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, pieces, pictures, timings):
     vl, encoder = pair
     gallery, threads = Gallery(vl.encode_images(pictures), range(len(pictures))), torch.get_num_threads()
@@ -208,6 +210,7 @@ def test_another_template_is_exported_with_the_files(pair, folder, tmp_path, pic
     assert np.abs(expected - compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers).numpy()).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pictures):
     vl, _ = pair
     text = dict(context_length=30, vocab_size=49408, width=32, heads=2, layers=2, no_causal_mask=True)
@@ -334,6 +337,7 @@ def test_a_folder_without_an_export_is_named(tmp_path):
         QueryClient(tmp_path)
 
 
+@pytest.mark.slow
 def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, monkeypatch):
     vl, encoder = pair
     again = copy(folder, tmp_path / "again")
@@ -524,6 +528,7 @@ def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, cap
     refused("too long for the text tower", modifier="red " * 90)
 
 
+@pytest.mark.slow
 def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys, monkeypatch):
     vl, encoder = pair
     encoder.save(tmp_path / "encoder")

@@ -116,6 +116,7 @@ def test_key_words_become_placeholders(vl):
     assert kept == ["a", "photo", "of", "*", ",", "on", "*"]
 
 
+@pytest.mark.slow
 def test_lincir_like_replaces_the_key_words_of_captions_and_sees_no_image(vl, monkeypatch):
     for touched in ("encode_images", "encode_pixels", "encode_pixels_and_patches"):
         monkeypatch.setattr(vl, touched, None)

@@ -47,6 +47,7 @@ def test_the_loss_is_the_error_of_averaged_features_in_standard_deviations():
     assert loss.item() == pytest.approx(np.mean(errors))
 
 
+@pytest.mark.slow
 def test_the_features_of_the_large_tower_are_learned(vl, images, tmp_path):
     encoder = fresh(vl)
     loss, _ = learn_features(images, vl, encoder, BackboneConfig(steps=120, batch_size=32, warmup=10), tmp_path)

@@ -18,6 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.plugin import get_sanitize_patterns
 from PIL import Image
 
+from isa_lite.benchmarks.tiny import LABEL, write_tiny
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.vl_model import load_vl_model
@@ -35,6 +36,15 @@ def papermill(name: str | Path, folder: Path, fails: bool = False, **parameters)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", env=environment)
     assert bool(done.returncode) == fails, done.stderr[-3000:]
     return done.stderr
+
+
+def run_here(name: str, **parameters) -> None:
+    """Runs a notebook's cells in this process, which has imported everything already; a new one takes seconds for that."""
+    names = {"display": lambda *_: None}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, name, "exec"), names)
+            names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -89,9 +99,14 @@ def of_your_images(folder: Path) -> None:
     assert not (folder / "mine" / "metrics.json").exists()
 
 
+def of_benchmarks(folder: Path) -> None:
+    found = json.loads((folder / "runs/06_benchmarks/cirr/metrics.json").read_text(encoding="utf-8"))
+    assert found["data"] == f"cirr ({LABEL})"
+
+
 #: Parameters beside `smoke` and `seed`, and what is looked at afterwards.
-ALSO = {"02_distillation": {"num_tokens": 3}}
-AFTER = {"02_distillation": of_distillation, "05_your_images": of_your_images}
+ALSO = {"00_start_here": {"gallery": 100}, "02_distillation": {"num_tokens": 3}}
+AFTER = {"02_distillation": of_distillation, "05_your_images": of_your_images, "06_benchmarks": of_benchmarks}
 
 
 @pytest.mark.slow
@@ -169,16 +184,20 @@ REFUSED = [
 
 @pytest.mark.parametrize("name, given, words", REFUSED)
 def test_a_notebook_refuses_a_bad_parameter_by_its_name(tmp_path, monkeypatch, name, given, words):
-    """Its first cells are run in this process, for a new one takes seconds; papermill itself is tried below."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
-    names = {}
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells:
-            if cell.cell_type == "code":
-                assert len(list(tmp_path.rglob("*.safetensors"))) == 0, "work was done before the parameter was looked at"
-                exec(compile(cell.source, name, "exec"), names)
-                names |= given if "parameters" in cell.metadata.get("tags", []) else {}
+        run_here(name, **given)
+    assert not list(tmp_path.rglob("*.safetensors")), "work was done before the parameter was looked at"
+
+
+@pytest.mark.slow
+def test_the_benchmarks_are_run_on_a_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny("cirr", tmp_path / "tiny", queries=3, size=32)
+    run_here("06_benchmarks", benchmark="cirr", root="tiny", submit=False)
+    found = json.loads((tmp_path / "runs/06_benchmarks/cirr/metrics.json").read_text(encoding="utf-8"))
+    assert found["data"] == "cirr (the images in root)"
 
 
 @pytest.mark.slow

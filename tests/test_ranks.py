@@ -41,6 +41,7 @@ def torchrun(processes: int, *given: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, "-m", "isa_lite", "distill", *given], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matching", [True, False])
 def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
     vl_folder = Path(shutil.copytree(vl_folder, folder / "vl"))

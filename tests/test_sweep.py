@@ -289,6 +289,7 @@ def test_long_numbers_do_not_lie_over_one_another():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["250", "1000", "", "8000", "", "32000"]
 
 
+@pytest.mark.slow
 def test_notebook_02_runs_as_one_of_the_sweep(tmp_path):
     arguments = ["--smoke", "--only", "captions of the VL model", "--runs", str(tmp_path / "runs")]
     main(["sweep", *arguments, "--out", str(tmp_path / "sweep.json")])

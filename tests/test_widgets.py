@@ -293,6 +293,7 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "JUPYTER_CONFIG_DIR": str(folder / "config")}
 
 
+@pytest.mark.slow
 def test_a_panel_runs_in_papermill_is_stripped_and_passes_strict_nbval_without_a_marker(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
     execute = importlib.util.module_from_spec(spec)
@@ -381,6 +382,7 @@ bench = evaluate.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_siz
                 lab.kill()
 
 
+@pytest.mark.slow
 def test_a_query_is_composed_by_keyboard_alone(page):
     from playwright.sync_api import expect
 
@@ -424,6 +426,7 @@ def test_a_query_is_composed_by_keyboard_alone(page):
     expect(panel.locator("img")).to_have_count(21)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, label, keys", [(1, "Token", ("ArrowUp", "ArrowRight")), (2, "Step", ("ArrowDown", "ArrowLeft"))]
 )
@@ -444,6 +447,7 @@ def test_tokens_and_steps_are_chosen_by_keyboard_in_the_field_and_on_the_slider(
     expect(field).to_have_value(str(value + (2 if keys[0] == "ArrowUp" else -2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 800])
 def test_nothing_of_a_panel_is_cut_off(page, width):
     page.set_viewport_size({"width": width, "height": 1000})

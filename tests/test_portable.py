@@ -43,7 +43,7 @@ def reads_text(name: str, call: ast.Call) -> bool:
     if name in ("read_text", "write_text"):
         given = call.args[0] if call.args and name == "read_text" else None  # a method of ours has a path there
         return isinstance(call.func, ast.Attribute) and given is None and len(call.args) <= 1
-    if name == "open" and (isinstance(call.func, ast.Name) or not isinstance(call.func.value, ast.Name)):
+    if name == "open" and ast.unparse(call.func) not in ("Image.open", "PIL.Image.open", "os.open"):
         words = [
             a.value for a in (*call.args, *(k.value for k in call.keywords if k.arg == "mode")) if isinstance(a, ast.Constant)
         ]

@@ -53,12 +53,18 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
+def _as_text(caption: str) -> str:
+    """Words that may come from a user, so that Markdown shows them as they are: no link, no picture, no HTML."""
+    text = " ".join(caption.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
 def show(figure: Figure, caption: str, alt: str) -> None:
-    """Display a figure with its alternative text (for a screen reader), and its caption below."""
+    """Display a figure with its alternative text (for a screen reader), and its caption below: as plain text, no Markdown."""
     data = png(figure)
     width = PIL.Image.open(io.BytesIO(data)).width * 90 // int(figure.dpi)  # 90 pixels of the page to an inch
     display(Picture(data, format="png", alt=alt, width=width))
-    display(Markdown(f"*{caption}*"))
+    display(Markdown(f"*{_as_text(caption)}*"))
 
 
 def _picture(axes, image, title: str = "", color: str | None = None, size: int = 11) -> None:

@@ -74,6 +74,12 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+def title_of(notebook: NotebookNode) -> str:
+    """The first line of a notebook, without the mark of a heading; "" where there is none."""
+    lines = notebook.cells[0].source.splitlines() if notebook.cells else []
+    return lines[0].removeprefix("# ") if lines else ""
+
+
 def link_to(link: str, out: Path, pages: set[str], repository: str) -> str:
     """Where a link of a notebook leads from a page in `out`: to another page, to the repository's address, or to the file beside us."""
     if re.match(r"\w+:|#", link):
@@ -90,12 +96,31 @@ def link_to(link: str, out: Path, pages: set[str], repository: str) -> str:
     return Path(os.path.relpath(target, out.resolve())).as_posix() + anchor
 
 
+def sanitised(soup: BeautifulSoup) -> list[str]:
+    """Takes out of a page whatever could run or load in a browser, and returns it in words: what a notebook shows is not trusted."""
+    found = []
+    for tag in soup.select("script, iframe, object, embed, form, base, meta, link"):
+        found.append(f"<{tag.name}>")
+        tag.decompose()
+    for tag in soup.find_all(True):
+        for name in list(tag.attrs):
+            address = re.sub(r"[\s\0]", "", str(tag[name])).lower()
+            runs = name.lower() in ("href", "src", "xlink:href", "action", "srcdoc") and re.match(
+                r"javascript:|vbscript:|data:text", address
+            )
+            if name.lower().startswith("on") or runs:
+                found.append(f"{name} of <{tag.name}>")
+                del tag[name]
+    return found
+
+
 def body_of(notebook: NotebookNode, out: Path, pages: set[str], repository: str = "") -> tuple[BeautifulSoup, list[str]]:
     """A notebook's page without its frame, and what is wrong with it."""
     html, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     soup, wrong = BeautifulSoup(html, "html.parser"), []
     for tag in soup.select("a.anchor-link, div.prompt, style"):
         tag.decompose()
+    wrong += [f"left out, for it could run: {found}" for found in sanitised(soup)]
     for tag in soup.select("h1, h2, h3, h4"):
         tag["id"] = slug(tag.get_text())
     for tag in soup.select("a[href]"):
@@ -190,7 +215,7 @@ def make(notebooks: list[Path], out: Path, repository: str = "", with_slides: bo
     names = {path.stem for path in notebooks}
     readme = new_notebook(cells=[new_markdown_cell((HERE / "README.md").read_text(encoding="utf-8"))])
     sources = {"index": readme} | {path.stem: nbformat.read(path, 4) for path in notebooks}
-    titles = {name: source.cells[0].source.splitlines()[0].removeprefix("# ") for name, source in sources.items()}
+    titles = {name: title_of(source) or name for name, source in sources.items()}
     order, wrong, deck = list(sources), [], []
     for i, (name, source) in enumerate(sources.items()):
         body, faults = body_of(source, out, names, repository)
@@ -201,7 +226,10 @@ def make(notebooks: list[Path], out: Path, repository: str = "", with_slides: bo
         write_text(out / f"{name}.html", framed(str(body), titles[name], links))
         wrong += [f"{name}.html: {fault}" for fault in faults]
         if name != "index":
-            deck += slides.slides_of(body, name)
+            try:
+                deck += slides.slides_of(body, name)
+            except ValueError as error:
+                wrong.append(f"{name}.html: {error}")
     if with_slides:
         write_text(out / "slides.html", slides.deck(deck, CODE_COLORS))
         order.append("slides")

@@ -17,16 +17,17 @@ TOO_LARGE = """tall => [...document.querySelectorAll("section.slide")].map((s, i
 }).filter(n => n)"""
 _STYLE = """
 * { box-sizing: border-box; } body { margin: 0; color: #1b1b1b; background: #fff; font: min(2.1vw, 3.6vh)/1.45 system-ui, sans-serif; overflow-wrap: break-word; }
-section.slide { display: none; width: 100vw; height: 100vh; padding: 4vh 5vw 7vh; overflow: auto; } section.slide.on { display: flex; flex-direction: column; justify-content: center; }
+section.slide { display: none; width: 100vw; height: 100vh; padding: 4vh 5vw 7vh; overflow: auto; position: relative; } section.slide.on { display: flex; flex-direction: column; justify-content: center; }
 h1, h2 { line-height: 1.2; margin: 0 0 .6em; } h1 { font-size: 2.1em; } h2 { font-size: 1.35em; color: #00508f; }
 p, ul, ol { margin: 0 0 .7em; } a { color: #00508f; } code { font-family: ui-monospace, monospace; font-size: .88em; }
 figure { margin: 0; min-height: 0; display: flex; flex-direction: column; } figure img { flex: 0 1 auto; min-height: 0; max-width: 100%; object-fit: contain; width: auto; height: auto; }
 figcaption { margin-top: .6em; font-size: .8em; color: #595959; } img.formula { max-width: 100%; } span.scroll { font-size: 1.4em; }
 table { border-collapse: collapse; margin: 0 auto; font-size: min(1em, 60vh / var(--rows, 8) / 1.75, 88vw / var(--letters, 60) / .62); line-height: 1.3; white-space: nowrap; } th, td { padding: .2em .7em; border-bottom: 1px solid #d0d0d0; text-align: right; font-variant-numeric: tabular-nums; }
 footer { position: fixed; right: 1.5vw; bottom: 1.5vh; font-size: .7em; color: #595959; } footer a { color: inherit; }
-.source { position: fixed; left: 5vw; bottom: 1.5vh; font-size: .7em; color: #595959; } .question { font-size: 1.25em; } details { margin-top: 1em; } summary { cursor: pointer; }
+.source { position: absolute; left: 5vw; bottom: 1.5vh; font-size: .7em; color: #595959; } .question { font-size: 1.25em; } details { margin-top: 1em; } summary { cursor: pointer; }
 @media (max-width: 800px) { body { font-size: 1rem; } section.slide.on { justify-content: flex-start; } table, span.scroll { font-size: .8em; } .scroll { overflow-x: auto; } figure img { flex-shrink: 0; } }
-@media print { section.slide { display: flex; flex-direction: column; justify-content: center; break-after: page; } footer { display: none; } }
+@page { size: 1280px 720px; margin: 0; }
+@media print { section.slide { display: flex; flex-direction: column; justify-content: center; break-after: page; width: 1280px; height: 720px; overflow: hidden; } footer { display: none; } }
 """
 _SCRIPT = """
 const slides = [...document.querySelectorAll("section.slide")];
@@ -87,7 +88,7 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
         if image := area.select_one("img"):
             after = area.find_next_sibling("div")
             caption = after.get_text().strip() if after and after.select_one("p > em") else ""
-            found.append(_slide(heading, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"))
+            found.append(_slide(heading, f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"))
             title = ""
         elif table := area.select_one("table"):
             rows = [_letters(row) for row in table.select("tr")]
@@ -104,15 +105,17 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
             # What is printed right before a table says what it is about, unless it is a claim.
             title = lines[-1].strip() if lines and lines[-1] not in checked else ""
     for start in range(0, len(claims), MOST_CLAIMS):
-        part = [f"<li>{claim}</li>" for claim in claims[start : start + MOST_CLAIMS]]
+        part = [f"<li>{escape(claim)}</li>" for claim in claims[start : start + MOST_CLAIMS]]
         found.append(_slide(heading, "<p>Checked by this cell:</p>", "<ul>", *part, "</ul>"))
     return found
 
 
 def slides_of(page: BeautifulSoup, name: str) -> list[str]:
-    """The slides of one notebook, from its page: the HTML inside each of them."""
+    """The slides of one notebook, from its page: the HTML inside each of them. Raises ValueError for one without a title."""
     cells = page.select("div.cell")
-    first = cells[0].find_all(["h1", "p"])
+    first = cells[0].find_all(["h1", "p"]) if cells else []
+    if len(first) < 2 or first[0].name != "h1":
+        raise ValueError("no slides: the first cell must be a heading, '# Title', and a paragraph")
     learn = [p for p in first if p.get_text().startswith("You will learn")]
     found = [f"<h1>{first[0].decode_contents()}</h1>{first[1]}{''.join(map(str, learn))}"]
     heading = ""

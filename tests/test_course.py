@@ -1022,3 +1022,34 @@ def test_what_sticks_out_of_a_window_is_found_in_a_browser(tmp_path):
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"no browser: {error}")
     assert wrong == ["slides.html: slide 2 is larger than 1280 x 720 pixels", "wide.html: wider than a window of 390 pixels"]
+
+
+def test_a_page_shows_what_could_run_and_does_not_run_it(tmp_path):
+    """Text of a notebook's outputs and cells is not trusted: nothing of it may run where the page is read."""
+    bad = "<script>1</script><img src='x' alt='a' onerror='2'>\n\n[a](javascript:3)\n\n<iframe srcdoc='b'></iframe>"
+    body, wrong = pages.body_of(new_notebook(cells=[new_markdown_cell(bad)]), tmp_path, set())
+    assert not body.select("script, iframe, [onerror], [href^=javascript]")
+    assert {"script", "onerror", "iframe"} <= {word for fault in wrong for word in re.findall(r"script|onerror|iframe", fault)}
+
+
+def test_claims_and_captions_are_text_on_a_slide():
+    areas = "<div class=output_area><pre>holds: 1 &lt; 2 &lt;b&gt;x&lt;/b&gt;</pre></div><div class=output_area><img src=x></div>"
+    areas += "<div><p><em>a &lt;script&gt; in a caption</em></p></div>"
+    made = "".join(slides._of_outputs(BeautifulSoup(areas, "html.parser"), ""))
+    assert "<li>holds: 1 &lt; 2 &lt;b&gt;" in made and "a &lt;script&gt; in a caption" in made
+
+
+def test_a_notebook_without_a_heading_is_named_and_the_others_have_their_slides(tmp_path):
+    for name, cells in (("empty", []), ("plain", [new_code_cell("1")]), ("good", [new_markdown_cell("# Title\n\nText.")])):
+        nbformat.write(new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    wrong = pages.make(sorted(tmp_path.glob("*.ipynb")), tmp_path / "out", with_slides=True)
+    assert [fault for fault in wrong if "slides" in fault and "empty" in fault] and [fault for fault in wrong if "plain" in fault]
+    assert "Title" in (tmp_path / "out" / "slides.html").read_text(encoding="utf-8")
+
+
+def test_slides_are_printed_one_to_a_page():
+    """A fixed element is drawn on every page: no element of a slide may be one, and a page is as large as a slide."""
+    made = slides.deck(["<p>a</p>"], "")
+    rules = dict(re.findall(r"([^{}]+)\{([^{}]*)\}", made.partition("<style>")[2].partition("</style>")[0]))
+    fixed = [name.strip() for name, rule in rules.items() if "position: fixed" in rule]
+    assert fixed == ["footer"] and "size: 1280px 720px" in made  # the footer is not printed

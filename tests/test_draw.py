@@ -217,3 +217,11 @@ def test_the_parts_of_a_querys_time_are_stacked_and_the_whole_is_marked():
     assert [tuple(mark.get_xydata()[0]) for mark in axes.lines] == [(2.8, 0), (6.3, 1)]
     assert [(text.get_text().strip(), text.get_position()[0]) for text in axes.texts] == [("2.8 ms", 3), ("6.3 ms", 6.3)]
     assert sorted(t.get_text() for t in axes.figure.legends[0].get_texts()) == [*rows[:2], "whole query, in one call"]
+
+
+def test_a_caption_is_text_and_no_markdown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(draw, "display", shown.append)
+    draw.show(draw.contact_sheet([np.zeros((8, 8, 3), np.uint8)]), "a [link](javascript:1) <img src=x> *b*", "alt")
+    said = shown[1].data
+    assert "<img" not in said and r"\[link\]" in said and r"\*b\*" in said and said.startswith("*a ")

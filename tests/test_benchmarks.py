@@ -415,7 +415,7 @@ def test_circo_refuses_a_target_that_is_no_ground_truth(circo_root):
     entries = json.loads((circo_root / "annotations/val.json").read_text())
     entries[1]["gt_img_ids"] = [101]
     put(circo_root / "annotations/val.json", entries)
-    with pytest.raises(ValueError, match="query 1 of annotations/val.json: its target 104 is not among its ground truths"):
+    with pytest.raises(ValueError, match="query 1 of annotations/val.json.*104.*ground truths"):
         circo.load(circo_root)
 
 
@@ -449,7 +449,7 @@ def test_a_ranking_agrees_with_brute_force(remove):
         order = sorted((n for n in ids if not (remove and n == query.reference)), key=scores.get, reverse=True)
         assert found.top[i] == order[:50]
         assert found.subset[i] == [n for n in order if n in query.subset]
-    with pytest.raises(ValueError, match="9 queries and 70 images, not 9 and 69 embeddings"):
+    with pytest.raises(ValueError, match="70 images.*69 embeddings"):
         rank(task, queries, gallery[1:])
     queries[2, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
@@ -494,14 +494,14 @@ def test_a_submission_of_an_incomplete_split_is_refused(cirr_root, tmp_path):
     (cirr_root / "test1/test1-7-0-img1.png").unlink()  # a member of the second query's set
     (task,) = cirr.load(cirr_root, "test1", partial=True)
     assert [q.id for q in task.queries] == ["12"]
-    with pytest.raises(ValueError, match="1 queries lack their images"):
+    with pytest.raises(ValueError, match="1 queries.*images"):
         cirr.write_submissions(tmp_path / "out", [task], [rank(task, on_circle([0]), on_circle(range(7)))])
     assert not (tmp_path / "out").exists()
 
 
 def test_no_file_is_left_of_a_submission_that_would_be_rejected(circo_root, tmp_path):
     (task,) = circo.load(circo_root, "test")
-    with pytest.raises(ValueError, match=r"circo.test.json would be rejected: 1 lists do not hold 50 ids, the first: 1"):
+    with pytest.raises(ValueError, match=r"circo.test.json.*50 ids.*1"):
         circo.write_submissions(tmp_path / "out", [task], [Ranking([list(range(100, 107)), [100]], [[], []])])
     assert not (tmp_path / "out").exists()
 
@@ -530,13 +530,13 @@ def test_an_entry_without_its_target_is_named(fashioniq_root):
     entries = json.loads((fashioniq_root / "captions/cap.dress.val.json").read_text())
     del entries[2]["target"]
     put(fashioniq_root / "captions/cap.dress.val.json", entries)
-    with pytest.raises(ValueError, match="entry 2 of captions/cap.dress.val.json has no target"):
+    with pytest.raises(ValueError, match="entry 2 of captions/cap.dress.val.json.*target"):
         fashioniq.load(fashioniq_root)
 
 
 def test_an_image_that_the_gallery_does_not_list_is_named(fashioniq_root):
     put(fashioniq_root / "image_splits/split.dress.val.json", ["d0", "d2"])
-    with pytest.raises(ValueError, match="query 0 of dress val names d1, which the list of its gallery does not hold"):
+    with pytest.raises(ValueError, match="query 0 of dress val.*d1.*gallery"):
         fashioniq.load(fashioniq_root)
 
 
@@ -580,7 +580,7 @@ def test_queries_that_share_an_id_are_refused_before_anything_is_embedded(cirr_r
             cirr.load(cirr_root, split)
     entries = json.loads((circo_root / "annotations/test.json").read_text())
     put(circo_root / "annotations/test.json", [{**e, "id": e["id"] + 1} for e in entries])
-    with pytest.raises(ValueError, match=r"ids of annotations/test.json are not 0 to 1, which the test server expects"):
+    with pytest.raises(ValueError, match=r"annotations/test.json.*0 to 1"):
         circo.load(circo_root, "test")
 
 
@@ -646,15 +646,15 @@ def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(cir
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     with monkeypatch.context() as patch:
         patch.setattr("isa_lite.benchmarks.run.embed_files", lambda *a, **k: pytest.fail("embedded first"))
-        with pytest.raises(ValueError, match="query 1 of circo val: the prompt is .* too long"):
+        with pytest.raises(ValueError, match="query 1 of circo val.*too long"):
             run("circo", circo_root, vl, ["isa"], encoder)
-        with pytest.raises(ValueError, match="query 1 of circo val: the prompt is .* too long"):
+        with pytest.raises(ValueError, match="query 1 of circo val.*too long"):
             run("circo", circo_root, vl, ["text only"])
         with pytest.raises(ValueError, match="a template holds"):
             run("circo", circo_root, vl, ["isa"], encoder, RunConfig(template="{modifier}", truncate=True))
         with pytest.raises(ValueError, match="needs a query encoder"):
             run("circo", circo_root, vl, ["isa"])
-        with pytest.raises(ValueError, match="no answers here; give a folder"):
+        with pytest.raises(ValueError, match="give a folder"):
             run("circo", circo_root, vl, ["text only"], config=RunConfig(split="test"))
     result = run("circo", circo_root, vl, ["isa"], encoder, RunConfig(truncate=True))
     assert result.protocol["modifiers cut to fit"] == "1"

@@ -137,16 +137,16 @@ def test_without_transformers_the_extra_is_named(folder, monkeypatch):
 def test_a_blip_for_captions_is_refused(tmp_path):
     tiny(transformers.BlipForConditionalGeneration).save_pretrained(tmp_path)
     stand_in_tokenizer(tmp_path, [101], [102], 0)
-    with pytest.raises(ValueError, match="is not a BLIP for image-text retrieval: .* of its weights are missing"):
+    with pytest.raises(ValueError, match="BLIP.*weights are missing"):
         load_blip(str(tmp_path))
 
 
 def test_folders_without_a_blip(tmp_path, folder):
-    with pytest.raises(ValueError, match="holds no BLIP: its config.json is missing"):
+    with pytest.raises(ValueError, match="BLIP.*config.json is missing"):
         load_vl_model(f"blip:{tmp_path}")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="holds no BLIP: its config.json says 'bert'"):
+    with pytest.raises(ValueError, match="BLIP.*config.json.*'bert'"):
         load_vl_model(f"blip:{tmp_path}")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="holds no weights; one of model.safetensors"):
+    with pytest.raises(ValueError, match="no weights.*model.safetensors"):
         load_vl_model(f"blip:{tmp_path}")

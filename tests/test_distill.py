@@ -336,7 +336,7 @@ def test_settings_that_cannot_work_are_named(field, value):
 
 
 def test_too_few_images(vl, images):
-    with pytest.raises(ValueError, match="20 images are too few to hold back 19 for validation"):
+    with pytest.raises(ValueError, match="20 images.*19.*validation"):
         trained(images, vl, validation=19)
     trained(images[:6], vl, validation=4, steps=1)  # two to train on are enough, in a batch that is smaller than asked for
 
@@ -566,7 +566,7 @@ def test_folders_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         ImageFolder(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="holds no image that can be read$"):
+    with pytest.raises(ValueError, match="no image"):
         ImageFolder(tmp_path)
     (tmp_path / "a.png").write_text("no image")
     (tmp_path / "b.jpg").write_text("no image")

@@ -57,7 +57,7 @@ def test_finished_shards_are_kept_and_only_what_changed_is_embedded_again(files,
 def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_path):
     whole = files[5].read_bytes()
     files[5].write_bytes(whole[:50])
-    with pytest.raises(ValueError, match="5.png cannot be read as an image"):
+    with pytest.raises(ValueError, match="5.png.*image"):
         embed_files(files, vl, tmp_path / "cache", shard=3, progress=False)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     files[5].write_bytes(whole)
@@ -83,13 +83,13 @@ def test_a_damaged_shard_is_made_again(files, vl, tmp_path):
 
 
 def test_bad_input_is_refused_before_anything_is_embedded(files, vl, tmp_path):
-    with pytest.raises(FileNotFoundError, match="2 of 9 image files are missing, the first: .*nowhere.png"):
+    with pytest.raises(FileNotFoundError, match="2 of 9.*missing.*nowhere.png"):
         embed_files([*files, tmp_path / "nowhere.png", tmp_path / "neither.png"], vl)
     with pytest.raises(ValueError, match="there are no files"):
         embed_files([], vl)
     with pytest.raises(ValueError, match="shard"):
         embed_files(files, vl, shard=0)
-    with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, not 'half'"):
+    with pytest.raises(ValueError, match="dtype.*'half'"):
         embed_files(files, vl, dtype="half")
 
 

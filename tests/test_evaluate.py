@@ -197,7 +197,7 @@ def test_the_benchmark_follows_its_seed():
 
 
 def test_a_gallery_must_hold_what_the_queries_bring():
-    with pytest.raises(ValueError, match="'gallery' must be at least 40, four times 'queries', not 39"):
+    with pytest.raises(ValueError, match="'gallery'.*40.*39"):
         make_benchmark(queries=10, gallery=39)
     assert len(make_benchmark(queries=10, gallery=40, size=8).scenes) == 40  # nothing is left to fill
 
@@ -305,7 +305,7 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     change = evaluate.effect(gathered["runs"], k=5)
     recalls = {(r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]}
     assert change.tolist() == [recalls[0.1, seed] - recalls[0, seed] for seed in (0, 1)] and change.any()
-    with pytest.raises(ValueError, match=r"same seeds are needed, not \{0: \[0, 1\], 0.1: \[0\]\}"):
+    with pytest.raises(ValueError, match=r"same seeds"):
         evaluate.effect(gathered["runs"][:3])
     Path(paths[0]).write_text(json.dumps(whole | {"machine": "a desktop"}))
     assert evaluate.gather(map(Path, paths))["machine"] == "a desktop / a laptop"

@@ -275,9 +275,7 @@ def test_what_is_too_long_is_refused_with_its_words(pair, folder, pictures):
     most = vl.context_length - len(prompt_ids(vl, 4, ["red"])[0][0]) + 1
     assert client.prompts(["red " * most]).shape == (1, vl.context_length)
     for function in (lambda text: client.encode(pictures[:1], [text]), lambda text: prompt_ids(vl, 4, [text])):
-        with pytest.raises(
-            ValueError, match=r"the prompt is 1 token\(s\) too long for the text tower's 77; shorten the modifier 'red"
-        ):
+        with pytest.raises(ValueError, match=r"prompt.*too long.*77.*modifier 'red"):
             function("red " * (most + 1))
 
 
@@ -333,7 +331,7 @@ def test_a_changed_or_missing_file_is_refused(folder, tmp_path, name):
 
 
 def test_a_folder_without_an_export_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no query.json; give the folder that python -m isa_lite export wrote"):
+    with pytest.raises(FileNotFoundError, match=r"query.json.*folder"):
         QueryClient(tmp_path)
 
 
@@ -374,15 +372,15 @@ def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder
 
 
 def test_a_tokenizer_that_the_client_cannot_imitate_is_refused_before_a_network_is_made(pair, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="mine: only open_clip's own tokenizer can be exported, and this model has a object"):
+    with pytest.raises(ValueError, match="mine.*tokenizer.*object"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=object()))
     other = open_clip.SimpleTokenizer(clean="canonicalize")
-    with pytest.raises(ValueError, match="mine: its tokenizer cleans texts in a way of its own"):
+    with pytest.raises(ValueError, match="mine.*tokenizer"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=other))
     vl, encoder = pair
     monkeypatch.setattr(exporting, "to_onnx", lambda *_: pytest.fail("a network was made first"))
     monkeypatch.setattr(vl.tokenizer, "clean_fn", other.clean_fn)
-    with pytest.raises(ValueError, match="its tokenizer cleans texts in a way of its own"):
+    with pytest.raises(ValueError, match="tokenizer.*cleans"):
         export(encoder, vl, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -413,7 +411,7 @@ def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures, ca
     cosine = (exact * rough).sum(1)
     assert 0.98 < cosine.min() < 1 and np.allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-5)
     assert json.loads((out / SETTINGS).read_text())["made"]["weights"] == "int8"
-    with pytest.raises(ValueError, match="holds the files that are to be quantised"):
+    with pytest.raises(ValueError, match="quantised"):
         quantize(folder, folder)
     changed = copy(folder, tmp_path / "changed")
     (changed / TEXT).write_bytes((folder / IMAGE).read_bytes())
@@ -494,7 +492,7 @@ def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path,
 def test_the_client_names_a_picture_that_it_cannot_read(tmp_path, monkeypatch):
     Image.effect_noise((64, 64), 99).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"cut.png cannot be read as an image \(OSError"):
+    with pytest.raises(ValueError, match=r"cut.png.*OSError"):
         read_image(tmp_path / "cut.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="whole.png"):

@@ -103,7 +103,7 @@ def test_without_transformers_the_extra_is_named(monkeypatch):
 
 def test_a_tokenizer_whose_rows_do_not_fit_the_tower_is_refused():
     clip = open_clip.CLIP(32, STUB, TEXT)
-    with pytest.raises(ValueError, match="rows of 77 ids, and its text tower reads 20"):
+    with pytest.raises(ValueError, match="77 ids.*20"):
         VLModel(clip, None, open_clip.SimpleTokenizer(), name="a model")
 
 

@@ -138,7 +138,7 @@ def test_whoever_fetches_a_file_of_weights_by_hand_hears_of_quick_gelu():
     for model, tag in open_clip.list_pretrained():
         if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
             assert open_clip.get_model_config(f"{model}-quickgelu")["quick_gelu"]
-    with pytest.raises(ConnectionError, match="pass pretrained='FILE' with the name ViT-L-14-quickgelu"):
+    with pytest.raises(ConnectionError, match="pretrained=.*ViT-L-14-quickgelu"):
         load_vl_model("ViT-L-14", "openai")
     with pytest.raises(ConnectionError, match="pass pretrained='FILE'$"):
         load_vl_model("ViT-L-14", "laion2b_s32b_b82k")
@@ -209,9 +209,9 @@ def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(server, vl_fol
 
 
 def test_a_repository_that_is_no_model_of_open_clip_says_what_it_lacks(server):
-    with pytest.raises(ValueError, match="me/model on the hub holds no config.json, so it is not a BLIP"):
+    with pytest.raises(ValueError, match="me/model.*config.json.*BLIP"):
         hub.repository("me/model", "a BLIP", "config.json", hub.HF_WEIGHTS)
-    with pytest.raises(ValueError, match=r"holds no weights \(one of x.safetensors\), so it is not a thing"):
+    with pytest.raises(ValueError, match=r"no weights.*x.safetensors.*thing"):
         hub.repository("me/model", "a thing", "open_clip_config.json", ["x.safetensors"])
-    with pytest.raises(ValueError, match="nobody/nothing on the hub cannot be listed: .*is the name right"):
+    with pytest.raises(ValueError, match="nobody/nothing.*name right"):
         hub.repository("nobody/nothing", "a model", "open_clip_config.json")

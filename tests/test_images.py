@@ -40,7 +40,7 @@ def test_copies_are_counted_and_left_out_or_kept(tmp_path, picture):
     save(tmp_path / "c.png", picture[::-1].copy())
     for name in ("a copy.png", "z copy.png"):
         (tmp_path / name).write_bytes((tmp_path / "b.png").read_bytes())
-    with pytest.warns(UserWarning, match=r"left out 2 of 4 files in .* copies of others, the first: .*b\.png is .*a copy\.png"):
+    with pytest.warns(UserWarning, match=r"2 of 4 files.*copies.*b\.png.*a copy\.png"):
         folder = ImageFolder(tmp_path)
     assert [p.name for p in folder.files] == ["a copy.png", "c.png"]
     assert {a.name: b.name for a, b in folder.duplicates.items()} == {"b.png": "a copy.png", "z copy.png": "a copy.png"}
@@ -66,7 +66,7 @@ def test_a_gallery_keeps_every_copy_and_counts_them(tmp_path, picture, vl):
     files = [save(tmp_path / "a.png", picture), tmp_path / "b.png", save(tmp_path / "c.png", picture[::-1].copy())]
     files[1].write_bytes(files[0].read_bytes())
     for _ in range(2):  # computed, and from the cache
-        with pytest.warns(UserWarning, match=r"1 of 3 files is a copy .* the first: .*b\.png is .*a\.png"):
+        with pytest.warns(UserWarning, match=r"1 of 3 files.*b\.png.*a\.png"):
             found = embed_files(files, vl, tmp_path / "cache", shard=1, progress=False)
         assert len(found) == 3 and np.allclose(found[0], found[1], atol=1e-6) and not np.allclose(found[0], found[2], atol=1e-5)
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_
     with pytest.raises(ValueError, match=r"phone\.HEIC"):
         ImageFolder(tmp_path)
     good = save(tmp_path / "good.png", picture)
-    with pytest.warns(UserWarning, match=r"skipped 1 of 2 files .*phone\.HEIC"):
+    with pytest.warns(UserWarning, match=r"1 of 2 files.*phone\.HEIC"):
         folder = ImageFolder(tmp_path)
     assert folder.files == [good]
 

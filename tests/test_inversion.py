@@ -136,14 +136,14 @@ def test_lincir_like_replaces_the_key_words_of_captions_and_sees_no_image(vl, mo
 
 
 def test_a_caption_without_key_words_is_refused(vl):
-    with pytest.raises(ValueError, match="'this is a photo of it' holds no key word"):
+    with pytest.raises(ValueError, match="'this is a photo of it'.*key word"):
         lincir_like(vl, [*CAPTIONS[:3], "this is a photo of it"], steps=1, progress=False)
 
 
 def test_too_little_to_contrast_is_refused(vl, images):
     with pytest.raises(ValueError, match=r"at least two embeddings, N x E.*\(1, 256\)"):
         pic2word_like(vl, images[:1], steps=1, progress=False)
-    with pytest.raises(ValueError, match="batch_size at least 2, not 1 and 1"):
+    with pytest.raises(ValueError, match="batch_size.*2.*1 and 1"):
         pic2word_like(vl, images, steps=1, batch_size=1, progress=False)
 
 

@@ -76,7 +76,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(vl, images, tmp_path, mon
     learn_features(images, vl, again, config, tmp_path, state)
     for (name, a), b in zip(whole.backbone.state_dict().items(), again.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(ValueError, match=r"state.safetensors belongs to another run .*config.steps: \d there, 7 here"):
+    with pytest.raises(ValueError, match=r"state.safetensors.*config.steps.*7"):
         learn_features(images, vl, again, BackboneConfig(**FEW | {"steps": 7}), tmp_path, state)
 
 
@@ -163,5 +163,5 @@ def test_weights_learned_from_another_model_are_refused(vl, folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     record = json.loads((tmp_path / f"{WEIGHTS}.json").read_text())
     (tmp_path / f"{WEIGHTS}.json").write_text(json.dumps(record | {"vl_model": "another"}))
-    with pytest.raises(ValueError, match="were learned from another VL model than 'scenes-clip'"):
+    with pytest.raises(ValueError, match="another VL model.*'scenes-clip'"):
         fresh(vl, backbone_weights=str(tmp_path))

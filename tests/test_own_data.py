@@ -97,7 +97,7 @@ def test_what_is_said_about_a_copy_is_said_about_the_image_that_was_kept(folder)
     assert captions(doubled, "image,caption\na.png,a kite\ncopy.png,a kite\ncopy.png,a ray") == {"a.png": ["a kite", "a ray"]}
     entry = {"reference": "copy.png", "modifier": "in red", "targets": ["b.png"]}
     assert triplets(doubled, [entry]).reference.tolist() == [0]
-    with pytest.raises(ValueError, match="no target but its own reference"):
+    with pytest.raises(ValueError, match="no target"):
         triplets(doubled, [{**entry, "targets": ["a.png"]}])
     with pytest.warns(UserWarning, match="copies of others"):
         kept = ImageFolder(folder.folder, keep_duplicates=True)
@@ -143,7 +143,7 @@ def test_a_table_that_cannot_be_used_is_refused_with_its_name_the_row_and_what_t
 
 
 def test_all_rows_are_reported_at_once_the_first_five_in_words(folder):
-    with pytest.raises(ValueError, match=r"7 of 8 rows cannot be used: row 2: .*row 6: .* and 2 more") as error:
+    with pytest.raises(ValueError, match=r"7 of 8 rows.*row 2.*row 6.*2 more") as error:
         captions(folder, "image,caption\n" + "a.png,\n" * 7 + "a.png,x\n")
     assert "row 7" not in str(error.value)
 
@@ -154,9 +154,9 @@ def test_a_file_that_is_broken_or_not_there(tmp_path):
     with pytest.warns(UserWarning, match="skipped 1 of 2"):
         images = ImageFolder(tmp_path)
     (tmp_path / "captions.csv").write_text("image,caption\nb.png,x\n")
-    with pytest.raises(ValueError, match="row 2: 'b.png' cannot be read as an image .*; replace it, or delete the entry"):
+    with pytest.raises(ValueError, match="row 2.*'b.png'.*image"):
         read_captions(tmp_path / "captions.csv", images)
-    with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.csv; captions= names one"):
+    with pytest.raises(FileNotFoundError, match="nowhere.csv.*captions="):
         read_captions(tmp_path / "nowhere.csv", images)
 
 
@@ -289,7 +289,7 @@ def test_the_example_folder_is_one_that_a_user_could_have_made(tmp_path):
             assert after - before == asked and len(asked) == 1 and len(before - after) == 1
     again = ImageFolder(icons.write_icons(tmp_path / "y", 120, 30, seed=3, size=32) / "images")
     assert again.key == images.key
-    with pytest.raises(ValueError, match="count must be at least 100"):
+    with pytest.raises(ValueError, match="count.*100"):
         icons.write_icons(tmp_path, 99)
 
 
@@ -313,9 +313,9 @@ def test_of_names_that_differ_in_one_character_the_one_that_begins_alike_is_mean
 def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_place_is_no_crash(folder):
     Image.new("RGB", (8, 8), "lime").save(folder.folder / "B2.PNG")
     images = ImageFolder(folder.folder)
-    with pytest.raises(ValueError, match=r"row 2: 'A\.PNG' is not in the folder \w+; did you mean 'a\.png'\?"):
+    with pytest.raises(ValueError, match=r"row 2.*'A\.PNG'.*'a\.png'"):
         captions(images, "image,caption\nA.PNG,x\n")
-    with pytest.raises(ValueError, match="row 2: 'a red star a red star .* is not in the folder"):  # the columns are swapped
+    with pytest.raises(ValueError, match="row 2.*'a red star.*folder"):  # the columns are swapped
         captions(images, f"image,caption\n{'a red star ' * 40},a.png\n")
 
 

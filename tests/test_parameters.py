@@ -52,9 +52,9 @@ def test_a_notebook_may_be_run_again_in_the_same_kernel():
     assert check(GOOD | left | {"steps": 9, "In": ran}, **RULES).steps == 9
     for wrong in ("stesp: int = 9", "stesp = 9"):
         ran = [cell, "step = 2", f"smoke: bool = False\n{wrong}"]
-        with pytest.raises(ValueError, match="unknown parameter 'stesp'; did you mean 'steps'"):
+        with pytest.raises(ValueError, match="unknown.*'stesp'.*'steps'"):
             check(GOOD | left | {"stesp": 9, "In": ran}, **RULES)
-    with pytest.raises(ValueError, match="'steps' must be a whole number"):
+    with pytest.raises(ValueError, match="'steps'.*whole number"):
         check(GOOD | left | {"steps": 0, "In": ran}, **RULES)
 
 

@@ -245,9 +245,9 @@ def test_a_run_resumes_and_refuses_other_data_and_other_settings(data, tmp_path,
             pretrain_folder(*data, tiny(), tmp_path / "b", tmp_path / "run", quiet, 0)
     assert pretrain_folder(*data, tiny(), tmp_path / "b", tmp_path / "run", quiet).fingerprint == whole.fingerprint
     images, captions = data
-    with pytest.raises(ValueError, match="belongs to another run .*data: .* there, .* here"):
+    with pytest.raises(ValueError, match="another run.*data"):
         pretrain_folder(images, [["another"], *captions[1:]], tiny(), tmp_path / "b", tmp_path / "run", quiet)
-    with pytest.raises(ValueError, match="belongs to another run .*change: 0.7 there, 0.5 here"):
+    with pytest.raises(ValueError, match="another run.*change.*0.7.*0.5"):
         pretrain_folder(images, captions, replace(tiny(), change=0.5), tmp_path / "b", tmp_path / "run", quiet)
 
 
@@ -260,9 +260,9 @@ def test_without_a_matching_encoder_none_of_an_earlier_model_stays(data, tmp_pat
 
 def test_too_little_said_is_refused_and_what_is_cut_is_said(data, tmp_path):
     images, captions = data
-    with pytest.raises(ValueError, match="the 120 training images have 1 different captions, and 8 are needed"):
+    with pytest.raises(ValueError, match="1 different captions.*8"):
         pretrain_folder(images, [["A star"], ["a star."]] * 60, tiny(), tmp_path, log=quiet)
-    with pytest.warns(UserWarning, match="1 captions are longer than 77 tokens"):
+    with pytest.warns(UserWarning, match="1 captions.*77 tokens"):
         pretrain_folder(images, [["red star " * 50], *captions[1:]], tiny(steps=1, matching_steps=0), tmp_path, log=quiet)
 
 

@@ -199,7 +199,7 @@ def test_a_sentence_that_does_not_fit_is_an_error_even_if_modifiers_may_be_cut(v
     ],
 )
 def test_templates_without_their_two_fields(vl, template):
-    with pytest.raises(ValueError, match="holds {sentence} and {modifier} once each; this one does not"):
+    with pytest.raises(ValueError, match="{sentence} and {modifier}"):
         compose(vl, torch.zeros(1, 2, vl.word_width), ["blue"], template)
 
 
@@ -511,7 +511,7 @@ def test_nothing_but_the_known_file_of_weights_is_read(vl, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="is not the file of weights"):
         lite0_weights()
     torch.save({"weight": Payload()}, file)
-    with pytest.raises(ValueError, match="efficientnet-lite0-57934424.pth is not the file of weights"):
+    with pytest.raises(ValueError, match="efficientnet-lite0-57934424.pth"):
         lite0_weights()
     monkeypatch.setattr(backbones, "_LITE0_SHA256", "57934424")
     monkeypatch.setattr(backbones.hashlib, "sha256", lambda data: SimpleNamespace(hexdigest=lambda: "57934424"))
@@ -602,7 +602,7 @@ def test_weights_that_do_not_fit_their_settings(vl, tmp_path, changed):
     assert QueryEncoderConfig(**record["config"]).num_tokens == 3
     record["config"] |= changed
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="do not fit its query_encoder.json"):
+    with pytest.raises(ValueError, match="query_encoder.json"):
         QueryEncoder.load(tmp_path, vl)
 
 
@@ -614,7 +614,7 @@ def test_a_file_that_is_cut_off_or_of_another_kind_is_named(vl, tmp_path):
         QueryEncoder.load(tmp_path, vl)
     for content in ("{", "[]", "{}", '{"config": {"from_a_later_version": 1}}'):
         settings.write_text(content)
-        with pytest.raises(ValueError, match="query_encoder.json holds no settings of a query encoder"):
+        with pytest.raises(ValueError, match="query_encoder.json.*settings"):
             QueryEncoder.load(tmp_path, vl)
 
 
@@ -626,7 +626,7 @@ def test_a_sentence_starts_from_words_that_the_text_tower_knows():
     real = words(shipped, "large red circle")
     cosine = torch.nn.functional.cosine_similarity(start[:, :, None], real[None, None], dim=-1)  # 8 x 3 x 3
     assert (cosine.argmax(-1) == torch.arange(3)).all() and cosine.diagonal(dim1=1, dim2=2).min() > 0.8
-    with pytest.raises(ValueError, match="start_words: .* has never seen 1 of the tokens of 'red zebra'"):
+    with pytest.raises(ValueError, match="start_words.*'red zebra'"):
         QueryEncoder.for_model(shipped, start_words="red zebra")
 
 

@@ -77,13 +77,13 @@ def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
     images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
     config = distill.DistillConfig(steps=1, batch_size=8, validation=4)
     monkeypatch.setattr(ranks, "count", lambda: 3)
-    with pytest.raises(ValueError, match="batch_size 8 is not a multiple of 3, the number of processes"):
+    with pytest.raises(ValueError, match="batch_size 8.*multiple of 3"):
         distill.distill(images, vl, encoder, config, progress=False)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     with pytest.raises(ValueError, match="give a cache folder"):
         distill.distill(images, vl, encoder, config, progress=False)
     config = distill.DistillConfig(steps=1, batch_size=32, validation=5)
-    with pytest.raises(ValueError, match="batch_size 32, cut to the 15 images that are left to train on, is not a multiple of 2"):
+    with pytest.raises(ValueError, match="batch_size 32.*15 images.*multiple of 2"):
         distill.distill(images, vl, encoder, config, progress=False)
 
 
@@ -100,10 +100,10 @@ def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, 
     monkeypatch.setattr(ranks, "rank", lambda: 0)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     strange = {tuple: ("0123", False)}
-    with pytest.raises(ValueError, match="2 processes differ in their images, or in whether they see the targets"):
+    with pytest.raises(ValueError, match="2 processes differ.*targets"):
         distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
     strange = {int: 0}
-    with pytest.raises(ValueError, match=r"differ in the step that they go on from, by what they see of .*state: \[2, 0\]"):
+    with pytest.raises(ValueError, match=r"step.*state.*\[2, 0\]"):
         distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
 
 
@@ -114,9 +114,9 @@ def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_th
     monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="process 1 has no GPU of its own, as there are 1"), ranks.joined("cuda"):
+    with pytest.raises(ValueError, match="process 1.*GPU"), ranks.joined("cuda"):
         pass
-    with pytest.raises(ValueError, match="several processes share no 'cuda:0': give device cuda"), ranks.joined("cuda:0"):
+    with pytest.raises(ValueError, match="'cuda:0'.*device cuda"), ranks.joined("cuda:0"):
         pass
     with pytest.raises(OSError, match="broken"), ranks.joined("cpu"):
         raise OSError("broken")

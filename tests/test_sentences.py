@@ -56,7 +56,7 @@ def test_even_attention_scores_one():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="masks of 10 x 12 pixels do not divide into maps of 4 x 4 cells"):
+    with pytest.raises(ValueError, match="masks.*10 x 12.*4 x 4"):
         object_attention(torch.rand(1, 4, 4), np.ones((1, 10, 12), bool))
     with pytest.raises(ValueError, match="maps of 2 images but masks of 1"):
         grounding(torch.rand(2, 1, 4, 4), [np.ones((1, 8, 8), bool)])
@@ -156,5 +156,5 @@ def test_several_encoders_look_at_the_same_scenes(vl):
     maps = encoders[0].sentences(scenes.render_many([scene], [i], 64)).maps[0]
     assert np.allclose(found["3"]["maps"], maps, atol=1e-4)
     assert len(found["3"]["grounding"]) == len(found["3"]["elsewhere"]) == 3
-    with pytest.raises(ValueError, match=r"told apart by their number of tokens, and these have \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"number of tokens.*\[3, 3\]"):
         look([encoders[0], encoders[0]])

@@ -42,7 +42,7 @@ def test_a_probe_finds_the_token_that_holds_a_fact_and_only_that():
 
 
 def test_what_cannot_be_drawn_or_probed_is_refused():
-    with pytest.raises(ValueError, match="must be 'pca' or 'tsne', not 'umap'"):
+    with pytest.raises(ValueError, match="'pca'.*'umap'"):
         project({"a": torch.zeros(5, 3)}, "umap")
     with pytest.raises(ValueError, match="2 embeddings are too few"):
         project({"a": torch.zeros(2, 3)})

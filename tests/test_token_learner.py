@@ -196,7 +196,7 @@ def test_a_resamplers_maps_are_its_attention_without_the_latents():
 
 
 def test_a_resampler_that_never_looks_is_refused():
-    with pytest.raises(ValueError, match="a depth of at least 1"):
+    with pytest.raises(ValueError, match="depth.*1"):
         build("resampler", depth=0)
 
 

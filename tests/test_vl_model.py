@@ -214,7 +214,7 @@ def test_refused_models(what):
 @pytest.mark.parametrize("part", ["pool", "embed"])
 def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(part, vl_folder, monkeypatch):
     monkeypatch.setattr(f"isa_lite.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0])
-    with pytest.raises(ValueError, match="something else from word vectors than from ids"):
+    with pytest.raises(ValueError, match="word vectors.*ids"):
         load_vl_model(str(vl_folder))
 
 
@@ -247,7 +247,7 @@ def test_images_are_encoded_as_open_clip_does_it_with_and_without_patches(vision
         assert torch.allclose(ours, theirs, atol=off)
     assert patches.shape[:2] == (3, (32 // 8) ** 2 if vision is VISION else (64 // 32) ** 2)
     if vision is TIMM:
-        with pytest.raises(ValueError, match="TimmModel does not project patches; set lar_weight to 0"):
+        with pytest.raises(ValueError, match="TimmModel.*lar_weight"):
             vl.project_patches(patches)
     else:
         projected = vl.project_patches(patches)
@@ -361,7 +361,7 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     (tmp_path / "half" / "open_clip_config.json").write_text('{"model_cfg": ')
     with pytest.raises(ValueError, match="half.open_clip_config.json"):
         load_vl_model(str(tmp_path / "half"))
-    with pytest.raises(ValueError, match="cut holds no weights that fit its open_clip_config.json"):
+    with pytest.raises(ValueError, match="no weights.*open_clip_config.json"):
         load_vl_model(str(tmp_path / "cut"))
     shutil.copytree(vl_folder, tmp_path / "matcher")
     matcher = tmp_path / "matcher" / "matching_encoder.safetensors"

@@ -126,5 +126,5 @@ def test_ids_that_the_tower_reserves_are_no_placeholder():
 
 
 def test_a_tokenizer_that_pads_on_the_left_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="SomeModel: its tokenizer .* pads on the left"):
+    with pytest.raises(ValueError, match="SomeModel.*tokenizer.*left"):
         Words(made("word pieces", tmp_path, side="left"), "SomeModel")

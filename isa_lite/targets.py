@@ -94,7 +94,8 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
                     done[name].append(array)
     if not cache:
         return Targets(*(np.concatenate(done[name]) if name in done else None for name in _KINDS))
-    ranks.wait()  # for the shards of the others
+    if missing:
+        ranks.wait()  # for the shards of the others
     known = {name: Rows([file(name, shard) for shard in range(len(batches))]) for name in kinds}
     return Targets(np.asarray(known["embeddings"]), known.get("patches"))
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,8 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite import checkpoint as checkpoint_module
-from isa_lite.distill import DistillConfig, batch_indices, blur, distill, learning_rate, other_indices
+from isa_lite import distill as distill_module
+from isa_lite.distill import Batches, DistillConfig, batch_indices, blur, distill, learning_rate, other_indices, own_image_recall
 from isa_lite.images import ImageFolder, images_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
@@ -284,6 +287,40 @@ def test_batches_are_a_new_permutation_every_epoch_and_a_function_of_seed_and_st
     last = 4 * per_epoch - 1
     assert np.array_equal(batch_indices(count, batch_size, last, 7), batches[-1])  # whatever was asked before
     assert not np.array_equal(batch_indices(count, batch_size, last, 8), batches[-1])
+
+
+def test_batches_are_drawn_when_asked_for_and_an_epoch_once(monkeypatch):
+    rows, drawn = np.arange(100, 140), []
+    real = np.random.default_rng
+    monkeypatch.setattr(distill_module.np.random, "default_rng", lambda key: drawn.append(key) or real(key))
+    batches = Batches(rows, 8, 1234, 3, 1_000_000)
+    assert len(batches) == 999_997 and not drawn
+    found = [batches[i] for i in range(12)]  # steps 3 to 14, of epochs 0 to 2
+    assert len(drawn) == 3
+    for step, batch in enumerate(found, 3):
+        assert np.array_equal(batch, rows[batch_indices(40, 8, step, 1234)])
+    assert np.array_equal(Batches(rows, 8, 1234, 3, 9, in_order=True)[0], np.sort(found[0]))
+
+
+def test_pictures_of_a_validation_and_of_a_batch_come_and_go(vl):
+    """Not all at their full size at once: the memory holds a few, however many there are."""
+    alive, most = set(), []
+
+    class Pictures(Sequence):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int) -> Image.Image:
+            picture = Image.new("RGB", (90, 70), (i, 2 * i, 3 * i))
+            alive.add(i)
+            weakref.finalize(picture, alive.discard, i)
+            most.append(len(alive))
+            return picture
+
+    known = np.eye(40, vl.word_width, dtype=np.float32)
+    known = known[:, : vl.encode_text(["a"]).shape[1]]
+    own_image_recall(Pictures(), np.arange(40), known, vl, fresh(vl), tiny())
+    assert len(most) == 40 and max(most) <= 3
 
 
 def test_negatives_are_other_images_and_a_function_of_seed_and_step():

@@ -319,3 +319,31 @@ def test_the_command_names_a_missing_file(run, tmp_path, capsys):
         shown = capsys.readouterr()
         assert "there is no file nowhere.json" in shown.err and shown.out == ""
     assert not (tmp_path / "all.json").exists()
+
+
+def test_the_intervals_of_means_hold_the_truth_as_often_as_they_say():
+    """Students over five seeds, and the paired bootstrap over sixty queries, each on data whose true mean is known."""
+    rng = np.random.default_rng(6)
+    ends = np.array([evaluate.seed_interval(values) for values in rng.normal(80, 3, (1500, 5))])
+    assert ((ends[:, 0] <= 80) & (80 <= ends[:, 1])).mean() == pytest.approx(0.95, abs=0.02)
+    # Method one hits 60%; the other hits where it does, but for a tenth of the queries: the true difference is 6 points.
+    held = []
+    for _ in range(300):
+        first = rng.random(60) < 0.6
+        low, high = paired_interval(100 * first, 100 * (first & (rng.random(60) >= 0.1)), draws=300)
+        held.append(low <= 6 <= high)
+    # A percentile bootstrap of rare differences is a little too narrow: where none was drawn it has no width.
+    assert 0.85 <= np.mean(held) <= 0.97
+
+
+def test_ranks_and_recall_against_sklearn():
+    """With one right answer and no reference, Recall@K is top-K accuracy."""
+    from sklearn.metrics import top_k_accuracy_score
+
+    generator = torch.Generator().manual_seed(8)
+    gallery, queries = (normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (30, 200))
+    wanted = np.random.default_rng(8).integers(0, 30, 200)
+    found = ranks(queries, gallery, np.full(200, -1), torch.from_numpy(wanted[:, None] == np.arange(30)))
+    for k in (1, 5, 10):
+        theirs = top_k_accuracy_score(wanted, (queries @ gallery.T).numpy(), k=k, labels=np.arange(30))
+        assert recall(found, k) == pytest.approx(100 * theirs)

@@ -49,9 +49,10 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
     numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
     found: dict[str, dict[str, dict]] = {
         "losses": {
-            "GCD and LAR": {"gcd_weight": 1.0, "lar_weight": lar},
+            # What is said of LAR is said of the whole of it, not of LAR on a share of each step's images.
+            "GCD and LAR": {"gcd_weight": 1.0, "lar_weight": lar, "lar_share": 1.0},
             "GCD": {"gcd_weight": 1.0, "lar_weight": 0.0},
-            "LAR": {"gcd_weight": 0.0, "lar_weight": lar},
+            "LAR": {"gcd_weight": 0.0, "lar_weight": lar, "lar_share": 1.0},
             "neither (untrained)": {"gcd_weight": 0.0, "lar_weight": 0.0},
         },
         "mapping": {name: {"mapping": name} for name in MAPPINGS},

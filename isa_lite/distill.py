@@ -24,11 +24,12 @@ from isa_lite import ranks
 from isa_lite.checkpoint import damaged, resume_run, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.query_encoder import QueryEncoder, prompt_ids, splice
+from isa_lite.precision import mixed, with_dtype
+from isa_lite.query_encoder import QueryEncoder, known_words, prompt_ids, splice
 from isa_lite.runs import MINUTES, Keeper
 from isa_lite.settings import DistillConfig
 from isa_lite.targets import targets
-from isa_lite.vl_model import VLModel, plain_attention
+from isa_lite.vl_model import VLModel
 
 
 @dataclass
@@ -105,19 +106,44 @@ def learning_rate(step: int, config: DistillConfig) -> float:
     return config.lr * warm * (0.505 + 0.495 * float(np.cos(np.pi * step / config.steps)))
 
 
+def local_count(images: int, config: DistillConfig) -> int:
+    """How many of the images of a step LAR is computed on; two at least, as it needs something to compare with."""
+    return min(images, max(2, round(config.lar_share * images))) if config.lar_weight > 0 else 0
+
+
+def _prompts(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor]:
+    """Ids and places, B x T each, of the prompt of sentences B x L x D without a modifier."""
+    return tuple(row.expand(len(tokens), -1) for row in prompt_ids(vl, tokens.shape[1], [""], template))
+
+
 def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor, Tensor]:
     """Sentences B x L x D without a modifier -> embeddings B x E, what LAR reads B x T x width, places B x T.
 
     LAR reads contextual tokens, except where the VL model's matching encoder wants the word vectors (BLIP's).
     """
-    ids, places = prompt_ids(vl, tokens.shape[1], [""], template)
-    ids, places = ids.expand(len(tokens), -1), places.expand(len(tokens), -1)
+    ids, places = _prompts(vl, tokens, template)
     vectors = splice(vl, tokens, ids, places)
     context = vl.text_tokens(vectors, ids)
     return vl.pool(context, ids), vectors if vl.matcher_reads_words else context[:, : ids.shape[1]], places
 
 
-def _lar(
+def sentence_queries(vl: VLModel, tokens: Tensor, template: str) -> Tensor:
+    """The embeddings of `sentence_embeddings` alone, B x E. Nobody reads other positions, so the tower need not finish them."""
+    ids, places = _prompts(vl, tokens, template)
+    return vl.encode_vectors(splice(vl, tokens, ids, places), ids, known_words(vl, template))
+
+
+def read_sentences(vl: VLModel, tokens: Tensor, template: str, local: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sentences B x L x D -> embeddings B x E; and of the first n = `local`, what LAR reads and places: n x T x width, n x T."""
+    if local == 0:
+        return sentence_queries(vl, tokens, template), None, None
+    query, context, places = sentence_embeddings(vl, tokens[:local], template)
+    if local < len(tokens):
+        query = torch.cat([query, sentence_queries(vl, tokens[local:], template)])
+    return query, context, places
+
+
+def lar_loss(
     vl: VLModel,
     context: Tensor,
     places: Tensor,
@@ -191,6 +217,7 @@ def _distill(
 ) -> History:
     """`distill`, whose arguments have been checked."""
     device, began = torch.device(config.device), time.perf_counter()
+    config = with_dtype(config, keeper.path)
     vl.to(device), encoder.to(device, memory_format=torch.channels_last)
     known = targets(images, vl, config.lar_weight > 0, cache, config.num_workers)
     shuffled = np.random.default_rng((config.seed, 4)).permutation(len(images))
@@ -201,7 +228,7 @@ def _distill(
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
-    history, start = History(), 0
+    history, start = History(dtype=config.dtype), 0
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
@@ -222,7 +249,6 @@ def _distill(
                 keeper.path, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
             )
 
-    half, mixed = getattr(torch, config.dtype), config.dtype != "float32"
     if start < steps:
         keeper.begin(save, start)
     chosen = Batches(train, config.batch_size, config.seed, start, steps)
@@ -244,18 +270,19 @@ def _distill(
         own = bank[torch.from_numpy(batch)]  # B x E
         others = bank[torch.from_numpy(other_indices(len(train), batch, config.negatives, step, config.seed))]  # M x E
         pixels = pixels.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, half, enabled=mixed and device.type != "cpu"):
+        local = local_count(len(rows), config)  # n
+        with mixed(device, "float32" if device.type == "cpu" else config.dtype):
             features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
-        with plain_attention(device), torch.autocast(device.type, half, enabled=mixed):
+        with mixed(device, config.dtype):
             tokens = encoder.mapping(features).tokens  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
-            query, context, places = sentence_embeddings(vl, tokens, config.template)  # b x E, b x T x width
+            query, context, places = read_sentences(vl, tokens, config.template, local)  # b x E, n x T x width, n x T
             query = ranks.gather(query)  # B x E
             gcd = gcd_loss(query, own, config.temperature, others)
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
-                hardest = ranks.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])
-                lar, value, matched = _lar(vl, context, places, patches, rows, hardest, config.temperature)
+                hardest = ranks.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])[:local]
+                lar, value, matched = lar_loss(vl, context, places, patches, rows[:local], hardest, config.temperature)
                 loss = loss + config.lar_weight * lar
                 history.lar.append(value)
                 history.matched += matched
@@ -301,7 +328,7 @@ def own_image_recall(
     with torch.inference_mode():
         loader = batch_loader(images, chunks, encoder.pixels, config.num_workers)  # pictures of any size come and go
         tokens = torch.cat([encoder(pixels).tokens for pixels in loader]).to(vl.device)
-        found = torch.cat([sentence_embeddings(vl, part, config.template)[0] for part in tokens.split(256)])
+        found = torch.cat([sentence_queries(vl, part, config.template) for part in tokens.split(256)])
     encoder.train(was_training)
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())

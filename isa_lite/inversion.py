@@ -30,7 +30,7 @@ from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
 from isa_lite.query_encoder import TEMPLATE, compose, prompt_ids, splice, start_vectors
 from isa_lite.token_learner import ToWords
-from isa_lite.vl_model import VLModel, plain_attention
+from isa_lite.vl_model import VLModel
 
 #: Words that LinCIR-like training leaves in place, because they name nothing that one can see.
 FUNCTION_WORDS = frozenset("a an the of on in at and with to is it its that this photo picture image drawing background".split())
@@ -129,9 +129,8 @@ def pic2word_like(
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
         image = images[batch].to(vl.device)
-        with plain_attention(vl.device):
-            query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
-            return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
+        query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
+        return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
 
     _fit("Pic2Word-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
     return mapping.eval()
@@ -171,8 +170,7 @@ def optimize_words(
         for step in range(steps):
             words = F.normalize(free, dim=-1)  # B x D
             read = blur(words, word_noise, step * len(images) + s, seed) * vl.word_norm
-            with plain_attention(vl.device):
-                far = 1 - (_prompt(vl, read, template) * target).sum(-1)  # B
+            far = 1 - (_prompt(vl, read, template) * target).sum(-1)  # B
             unlike = 1 - (words @ known.T).amax(-1)  # B
             optimizer.zero_grad(set_to_none=True)
             (far + gravity * unlike).sum().backward()  # a sum: no image's word depends on what else is in its batch
@@ -281,8 +279,7 @@ def lincir_like(
         words = blur(mapping(latent.to(vl.device)), word_noise, step, seed)
         words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
         vectors = splice(vl, words, rows, marks)
-        with plain_attention(vl.device):
-            return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()
+        return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()
 
     _fit("LinCIR-like", list(mapping.parameters()), loss_of, len(captions), steps, batch_size, lr, seed, progress)
     return mapping.eval()

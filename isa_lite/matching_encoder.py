@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from isa_lite.attention import attend
+
 
 class MatchingEncoder(nn.Module):
     """Does this text belong to this image? Text tokens look at patch tokens; a two-class head answers.
@@ -31,6 +33,9 @@ class MatchingEncoder(nn.Module):
         x = self.text_in(text)  # B x T x width
         memory = self.patch_in(patches) + self.patch_position  # B x N x width
         for block in self.blocks:
-            x = block(x, memory, tgt_key_padding_mask=~mask)
+            y = block.norm1(x)
+            x = x + attend(block.self_attn, y, y, mask)[0]
+            x = x + attend(block.multihead_attn, block.norm2(x), memory)[0]
+            x = x + block.linear2(block.activation(block.linear1(block.norm3(x))))
         weight = mask.unsqueeze(-1).to(x.dtype)
         return self.head((x * weight).sum(1) / weight.sum(1))  # B x width -> B x 2

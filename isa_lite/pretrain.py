@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,9 +34,10 @@ from isa_lite import scenes
 from isa_lite.checkpoint import damaged, resume_run, save_run, write_tensors, write_text
 from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.parameters import command_line
+from isa_lite.precision import mixed, with_dtype
 from isa_lite.runs import MINUTES, Keeper
 from isa_lite.settings import PretrainConfig
-from isa_lite.vl_model import VLModel, commit, machine, plain_attention
+from isa_lite.vl_model import VLModel, commit, machine
 
 POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
@@ -239,10 +239,6 @@ def _train(
     return before + time.time() - began
 
 
-def _mixed(config: PretrainConfig) -> AbstractContextManager:
-    return torch.autocast(config.device, getattr(torch, config.dtype), enabled=config.dtype != "float32")
-
-
 def train_towers(
     config: PretrainConfig,
     checkpoint: Path | None = None,
@@ -256,6 +252,7 @@ def train_towers(
     source: batches of other images than scenes; texts: then all that their captions may say.
     """
     source, texts = source or partial(SceneBatches, config), scene_texts(config.seed) if texts is None else texts
+    config = with_dtype(config, checkpoint)
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)
     vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
@@ -268,7 +265,7 @@ def train_towers(
         pixels = vl.pixels(np.asarray(images)).to(config.device, memory_format=torch.channels_last)
         with torch.no_grad():
             scale.clamp_(0, float(np.log(100)))
-        with plain_attention(config.device), _mixed(config):
+        with mixed(config.device, config.dtype):
             image = vl.encode_pixels(pixels)  # B x E
             text = _encode_captions(vl, modules["table"], texts)  # M x E
         right = ((text @ image.T).argmax(1) == owner).float().mean()  # captions nearest to their own image
@@ -322,13 +319,14 @@ def train_matcher(
 ) -> tuple[MatchingEncoder, float]:
     """The matching encoder on the frozen towers, own image against the three hardest others; also the seconds it took."""
     source = source or partial(SceneBatches, config)
+    config = with_dtype(config, checkpoint)
     torch.manual_seed(config.seed)
-    with _mixed(config):
+    with mixed(config.device, config.dtype):
         tokens, _, patches, _ = matching_inputs(vl, *source(3, 0, 1)[0])
     matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(config.device)
 
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
-        with plain_attention(config.device), _mixed(config):
+        with mixed(config.device, config.dtype):
             tokens, mask, patches, similarity = matching_inputs(vl, *batch)
             others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices  # B x 3
             return candidates_loss(matcher, tokens, mask, patches, others)
@@ -359,7 +357,7 @@ def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
 
 def pretrain(config: PretrainConfig, folder: Path, run: Path, checkpoint_minutes: float = MINUTES) -> None:
     """Both trainings, with checkpoints in `run`; the model and its record go into `folder`."""
-    made_by = commit()
+    made_by, config = commit(), with_dtype(config, run / "towers.safetensors")
     vl, towers = train_towers(config, run / "towers.safetensors", checkpoint_minutes=checkpoint_minutes)
     vl.matcher, matching = train_matcher(vl, config, run / "matching_encoder.safetensors", checkpoint_minutes=checkpoint_minutes)
     export(vl, config, folder)

@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from isa_lite.checkpoint import write_text
 from isa_lite.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, split, words_of
 from isa_lite.images import ImageFolder
 from isa_lite.own_data import fingerprint
+from isa_lite.precision import with_dtype
 from isa_lite.pretrain import export, train_matcher, train_towers
 from isa_lite.runs import MINUTES
 from isa_lite.settings import FolderConfig
@@ -65,9 +66,9 @@ def pretrain_folder(
             f"the {len(rows)} training images have {different} different captions, and {FEWEST} are needed: "
             "caption more of them, or take a trained model (vl_model)"
         )
-    config = replace(config)
-    config.data = fingerprint(images, captions)
     towers = run / "towers.safetensors" if run else None
+    config = with_dtype(config, towers)
+    config.data = fingerprint(images, captions)
     vl, seconds = train_towers(config, towers, log, batches.source, _may_say(batches.texts, config), checkpoint_minutes)
     minutes = {"towers": round(seconds / 60, 1)}
     cut = sum(int(ids[-1]) != 0 for ids in vl.tokenize(batches.texts))

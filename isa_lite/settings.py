@@ -52,6 +52,17 @@ def check_template(template: str) -> None:
         raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
 
 
+#: What `auto` stands for is decided by `precision.training_dtype`. float16 would underflow without scaling of the loss.
+DTYPES = ("auto", "float32", "bfloat16")
+DTYPE_HELP = "of the matrix products in training: auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16"
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for what is no dtype of training."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+
+
 def setting(default: Any, meaning: str) -> Any:
     """A field of a settings dataclass: its default, and the line that `--help` shows."""
     return field(default=default, metadata={"help": meaning})
@@ -112,6 +123,9 @@ class DistillConfig:
     temperature: float = setting(0.05, "temperature of GCD and of late interaction")
     gcd_weight: float = setting(1.0, "weight of global contrastive distillation; 0 switches it off")
     lar_weight: float = setting(0.1, "weight of local alignment regularization; 0 switches it off")
+    lar_share: float | None = setting(
+        None, "share of a step's images that LAR is computed on, at that share of its cost (default: the recipe's)"
+    )
     recipe: str = setting(
         "default", "core: the parts that the paper's abstract names, or default: with our aids (default: default)"
     )
@@ -126,7 +140,7 @@ class DistillConfig:
     template: str = setting(TEMPLATE, "the prompt, with {sentence} and {modifier}")
     seed: int = setting(0, "everything random follows from it")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = setting("bfloat16", "of the matrix products: float32 or bfloat16")
+    dtype: str = setting("auto", DTYPE_HELP)
     num_workers: int = setting(0, "processes that read images ahead")
 
     def __post_init__(self):
@@ -134,13 +148,14 @@ class DistillConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         check_whole(self, steps=1, batch_size=2, validation=2, validate_every=1, negatives=0, warmup=0, num_workers=0, seed=0)
-        for name in ("lr", "temperature", "gcd_weight", "lar_weight", "word_noise", "weight_decay"):
+        for name in ("lr", "temperature", "gcd_weight", "lar_weight", "lar_share", "word_noise", "weight_decay"):
             value, positive = getattr(self, name), name in ("lr", "temperature")
             if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
                 raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
+        if not 0 < self.lar_share <= 1:  # LAR is switched off by its weight
+            raise ValueError(f"lar_share must be a number above 0 and at most 1, not {self.lar_share!r}")
         check_template(self.template)
-        if self.dtype not in ("float32", "bfloat16"):  # float16 would underflow without loss scaling
-            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        check_dtype(self.dtype)
 
 
 @dataclass
@@ -184,7 +199,7 @@ class PretrainConfig:
     weight_decay: float = setting(0.05, "weight decay of matrices")
     seed: int = setting(0, "everything random follows from it")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
-    dtype: str = setting("bfloat16", "of the matrix products: float32 or bfloat16; the weights stay float32")
+    dtype: str = setting("auto", DTYPE_HELP)
     num_workers: int = setting(1, "processes that make batches ahead")
 
     image_size: int = setting(IMAGE_SIZE, "pixels on a side of what the image tower sees; a multiple of 32")

@@ -89,6 +89,11 @@ class OpenClipText(TextTower):
     def tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W (CoCa: one more, its class token)."""
         text, x = self.module, vectors
+        if self.can_cut and self.plain:  # as open_clip does it, in fewer and larger products
+            x, mask = self._placed(x), text.attn_mask[: x.shape[1], : x.shape[1]]
+            for block in text.transformer.resblocks:
+                x, _ = _layer(block, x, mask)
+            return text.ln_final(x)
         if self.appends:
             x = torch.cat([x, text.cls_emb.to(x.dtype).expand(len(x), 1, -1)], 1)
         length, mask = x.shape[1], text.attn_mask

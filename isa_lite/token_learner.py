@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isa_lite.attention import attend
+
 
 class Sentence(NamedTuple):
     """What a mapping writes about B images, and the weights with which it looked at them.
@@ -73,7 +75,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, reads: list[Tensor] | None = None) -> Tensor:
         """x: B x L x width tokens, memory: B x HW x width positions. `reads`, if given, gets one more: B x L x HW."""
-        seen, weights = self.cross(self.norm1(x), memory, memory, need_weights=reads is not None)
+        seen, weights = attend(self.cross, self.norm1(x), memory, weights=reads is not None)
         if reads is not None:
             reads.append(weights)  # the mean over the heads
         return self.think(x + seen)
@@ -81,7 +83,7 @@ class Block(nn.Module):
     def think(self, x: Tensor) -> Tensor:
         """All but the look at the image: B x L x width -> the same shape."""
         y = self.norm2(x)
-        x = x + self.among(y, y, y, need_weights=False)[0]
+        x = x + attend(self.among, y, y)[0]
         return x + self.mlp(self.norm3(x))
 
 
@@ -144,7 +146,7 @@ class AdaptiveTokenLearner(Spatial):
     def forward(self, features: Tensor, reads: bool = False) -> Sentence:
         x = self.placed(features)  # B x C x H x W -> B x width x H x W
         maps = self.attend(x).flatten(2).softmax(-1)  # B x L x HW, each row sums to 1
-        memory = x.flatten(2).transpose(1, 2)  # B x HW x width
+        memory = x.flatten(2).transpose(1, 2).contiguous()  # B x HW x width
         tokens = maps @ memory + self.identity  # B x L x width: weighted means of positions, and whose they are
         found = [maps] if reads else None
         for block in self.blocks:

@@ -14,7 +14,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from isa_lite.blip import is_blip, load_blip
 from isa_lite.hub import WEIGHTS, repository
@@ -34,11 +32,6 @@ from isa_lite.parameters import check_device
 from isa_lite.settings import DATA, SCENES_CLIP
 from isa_lite.text_tower import text_tower
 from isa_lite.words import Words
-
-
-def plain_attention(device: torch.device | str) -> AbstractContextManager:
-    """For training on a CPU: there, at our short lengths, PyTorch's fused attention is slow backwards in bfloat16."""
-    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
 
 
 def check_texts(texts: object, what: str = "texts") -> list[str]:

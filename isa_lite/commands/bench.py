@@ -6,19 +6,22 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from isa_lite.parameters import whole_number
-from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER
+from isa_lite.parameters import add_settings, whole_number
+from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MEASUREMENTS = {
     "cost": "the query side",
+    "step": "a training step part by part, and the machine's rate of matrix products",
     "split": "a query part by part",
     "query": "a query end to end, cut and uncut, in PyTorch and onnxruntime",
     "embed": "a gallery of files",
     "backbones": "light backbones",
 }
+#: Of a training step, what can be chosen.
+STEP = ("batch_size", "lar_weight", "lar_share", "negatives")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -34,12 +37,14 @@ def add_arguments(parser: ArgumentParser) -> None:
             sub.add_argument(
                 "--image-size", type=whole_number(1), help="in pixels, of the light backbones (default: the VL model's)"
             )
-        if name in ("embed", "backbones"):
+        if name == "step":
+            add_settings(sub, DistillConfig, STEP)
+        if name in ("embed", "backbones", "step"):
             sub.add_argument("--rounds", type=whole_number(1), default=10, help="rounds of timing")
 
 
 def run(args: Namespace) -> None:
-    {"cost": _cost, "split": _split, "query": _query, "embed": _embed, "backbones": _backbones}[args.what](args)
+    {"cost": _cost, "step": _step, "split": _split, "query": _query, "embed": _embed, "backbones": _backbones}[args.what](args)
 
 
 def _cost(args: Namespace) -> None:
@@ -53,6 +58,20 @@ def _cost(args: Namespace) -> None:
     for batch in (1, 32):
         print(f"\nbatch {batch}; per image; multiply-adds in millions")
         print(cost(vl, encoder, batch).round(2).to_string())
+
+
+def _step(args: Namespace) -> None:
+    from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.recipes import recipe
+    from isa_lite.step_cost import step_cost
+    from isa_lite.vl_model import load_vl_model, machine
+
+    config, vl = DistillConfig(**{name: getattr(args, name) for name in STEP}), load_vl_model()
+    encoder = QueryEncoder.for_model(vl, stride=16, num_tokens=20, **recipe("default").encoder)
+    table = step_cost(vl, encoder, config, args.rounds)
+    print(f"one step of notebook 02: {config.batch_size} images, LAR on {config.lar_share:g} of them; {machine()}")
+    print(f"float32 products of this machine, in this run: {table.attrs['rate']:.0f} GFLOP/s")
+    print(table.round(3).to_string())
 
 
 def _split(args: Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from isa_lite.attention import attend
 from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, sentence
 
 
@@ -75,11 +76,11 @@ class Resampler(Spatial):
         x = self.placed(features)
         memory = self.norm_memory(x.flatten(2).transpose(1, 2))  # B x HW x width
         latents, positions, found = self.latents.repeat(len(x), 1, 1), memory.shape[1], []
-        for (norm, norm_mlp), attend, mlp in zip(self.norms, self.attends, self.mlps, strict=True):
+        for (norm, norm_mlp), attention, mlp in zip(self.norms, self.attends, self.mlps, strict=True):
             query = norm(latents)
             both = torch.cat([memory, query], 1)  # B x (HW + L) x width
-            shown = reads or attend is self.attends[-1]
-            read, weights = attend(query, both, both, need_weights=shown)  # weights: B x L x (HW + L), the mean over the heads
+            shown = reads or attention is self.attends[-1]
+            read, weights = attend(attention, query, both, weights=shown)  # weights: B x L x (HW + L), the mean over the heads
             latents = latents + read
             latents = latents + mlp(norm_mlp(latents))
             if shown:

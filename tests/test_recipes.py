@@ -14,7 +14,7 @@ from isa_lite.recipes import START_WORDS, Recipe, complete, recipe
 from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig, QueryEncoderConfig
 from isa_lite.vl_model import load_vl_model
 
-NOTHING = {"start_words": "", "norm_matching": False, "backbone_weights": "", "word_noise": 0.0, "negatives": 0}
+NOTHING = {"start_words": "", "norm_matching": False, "backbone_weights": "", "word_noise": 0.0, "negatives": 0, "lar_share": 1.0}
 
 
 def test_core_has_no_aid_and_default_has_all():
@@ -29,7 +29,11 @@ def test_core_has_no_aid_and_default_has_all():
 def test_default_is_what_ships():
     info = json.loads((DATA / SCENES_ENCODER / "query_encoder.json").read_text())["info"]["parameters"]
     aids = asdict(recipe("default"))
-    assert {name: info[name] for name in aids if name in info} == {n: v for n, v in aids.items() if n != "negatives"}
+    assert {name: info[name] for name in aids if name in info} == {
+        n: v
+        for n, v in aids.items()
+        if n not in ("negatives", "lar_share")  # it was trained with LAR in full
+    }
 
 
 def test_the_aids_of_the_scenes_stay_with_their_model_and_backbone():

@@ -25,7 +25,12 @@ def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
     assert len(set(keys)) == len(keys)
     for run in runs:
         different = set(ablations.changed(run["parameters"], DEFAULTS))
-        pairs = {"gcd_weight", "lar_weight"}, {"backbone", "backbone_weights"}, {"vl_model", "backbone_weights"}
+        pairs = (
+            {"gcd_weight", "lar_weight"},
+            {"gcd_weight", "lar_share"},
+            {"backbone", "backbone_weights"},
+            {"vl_model", "backbone_weights"},
+        )
         recipe = run["parameters"]["recipe"] != "default"
         assert len(different) <= 1 or different in pairs or recipe
         assert not recipe or different == {"recipe", *vars(RECIPES["core"])}
@@ -38,13 +43,17 @@ def test_the_plan_changes_one_thing_at_a_time_and_repeats_nothing():
     assert {("training images", n) for n in ("250", "32000")} <= shown
     assert sum(name == "backbone" for name, _ in shown) >= 6
     default = {name for name, _ in runs[0]["shows"]}
-    captions = "captions of the VL model"  # both without learned weights, so neither is the default
-    assert default | {captions} == {"", *ablations.ablations(DEFAULTS)}  # all others hold the default as one of their values
+    # Without learned weights, or with LAR on all images of a step, neither of two is the default.
+    others = {"captions of the VL model", "losses"}
+    assert default | others == {"", *ablations.ablations(DEFAULTS)}  # all others hold the default as one of their values
 
 
 def test_the_losses_are_both_each_and_neither():
     losses = ablations.ablations({**DEFAULTS, "lar_weight": 0.0})["losses"]
-    assert [tuple(bool(v) for v in changed.values()) for changed in losses.values()] == [
+    assert all(
+        changed["lar_share"] == 1 for changed in losses.values() if changed["lar_weight"]
+    )  # what is said of LAR is of all of it
+    assert [(bool(changed["gcd_weight"]), bool(changed["lar_weight"])) for changed in losses.values()] == [
         (True, True),
         (True, False),
         (False, True),

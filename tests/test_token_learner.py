@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from isa_lite import mappings, token_learner
 from isa_lite.mappings import MAPPINGS
 from isa_lite.measure import multiply_adds
 from isa_lite.token_learner import AdaptiveTokenLearner
@@ -93,13 +94,14 @@ def test_the_second_read_is_the_blocks_cross_attention_by_hand():
 
 
 def test_training_does_not_compute_weights_that_nobody_asked_for(monkeypatch):
-    asked, forward = [], torch.nn.MultiheadAttention.forward
+    asked, attend = [], token_learner.attend
 
-    def watched(self, *args, need_weights=True, **settings):
-        asked.append(need_weights)
-        return forward(self, *args, need_weights=need_weights, **settings)
+    def watched(*args, weights=False):
+        asked.append(weights)
+        return attend(*args, weights=weights)
 
-    monkeypatch.setattr(torch.nn.MultiheadAttention, "forward", watched)
+    for module in (token_learner, mappings):
+        monkeypatch.setattr(module, "attend", watched)
     for name, expected in (("adaptive", [False] * 4), ("resampler", [False, True])):  # its maps are those of the last
         asked.clear()
         build(name)(torch.randn(1, 10, 4, 4))

@@ -20,16 +20,15 @@ PACKAGE = ROOT / "isa_lite"
 
 # The order in which data flows. A module imports only modules above it.
 ORDER = """
-    parameters recipes settings answers checkpoint ranks runs images scenes icons hub words text_tower attention matching_encoder
-    open_clip_models blip vl_model symmetric token_learner mappings backbones query_encoder fold parity losses targets precision distill
-    light_backbone embed gallery evaluate baselines fusion inversion sentences interventions spaces
-    benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo benchmarks.tiny
-    benchmarks.run benchmarks.__main__ ablations growth compare
-    own_data pretrain folder_batches pretrain_folder measure step_cost query_timing client
-    onnx_files export latency bench draw cards sweep failures widgets
-    commands.distill commands.evaluate commands.compare commands.benchmarks commands.export commands.client
-    commands.pretrain_folder commands.sweep commands.growth commands.failures commands.bench commands.parity commands.pretrain
-    commands.light_backbone commands.cards __main__
+    parameters recipes settings answers checkpoint ranks runs images scenes icons hub words text_tower attention
+    matching_encoder open_clip_models blip vl_model symmetric token_learner mappings backbones query_encoder fold parity
+    losses targets precision distill light_backbone gallery embed evaluate baselines fusion inversion sentences
+    interventions spaces benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo
+    benchmarks.tiny benchmarks.run benchmarks.__main__ ablations growth compare own_data pretrain folder_batches
+    pretrain_folder measure step_cost query_timing client onnx_files export latency bench draw cards sweep failures
+    widgets commands.distill commands.evaluate commands.compare commands.benchmarks commands.export commands.client
+    commands.pretrain_folder commands.sweep commands.growth commands.failures commands.bench commands.parity
+    commands.pretrain commands.light_backbone commands.cards __main__
 """.split()
 
 # Where the name that is imported differs from the name that is installed.

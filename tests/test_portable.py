@@ -3,6 +3,7 @@ open files are neither renamed nor removed, and the workers of a data loader sta
 
 import ast
 import pickle
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -21,6 +22,7 @@ SCRIPTS = [*sorted((ROOT / "isa_lite").rglob("*.py")), *sorted((ROOT / "notebook
 POSIX_ONLY = {"fcntl", "resource", "pwd", "grp", "termios", "pty"}
 
 
+@cache
 def trees() -> dict[str, ast.Module]:
     """All code of the package, of the scripts beside the notebooks, and of each cell of a solution."""
     found = {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in SCRIPTS}

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from isa_lite.evaluate import seed_interval
+from isa_lite.evaluate import RECALLS, seed_interval
 from isa_lite.mappings import MAPPINGS
 from isa_lite.recipes import RECIPES, START_WORDS
 from isa_lite.settings import SCENES, WITHOUT_CHANGE
@@ -36,6 +36,12 @@ TEMPLATES = (
 )
 #: What the record keeps of every run's result.
 KEPT = ("methods", "training_seconds", "wall_seconds", "queries", "gallery", "machine", "commit", "date")
+#: What an entry of a record holds, the result.json of a run, and a record (`checkpoint.misfit`).
+_RESULT = {"methods": RECALLS | {"isa": RECALLS[str], "composition ceiling": RECALLS[str]}, "training_seconds": {"isa": float}}
+_RESULT |= {"wall_seconds": float, "queries": int, "gallery": int, "machine": str, "commit": str, "date": str}
+ENTRY = _RESULT | {"ablation": str, "label": str, "seed": int, "changed": dict, "key": str}
+RESULT = _RESULT | {"parameters": {"steps": int, "seed": int}}
+RECORD = {"defaults": dict, "runs": [ENTRY], "attention": dict}
 #: What a result does not depend on, apart from rounding.
 ASIDE = ("device", "num_workers", "out_dir")
 

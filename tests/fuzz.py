@@ -312,8 +312,14 @@ def main() -> None:
             return
         print(f"{len(entries)} entry points; ready after {time.monotonic() - began:.0f} s", flush=True)
         table: dict[str, Counter] = {}
+        failed: list[str] = []
         for entry in entries:
-            valid, table[entry.name] = valid_results(entry, folder / "valid"), Counter()
+            table[entry.name] = Counter()
+            try:
+                valid = valid_results(entry, folder / "valid")
+            except RuntimeError as error:  # the others can still be tried
+                failed.append(str(error))
+                continue
             for i in [int(number)] if number else shares(entries, args.cases, args.seed)[entry.name]:
                 start = time.monotonic()
                 kind, why, case = try_case(entry, i, args, folder / f"case{i}", valid)
@@ -328,6 +334,8 @@ def main() -> None:
     print(" " * width, *(f"{kind:>9}" for kind in ("cases", *KINDS)))
     for name, counts in [*table.items(), ("all", total)]:
         print(f"{name:{width}}", *(f"{n or '.':>9}" for n in (counts.total(), *(counts[kind] for kind in KINDS))))
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -178,6 +178,12 @@ def write_valid() -> None:
         ranked = [common.rank(t, torch.eye(len(t.queries), 16), p) for t, p in zip(tasks, points, strict=True)]
         module.write_submissions(WORK / f"{name}-sent", tasks, ranked)
     shutil.copytree(ROOT / "data" / "results", WORK / "results", ignore=shutil.ignore_patterns("*.png"))
+    record = json.loads((WORK / "results" / "sweep.json").read_text())
+    record["defaults"], shipped = sweep.complete(sweep.notebook_defaults()), vl_model.load_vl_model().fingerprint
+    for entry in record["runs"]:  # as if this checkout had made it
+        parameters = {**record["defaults"], "single_vector": False, **entry["changed"], "seed": entry["seed"]}
+        entry["key"] = sweep.key(parameters, shipped)
+    (WORK / "results" / "sweep.json").write_text(json.dumps(record))
     stored = json.loads((WORK / "results" / "02_distillation.json").read_text())
     found = {"machine": stored["machine"], "data": "scenes", "commit": "x", **stored["runs"][0]}
     found["intervals"] = {m: {k: [v, v] for k, v in r.items()} for m, r in found["methods"].items()}
@@ -538,7 +544,7 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
             "benchmarks.run",
             on_benchmark,
             {
-                "methods": ("image + text",),
+                "methods": ("isa",),
                 "out": "out",
                 "cache": "cache",
                 "data": "x",
@@ -550,7 +556,7 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
             {"methods": bad(["nonsense"], [], None, "isa", 3)},
         ),
         ("make_benchmark", evaluate.make_benchmark, {"queries": 2, "gallery": 10, "seed": 0, "size": 32}, {}),
-        ("sample_scenes", scenes.sample_scenes, {"count": 2, "seed": 0}, {}),
+        ("sample_scenes", scenes.sample_scenes, {"n": 2, "seed": 0}, {}),
         (
             "write_tiny",
             tiny.write_tiny,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from isa_lite import checkpoint
-from isa_lite.checkpoint import read_info, read_json, read_shard, read_tensors, write_bytes, write_tensors, write_text
+from isa_lite.checkpoint import Between, read_info, read_json, read_shard, read_tensors, write_bytes, write_tensors, write_text
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="modes and limits of POSIX")
 
@@ -122,6 +122,41 @@ def test_json_is_read_with_and_without_a_mark_and_a_missing_file_is_named(tmp_pa
         read_json(tmp_path / "other.json", "settings")
     with pytest.raises(ValueError, match=tmp_path.name):
         read_json(tmp_path, "settings")
+
+
+SHAPE = {"seed": int, "shares": {str: Between(0, 100)}, "pair": (float, float), "names": [str], "more": object}
+GOOD = {"seed": 1, "shares": {"a": 0, "b": 99.5}, "pair": [1, 2.5], "names": [], "more": None, "unknown": "x"}
+MISFITS = {
+    "seed": [None, 1.5, True, "1", 10**30, float("nan"), [1]],
+    "shares": [[], None, {"a": -1}, {"a": float("nan")}, {"a": "1"}, {"a": 100.1}],
+    "pair": [[1], [1, 2, 3], [1, None], {"0": 1}, [1, float("inf")]],
+    "names": ["x", [1], {}],
+}
+
+
+def test_json_of_a_shape_is_read_as_it_is(tmp_path):
+    write_text(tmp_path / "a.json", json.dumps(GOOD))
+    assert read_json(tmp_path / "a.json", "a record", SHAPE) == GOOD
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in MISFITS.items() for value in values], ids=repr)
+def test_json_of_another_shape_names_the_file_and_the_key(tmp_path, key, value):
+    write_text(tmp_path / "a.json", json.dumps(GOOD | {key: value}))
+    with pytest.raises(ValueError, match=f"a.json.*{key}"):
+        read_json(tmp_path / "a.json", "a record", SHAPE)
+
+
+@pytest.mark.parametrize("key", SHAPE)
+def test_json_that_lacks_a_key_names_the_file_and_the_key(tmp_path, key):
+    write_text(tmp_path / "a.json", json.dumps({k: v for k, v in GOOD.items() if k != key}))
+    with pytest.raises(ValueError, match=f"a.json.*{key}"):
+        read_json(tmp_path / "a.json", "a record", SHAPE)
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path):
+    write_text(tmp_path / "a.json", '{"a": {"seed": 1, "seed": 2}}')
+    with pytest.raises(ValueError, match="a.json.*seed"):
+        read_json(tmp_path / "a.json", "a record")
 
 
 def damaged(whole: bytes) -> dict[str, bytes]:

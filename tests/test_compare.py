@@ -1,6 +1,7 @@
 """The comparison of all methods: every method on the same queries, resumable, gathered."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,24 @@ def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, co
     monkeypatch.setattr(compare, "CompareConfig", lambda: CompareConfig(queries=20))
     main(["compare", *arguments])
     assert counted == [0, 1, 1, 0, 1]  # other settings: measured again
+
+
+def test_a_damaged_record_is_named(folders, tmp_path, counted, capsys):
+    main(["compare", "--rivals", "1", "--run", str(tmp_path / "run")])
+    (kept,) = (tmp_path / "run").iterdir()
+    for content in ("", "[]", kept.read_text().replace("1.0", "NaN"), kept.read_text().replace("methods", "method")):
+        kept.write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            main(["compare", "--rivals", "1", "--run", str(tmp_path / "run")])
+        assert kept.name in capsys.readouterr().err and counted == [1]
+
+
+def test_an_encoder_that_does_not_say_its_budget_is_named(folders, tmp_path, counted, capsys):
+    file = Path(folders[0]) / "query_encoder.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"info": {}}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "--isa", folders[0], "--run", str(tmp_path), "--out", str(tmp_path / "out.json")])
+    assert "query_encoder.json" in capsys.readouterr().err and not counted
 
 
 def test_the_other_methods_can_be_measured_beforehand(folders, tmp_path, counted, capsys):

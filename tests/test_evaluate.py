@@ -317,7 +317,7 @@ def test_the_command_names_a_missing_file(run, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["evaluate", *options, str(path), "nowhere.json"])
         shown = capsys.readouterr()
-        assert "there is no file nowhere.json" in shown.err and shown.out == ""
+        assert "nowhere.json" in shown.err and shown.out == ""
     assert not (tmp_path / "all.json").exists()
 
 
@@ -347,3 +347,28 @@ def test_ranks_and_recall_against_sklearn():
     for k in (1, 5, 10):
         theirs = top_k_accuracy_score(wanted, (queries @ gallery.T).numpy(), k=k, labels=np.arange(30))
         assert recall(found, k) == pytest.approx(100 * theirs)
+
+
+DAMAGE = {
+    "cut off": lambda found: "{",
+    "a list": lambda found: [],
+    "no methods": lambda found: {k: v for k, v in found.items() if k != "methods"},
+    "a share of nothing": lambda found: found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": float("nan")}}},
+    "a share of 101": lambda found: found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": 101}}},
+    "half an interval": lambda found: found | {"intervals": {"isa": {f"R@{k}": [1.0] for k in KS}}},
+    "no intervals of one": lambda found: found | {"intervals": {"isa": found["intervals"]["isa"]}},
+    "a seed that is no number": lambda found: found | {"seed": None},
+}
+
+
+@pytest.mark.parametrize("options", [[], ["--gather", "all.json"]], ids=["printed", "gathered"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_named_and_nothing_is_printed(run, tmp_path, monkeypatch, capsys, damage, options):
+    monkeypatch.chdir(tmp_path)
+    good, bad = run(0, 0.1)[0], run(1, 0.1)[0]
+    found = damage(json.loads(bad.read_text()))
+    bad.write_text(found if isinstance(found, str) else json.dumps(found))
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *options, str(good), str(bad)])
+    shown = capsys.readouterr()
+    assert bad.name in shown.err and len(shown.err.splitlines()) == 1 and shown.out == "" and not Path("all.json").exists()

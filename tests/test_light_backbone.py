@@ -8,7 +8,7 @@ import torch
 
 from isa_lite import light_backbone, scenes
 from isa_lite.backbones import SCENES, WEIGHTS
-from isa_lite.checkpoint import read_tensors
+from isa_lite.checkpoint import read_tensors, write_tensors
 from isa_lite.commands import main
 from isa_lite.light_backbone import BackboneConfig, feature_loss, learn_features
 from isa_lite.query_encoder import QueryEncoder
@@ -164,4 +164,27 @@ def test_weights_learned_from_another_model_are_refused(vl, folder, tmp_path):
     record = json.loads((tmp_path / f"{WEIGHTS}.json").read_text())
     (tmp_path / f"{WEIGHTS}.json").write_text(json.dumps(record | {"vl_model": "another"}))
     with pytest.raises(ValueError, match="another VL model.*'scenes-clip'"):
+        fresh(vl, backbone_weights=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": [0.5, 0.5]}, {"std": [0, 1, 1]}, {"image_size": "96"}, {"backbone": None}, {"image_size": 10**9}], ids=str
+)
+def test_a_damaged_record_of_weights_is_named(vl, folder, tmp_path, change):
+    (tmp_path / f"{WEIGHTS}.safetensors").write_bytes((folder / f"{WEIGHTS}.safetensors").read_bytes())
+    record = json.loads((folder / f"{WEIGHTS}.json").read_text()) | change
+    (tmp_path / f"{WEIGHTS}.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.json.*{next(iter(change))}"):
+        fresh(vl, backbone_weights=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda t: t.fill_(float("nan")), lambda t: t[None], lambda t: t.long()], ids=["nan", "shape", "kind"]
+)
+def test_weights_that_are_damaged_are_named(vl, folder, tmp_path, damage):
+    (tmp_path / f"{WEIGHTS}.json").write_bytes((folder / f"{WEIGHTS}.json").read_bytes())
+    tensors = read_tensors(folder / f"{WEIGHTS}.safetensors")[0]
+    tensors["conv_stem.weight"] = damage(tensors["conv_stem.weight"])
+    write_tensors(tmp_path / f"{WEIGHTS}.safetensors", tensors)
+    with pytest.raises(ValueError, match="backbone_weights.*conv_stem.weight"):
         fresh(vl, backbone_weights=str(tmp_path))

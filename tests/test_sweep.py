@@ -196,6 +196,30 @@ def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, noteb
     assert len(ran) == 8
 
 
+def test_a_damaged_record_or_result_is_named_before_anything_is_run(tmp_path, notebook, capsys):
+    ran, _ = notebook
+    arguments = [
+        "sweep",
+        "--only",
+        "start words",
+        "--add",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "sweep.json"),
+    ]
+    main(arguments)
+    ran.clear()
+    for path in (tmp_path / "sweep.json", *(tmp_path / "runs").glob("*/result.json")):
+        whole = path.read_text()
+        for content in ("{", "[]", "{}", whole.replace('"R@1": ', '"R@1": -'), whole.replace('"wall_seconds"', '"seconds"')):
+            path.write_text(content)
+            with pytest.raises(SystemExit, match="2"):
+                main(arguments)
+            assert path.name in capsys.readouterr().err and not ran
+        path.write_text(whole)
+
+
 def test_a_sweep_of_core_changes_one_thing_of_core():
     core = complete(sweep.notebook_defaults() | {"recipe": "core"})
     runs = ablations.plan(core)

@@ -15,10 +15,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    for path in args.metrics:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}; notebook 02 writes one into its out_dir")
-
     import pandas as pd
 
     from isa_lite.checkpoint import write_text
@@ -29,8 +25,7 @@ def run(args: Namespace) -> None:
         write_text(args.gather, json.dumps(record, indent=1) + "\n")
         print(runs_table(record["runs"]).to_string())
         return
-    for path in args.metrics:
-        found = read_metrics(path)
+    for found in [read_metrics(path) for path in args.metrics]:  # all of them, before anything is printed
         print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
         print("Recall@K in percent [95% Wilson interval over queries]")
         rows = {

@@ -253,6 +253,7 @@ def read_metrics(path: str | Path) -> dict:
 
 def gather(paths: Sequence[Path]) -> dict:
     """Several runs' metrics.json as one record: what `runs_table` shows, with the machine. Raises what `read_metrics` raises."""
+    paths = list(paths)
     runs = [read_metrics(path) for path in paths]
     if other := [path for path, run in zip(paths, runs, strict=True) if misfit(run["params"], {"lar_weight": float})]:
         raise ValueError(f"{other[0]} does not say its lar_weight; run notebook 02 again")

@@ -31,13 +31,18 @@ _IPYTHON = {"In", "Out", "exit", "quit"}
 _SCENE_BYTES = 50_000  # about what one rendered scene takes in memory, with its picture and what is computed of it
 
 
-def whole(least: int, most: int | None = None, each: int = 0) -> Rule:
-    """A whole number of at least `least` and at most `most`. each: bytes of memory that one takes; all must fit."""
+def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1) -> Rule:
+    """A whole number of at least `least` and at most `most`, a multiple of `multiple`.
+
+    each: bytes of memory that one takes; all must fit.
+    """
 
     def rule(value):
         if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
             above = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"must be a whole number {above}")
+        if value % multiple:
+            raise ValueError(f"must be a multiple of {multiple}")
         if each and value * each > memory():
             raise ValueError(f"must be at most {memory() // each}, for which this machine has the memory")
         return value
@@ -50,13 +55,14 @@ def scene_count(least: int, each: int = 1) -> Rule:
     return whole(least, each=each * _SCENE_BYTES)
 
 
-def number(least: float, above: bool = False) -> Rule:
-    """A finite number of at least `least`, or above it."""
+def number(least: float, above: bool = False, most: float = math.inf) -> Rule:
+    """A finite number of at least `least`, or above it, and at most `most`."""
 
     def rule(value):
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < least or (above and value == least):
-            raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}")
+        if not good or not least <= value <= most or (above and value == least):
+            end = "" if most == math.inf else f" and at most {most:g}"
+            raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}{end}")
         return float(value)
 
     return rule
@@ -295,9 +301,12 @@ def command_line(name: str, settings: Any) -> str:
     return shlex.join(["python", "-m", "isa_lite", name, *options])
 
 
-def check_whole(settings: Any, **least: int) -> None:
-    """Raises ValueError, naming the field, where one of `settings` is not a whole number of at least that much."""
-    for name, smallest in least.items():
+def check_settings(settings: Any, **rules: Rule) -> None:
+    """Raises ValueError, naming the field, where one of `settings` (a dataclass) is against its rule."""
+    for name, rule in rules.items():
         value = getattr(settings, name)
-        if type(value) is not int or value < smallest:
-            raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}")
+        try:
+            rule(value)
+        except ValueError as error:
+            said = str(error)
+            raise ValueError(said if said.startswith(name) else f"{name} {said}, not {value!r}") from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isa_lite.parameters import check_device, check_whole
+from isa_lite.parameters import Rule, check_settings, device_name, number, scene_count, text, whole
 from isa_lite.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parent
@@ -66,6 +66,16 @@ def check_dtype(dtype: str) -> None:
 def setting(default: Any, meaning: str) -> Any:
     """A field of a settings dataclass: its default, and the line that `--help` shows."""
     return field(default=default, metadata={"help": meaning})
+
+
+#: What the settings of all trainings must be, and those of the two pre-trainings.
+_LEARNING: dict[str, Rule] = {"steps": whole(1), "lr": number(0, above=True), "weight_decay": number(0), "seed": whole(0)}
+_LEARNING |= {"device": device_name(), "num_workers": whole(0, 256)}
+_TRAINING = _LEARNING | {"batch_size": whole(2), "warmup": whole(0)}
+_PRETRAINING = _LEARNING | {"matching_steps": whole(0), "warmup": whole(1), "dtype": text(*DTYPES)}
+_PRETRAINING |= {"image_size": whole(32, 4096, multiple=32), "embed_dim": whole(1, 2**14)}  # the image tower halves five times
+_PRETRAINING |= {"vision_width": whole(2, 2**12, multiple=2), "text_width": whole(32, 2**14, multiple=32)}  # by heads
+_PRETRAINING |= {"text_layers": whole(1, 128), "context_length": whole(8, 4096)}
 
 
 @dataclass
@@ -147,15 +157,11 @@ class DistillConfig:
         for name, value in recipe(self.recipe).distillation.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_whole(self, steps=1, batch_size=2, validation=2, validate_every=1, negatives=0, warmup=0, num_workers=0, seed=0)
-        for name in ("lr", "temperature", "gcd_weight", "lar_weight", "lar_share", "word_noise", "weight_decay"):
-            value, positive = getattr(self, name), name in ("lr", "temperature")
-            if type(value) not in (int, float) or not 0 <= value < float("inf") or (positive and value == 0):
-                raise ValueError(f"{name} must be a number {'above 0' if positive else 'of at least 0'}, not {value!r}")
-        if not 0 < self.lar_share <= 1:  # LAR is switched off by its weight
-            raise ValueError(f"lar_share must be a number above 0 and at most 1, not {self.lar_share!r}")
+        check_settings(self, **_TRAINING, dtype=text(*DTYPES), validation=whole(2), validate_every=whole(1), negatives=whole(0))
+        weights = dict.fromkeys(("gcd_weight", "lar_weight", "word_noise"), number(0))
+        lar_share = number(0, above=True, most=1)  # LAR is switched off by its weight
+        check_settings(self, temperature=number(0, above=True), lar_share=lar_share, **weights)
         check_template(self.template)
-        check_dtype(self.dtype)
 
 
 @dataclass
@@ -178,7 +184,7 @@ class BackboneConfig:
     num_workers: int = setting(0, "processes that read images ahead")
 
     def __post_init__(self):
-        check_whole(self, stride=1, num_images=2, steps=1, batch_size=2, warmup=0, seed=0, num_workers=0)
+        check_settings(self, **_TRAINING, backbone=text(), stride=whole(1, 1024), num_images=scene_count(2))
 
 
 @dataclass
@@ -211,19 +217,10 @@ class PretrainConfig:
     context_length: int = setting(77, "tokens of a text at most")
 
     def __post_init__(self):
-        check_whole(self, steps=1, matching_steps=0, families=0, singles=0, warmup=0, seed=0, num_workers=0)
-        check_whole(self, image_size=32, embed_dim=1, vision_width=2, text_width=32, text_layers=1, context_length=8)
-        for name, of in (("image_size", 32), ("vision_width", 2), ("text_width", 32)):  # the tower halves five times; heads
-            if getattr(self, name) % of:
-                raise ValueError(f"{name} must be a multiple of {of}, not {getattr(self, name)}")
-        for name in ("partial", "change"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
-        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(
-                f"lr must be a number above 0 and weight_decay one of at least 0, not {self.lr}, {self.weight_decay}"
-            )
-        check_device(self.device)
+        shares = dict.fromkeys(("partial", "change"), number(0, most=1))
+        check_settings(self, **_PRETRAINING, **shares, families=whole(0, 10_000), singles=whole(0, 10_000))
+        if 5 * self.families + self.singles < 2:
+            raise ValueError(f"families and singles make {self.singles} images in a batch; two are needed to tell apart")
 
     def model_cfg(self) -> dict:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
@@ -264,11 +261,9 @@ class FolderConfig(PretrainConfig):
     partial: float = field(default=0.0, init=False)
 
     def __post_init__(self):
-        super().__post_init__()
-        check_whole(self, batch_size=8, warmup=1)
-        for name in ("related", "change", "prompted", "zoom", "held_out"):
-            if not 0 <= getattr(self, name) <= (0.5 if name in ("zoom", "held_out") else 1):
-                raise ValueError(f"{name} must be a share between 0 and {'0.5' if name in ('zoom', 'held_out') else '1'}")
+        shares = dict.fromkeys(("related", "change", "prompted"), number(0, most=1))
+        halves = dict.fromkeys(("zoom", "held_out"), number(0, most=0.5))
+        check_settings(self, **_PRETRAINING, **shares, **halves, batch_size=whole(8))
 
 
 @dataclass

@@ -82,7 +82,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(vl, images, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["steps", "num_images", "batch_size", "stride"])
 def test_settings_that_cannot_work_are_refused(name):
-    with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least"):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number"):
         BackboneConfig(**{name: 0})
 
 

@@ -18,6 +18,32 @@ def tiny(**settings) -> PretrainConfig:
     )
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "steps": (0, 1.5, None),
+        "lr": (0, -1, float("nan"), "fast"),
+        "partial": (-0.1, 1.1, None),
+        "image_size": (48, 0, 10**6),
+        "text_width": (16, 40, 10**9),
+        "vision_width": (3, 0),
+        "text_layers": (0, 10**30),
+        "context_length": (0, 10**9),
+        "embed_dim": ("x", 0),
+        "families": (-1, 10**9),
+        "num_workers": (-1, 10**9),
+        "device": ("cuda:99", "nonsense", 3),
+        "dtype": ("float16", None),
+    }.items(),
+)
+def test_a_setting_that_cannot_work_is_named(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name}"):
+            tiny(**{name: value})
+    with pytest.raises(ValueError, match="families and singles"):
+        tiny(families=0, singles=1)
+
+
 def test_contrastive_loss_against_loops():
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (3, 5))

@@ -187,11 +187,15 @@ def test_jitter_moves_pictures_by_a_little_and_knows_how_to_keep_still():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"steps": 0}, "steps must be"),
-        ({"batch_size": 7}, "batch_size must be"),
-        ({"change": 1.5}, "change must be a share between 0 and 1"),
-        ({"held_out": 0.6}, "held_out must be a share between 0 and 0.5"),
-        ({"image_size": 48}, "multiple of 32, not 48"),
+        ({"steps": 0}, "^steps must be"),
+        ({"batch_size": 7}, "^batch_size must be"),
+        ({"change": 1.5}, "^change must be"),
+        ({"held_out": 0.6}, "^held_out must be"),
+        ({"image_size": 48}, "^image_size must be.* 32"),
+        ({"zoom": float("nan")}, "^zoom must be"),
+        ({"related": "x"}, "^related must be"),
+        ({"device": "cuda:99"}, "^device"),
+        ({"text_width": 40}, "^text_width must be.* 32"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(settings, message):

@@ -20,6 +20,7 @@ from torch import Tensor
 from isa_lite import scenes
 from isa_lite.checkpoint import Between, misfit, read_json
 from isa_lite.gallery import mask_reference
+from isa_lite.parameters import checked, scene_count, whole
 from isa_lite.scenes import KINDS, Scene
 
 KS = (1, 5, 10)
@@ -60,6 +61,7 @@ def check_gallery(queries: int, gallery: int) -> None:
         raise ValueError(f"parameter 'gallery' must be at least {4 * queries}, four times 'queries', not {gallery}")
 
 
+@checked(queries=scene_count(1, each=4), gallery=scene_count(1), seed=whole(0), size=whole(8, 4096))
 def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size: int = scenes.IMAGE_SIZE) -> Benchmark:
     """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs are allowed here).
 
@@ -97,7 +99,10 @@ def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size
 
 
 def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
-    """`score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised."""
+    """`score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised. Raises ValueError for another width or NaN."""
+    for name, points in (("gallery", gallery), ("queries", queries)):
+        if not isinstance(points, Tensor) or points.ndim != 2 or points.shape[1] != gallery.shape[-1] or points.isnan().any():
+            raise ValueError(f"{name} must be numbers, of the same width in queries and gallery, and a row for each")
     return score_ranks(queries @ gallery.T, reference, hits)
 
 
@@ -105,10 +110,18 @@ def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarr
     """The rank (1 = first) of each query's best hit in the gallery, with the reference left out.
 
     scores: B x G, higher is better; reference: B gallery indices (-1: none); hits: B x G bool.
-    A tie with something that is no hit counts against the query. Raises ValueError for a query without a hit.
+    A tie with something that is no hit counts against the query. Raises ValueError for a query without a hit, and for scores,
+    reference or hits that do not belong together.
     """
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.isnan().any():
+        raise ValueError("scores must be numbers, B x G")
+    reference, (queries, images) = torch.as_tensor(reference), scores.shape
+    if reference.shape != (queries,) or not ((reference >= -1) & (reference < images)).all():
+        raise ValueError(f"reference must be {queries} indices from -1 to {images - 1}")
+    if not isinstance(hits, Tensor) or hits.dtype != torch.bool or hits.shape != scores.shape:
+        raise ValueError(f"hits must be bool, {queries} x {images}")
     scores = scores.clone()
-    mask_reference(scores, torch.as_tensor(reference))
+    mask_reference(scores, reference)
     hits = hits & scores.isfinite()
     if not hits.any(1).all():
         raise ValueError(f"query {int((~hits.any(1)).nonzero()[0])} has no hit in the gallery apart from its reference")
@@ -127,8 +140,12 @@ def benchmark_score_ranks(bench: Benchmark, scores: Tensor) -> np.ndarray:
     return score_ranks(scores, bench.reference, hits)
 
 
+@checked(k=whole(1))
 def recall(rank: np.ndarray, k: int) -> float:
-    """Recall@K in percent: the share of queries whose best hit is among the first K."""
+    """Recall@K in percent: the share of queries whose best hit is among the first K. rank: of each, from 1."""
+    rank = np.asarray(rank)
+    if rank.dtype.kind not in "iu" or not rank.size or rank.min() < 1:
+        raise ValueError(f"rank must hold a whole number of at least 1 for each query, not {np.array2string(rank, threshold=5)}")
     return float(100 * np.mean(rank <= k))
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from isa_lite import scenes
 from isa_lite.checkpoint import write_text
+from isa_lite.parameters import checked, path, whole
 from isa_lite.scenes import HELD_OUT, Object, Scene
 
 #: What every figure and table of this set has to say.
@@ -47,14 +48,13 @@ def _changed(scene: Scene, part: str, value: str) -> Scene:
     return replace(scene, objects=(replace(scene.objects[0], **{part: value}),))
 
 
+@checked(folder=path(), count=whole(100, 10**6), queries=whole(0, 10**6), seed=whole(0), size=whole(8, 4096))
 def write_icons(folder: str | Path, count: int = 400, queries: int = 150, seed: int = 0, size: int = 64) -> Path:
     """`count` icons as `images/*.png`, captions.csv and `queries` triplets of one change each, below `folder`; returns it.
 
     Icons are drawn with replacement, so a query may have several right answers. Every tenth has two captions. Files of an
     earlier call are written over. Raises ValueError for fewer than 100 icons, among which queries find no answer.
     """
-    if count < 100:
-        raise ValueError(f"count must be at least 100, not {count}")
     folder, rng = Path(folder), np.random.default_rng((seed, 11))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = [(s, c) for s in SHAPES for c in COLORS if (s, c) not in HELD_OUT]

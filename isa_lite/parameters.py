@@ -15,7 +15,10 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
+import inspect
 import math
+import numbers
 import os
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -141,6 +144,20 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"must be the path of a folder, and {nearest} is a file")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"must be where you may write, and {nearest} cannot be written to")
+
+
+def path() -> Rule:
+    """A path, as text or a Path, that this system can have. Whether anything is there is for others to say."""
+
+    def rule(value):
+        try:
+            if not value or "\0" in os.fsdecode(os.fsencode(value)):
+                raise ValueError
+        except (TypeError, ValueError):  # UnicodeEncodeError is a ValueError
+            raise ValueError("must be a path") from None
+        return value
+
+    return rule
 
 
 def device_name() -> Rule:
@@ -299,6 +316,35 @@ def command_line(name: str, settings: Any) -> str:
     changed = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init and getattr(settings, f.name) != f.default}
     options = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
     return shlex.join(["python", "-m", "isa_lite", name, *options])
+
+
+def checked(**rules: Rule) -> Callable[[Callable], Callable]:
+    """A decorator: what is given for these parameters of a function must keep their rules.
+
+    Otherwise ValueError names the function and the parameter, before any work is done. Whole numbers may be NumPy's.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            given = signature.bind(*arguments, **named)  # TypeError, naming it, for one too many or too few
+            for name, rule in rules.items():
+                value = given.arguments.get(name, signature.parameters[name].default)
+                if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                    value = int(value)
+                try:
+                    rule(value)
+                except ValueError as error:
+                    shown = repr(value)
+                    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+                    raise ValueError(f"{function.__name__}: {name} {error}, not {shown}") from None
+            return function(*arguments, **named)
+
+        return call
+
+    return decorate
 
 
 def check_settings(settings: Any, **rules: Rule) -> None:

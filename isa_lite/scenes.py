@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+from isa_lite.parameters import checked, scene_count, whole
 from isa_lite.settings import IMAGE_SIZE
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
@@ -92,6 +93,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     return Scene(objects, _pick(rng, BACKGROUNDS), _pick(rng, STYLES))
 
 
+@checked(n=scene_count(0), seed=whole(0))
 def sample_scenes(n: int, seed: int, held_out: bool = False) -> list[Scene]:
     """`n` scenes from one seed."""
     rng = np.random.default_rng(seed)

@@ -800,7 +800,7 @@ def test_a_tiny_tree_is_read_by_its_reader_and_is_the_same_for_the_same_seed(tmp
     for split in ("val", "test1" if name == "cirr" else "test"):
         tasks = LOADERS[name](trees[0], split)
         assert all(len(t.queries) == 3 and t.answered == (split == "val") for t in tasks)
-    with pytest.raises(ValueError, match="at least 2 queries, not 1"):
+    with pytest.raises(ValueError, match="queries"):
         write_tiny(name, tmp_path / "no", queries=1)
 
 

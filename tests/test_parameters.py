@@ -1,10 +1,12 @@
 import math
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from isa_lite import parameters
-from isa_lite.parameters import check, device_name, file, flag, folder, naming, number, text, whole
+from isa_lite.parameters import check, checked, device_name, file, flag, folder, naming, number, optional, path, text, whole
 
 RULES = dict(steps=whole(1), weight=number(0), smoke=flag(), device=text("cpu", "cuda"))
 GOOD = dict(steps=5, weight=0.5, smoke=False, device="cpu", In=[], _hidden=3, check=check)
@@ -120,3 +122,20 @@ def test_what_goes_wrong_with_a_parameter_names_it(error):
         raise error("gone")
     with pytest.raises(ValueError, match="^parameter 'out_dir': .*full"), naming("out_dir"):
         raise OSError(28, "disk is full")
+
+
+@checked(count=whole(1), where=optional(path()))
+def some(count: int, where=None, more=()):
+    return count, where, more
+
+
+def test_a_checked_function_takes_what_keeps_the_rules():
+    assert some(2) == (2, None, ()) and some(count=np.int64(3), where=Path("x"), more="y") == (3, Path("x"), "y")
+
+
+@pytest.mark.parametrize(
+    "name, value", [("count", v) for v in (0, 1.5, True, "2", None)] + [("where", v) for v in ("", 3, "a\0b", b"", [])]
+)
+def test_a_checked_function_names_itself_and_the_parameter(name, value):
+    with pytest.raises(ValueError, match=f"some.*{name}"):
+        some(**{"count": 1, name: value})

@@ -230,7 +230,7 @@ def _distill(
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
-    history, start = History(dtype=config.dtype), 0
+    history, start = History(), 0
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained

@@ -162,9 +162,10 @@ def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
 def test_the_budget_is_that_of_the_shipped_query_encoder():
     shipped = json.loads((DATA / "scenes-query-encoder" / "query_encoder.json").read_text())["info"]["parameters"]
     assert BUDGET == {name: shipped[name] for name in BUDGET}
-    # and notebook 02's, apart from twice its steps, as notebooks 02 and 03 say
+    # and more than notebook 02's, which has to be quick
     notebook = sweep.notebook_defaults(sweep.NOTEBOOK)
-    assert BUDGET == {name: notebook[name] * (2 if name == "steps" else 1) for name in BUDGET}
+    assert BUDGET["num_images"] == notebook["num_images"]
+    assert BUDGET["steps"] * BUDGET["batch_size"] > notebook["steps"] * notebook["batch_size"]
 
 
 def test_an_encoder_of_another_budget_is_refused(folders, tmp_path, counted, capsys):

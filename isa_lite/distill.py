@@ -24,7 +24,7 @@ from isa_lite import ranks
 from isa_lite.checkpoint import damaged, resume_run, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.parameters import checked, number, optional, path
+from isa_lite.parameters import checked, number, optional, path_name
 from isa_lite.precision import mixed, with_dtype
 from isa_lite.query_encoder import QueryEncoder, known_words, prompt_ids, splice
 from isa_lite.runs import MINUTES, Keeper
@@ -174,7 +174,7 @@ def lar_loss(
     return loss / ranks.count(), value, [share]
 
 
-@checked(cache=optional(path()), checkpoint=optional(path()), checkpoint_minutes=number(0))
+@checked(cache=optional(path_name()), checkpoint=optional(path_name()), checkpoint_minutes=number(0))
 def distill(
     images: Images,
     vl: VLModel,

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from isa_lite.checkpoint import read_shard, write_tensors
 from isa_lite.gallery import TOLERANCE
 from isa_lite.images import file_bytes, quiet, read_image
+from isa_lite.parameters import checked, optional, path_name, whole
 from isa_lite.vl_model import VLModel
 
 In, Out = TypeVar("In"), TypeVar("Out")
@@ -53,6 +54,7 @@ def _stamp(path: Path) -> str:
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
+@checked(batch_size=whole(1), shard=whole(1), num_workers=optional(whole(0, 256)), cache=optional(path_name()))
 def embed_files(
     files: Sequence[str | Path],
     vl: VLModel,
@@ -81,9 +83,6 @@ def embed_files(
         raise ValueError("files must be a list of paths; isa_lite.images.ImageFolder(FOLDER).files lists those of a folder")
     files = [Path(f) for f in files]
     num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
-    for name, value, least in (("batch_size", batch_size, 1), ("shard", shard, 1), ("num_workers", num_workers, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     if not files:

@@ -28,7 +28,7 @@ from isa_lite.checkpoint import write_bytes, write_text
 from isa_lite.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
 from isa_lite.evaluate import KS, Benchmark, benchmark_ranks, recall
 from isa_lite.onnx_files import to_onnx
-from isa_lite.parameters import checked, number, path
+from isa_lite.parameters import checked, number, path_name
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.settings import TEMPLATE, check_template
@@ -135,7 +135,7 @@ def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template
     return most
 
 
-@checked(folder=path(), tolerance=number(0))
+@checked(folder=path_name(), tolerance=number(0))
 def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str = TEMPLATE, tolerance: float = 1e-3) -> float:
     """Write the query side into `folder`, try it there against PyTorch, and return the largest difference found.
 

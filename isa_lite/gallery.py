@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isa_lite.checkpoint import read_tensors, write_tensors
+from isa_lite.parameters import check_settings, checked, path_name, whole
 
 #: How far from 1 the length of an embedding may be; rounding to half precision stays far below it.
 TOLERANCE = 0.01
@@ -114,6 +115,7 @@ class Gallery:
             raise ValueError(f"k must be between 1 and {most}, the images that every query may find, not {k}")
         return queries, int(k), exclude
 
+    @checked(chunk=whole(1))
     def search(
         self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None = None, chunk: int = 1024
     ) -> tuple[Tensor, Tensor]:
@@ -137,6 +139,7 @@ class Gallery:
         write_tensors(Path(path), {"embeddings": self.embeddings}, {"ids": list(self.ids), "vl_model": self.vl_model})
 
     @classmethod
+    @checked(path=path_name())
     def load(cls, path: str | Path) -> Gallery:
         """What `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is damaged or holds no gallery."""
         if not Path(path).is_file():
@@ -204,11 +207,8 @@ class FaissGallery(Gallery):
         if self.kind not in ("flat", "ivf"):
             raise ValueError(f"kind must be 'flat' (exact) or 'ivf' (approximate), not {self.kind!r}")
         # k-means wants 39 points a list, and says so where it gets fewer.
+        check_settings(self, lists=whole(0, len(self)), probes=whole(1))
         lists = self.lists or max(1, min(round(len(self) ** 0.5), len(self) // 39))
-        if not 1 <= lists <= len(self):
-            raise ValueError(f"lists must be between 1 and {len(self)}, the images, or 0 for a choice; not {self.lists}")
-        if self.probes < 1:
-            raise ValueError(f"probes must be at least 1, not {self.probes}")
         faiss, width = _faiss(), self.embeddings.shape[1]
         index = faiss.IndexFlatIP(width)  # inner product: the cosine, as everything has the length 1
         if self.kind == "ivf":
@@ -223,6 +223,7 @@ class FaissGallery(Gallery):
     def _numpy(vectors: Tensor) -> np.ndarray:
         return np.ascontiguousarray(vectors.detach().cpu().float().numpy())
 
+    @checked(chunk=whole(1))
     def search(
         self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None = None, chunk: int = 1024
     ) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from isa_lite import scenes
 from isa_lite.checkpoint import write_text
-from isa_lite.parameters import checked, path, whole
+from isa_lite.parameters import checked, path_name, whole
 from isa_lite.scenes import HELD_OUT, Object, Scene
 
 #: What every figure and table of this set has to say.
@@ -48,7 +48,7 @@ def _changed(scene: Scene, part: str, value: str) -> Scene:
     return replace(scene, objects=(replace(scene.objects[0], **{part: value}),))
 
 
-@checked(folder=path(), count=whole(100, 10**6), queries=whole(0, 10**6), seed=whole(0), size=whole(8, 4096))
+@checked(folder=path_name(), count=whole(100, 10**6), queries=whole(0, 10**6), seed=whole(0), size=whole(8, 4096))
 def write_icons(folder: str | Path, count: int = 400, queries: int = 150, seed: int = 0, size: int = 64) -> Path:
     """`count` icons as `images/*.png`, captions.csv and `queries` triplets of one change each, below `folder`; returns it.
 

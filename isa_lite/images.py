@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from isa_lite.parameters import checked, path_name
+
 #: A picture that is longer than this many times its short side is refused: resized, it would fill the memory.
 LONGEST = 1000
 #: A larger file is refused before it is read, in bytes: MAX_IMAGE_PIXELS pixels of four 16-bit channels take less.
@@ -68,6 +70,7 @@ class ImageFolder(Sequence):
     Raises FileNotFoundError for a missing folder, ValueError where no image is left.
     """
 
+    @checked(folder=path_name())
     def __init__(self, folder: str | Path, keep_duplicates: bool = False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -195,6 +198,7 @@ def file_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
+@checked(path=path_name())
 def read_image(path: str | Path, data: bytes | None = None, at_least: int = 0) -> Image.Image:
     """An image file as an upright RGB picture. data: its bytes, where they are known; at_least: see `decode`.
 

@@ -34,6 +34,7 @@ from torch import Tensor
 from isa_lite import baselines, evaluate
 from isa_lite.checkpoint import read_json
 from isa_lite.images import ImageFolder
+from isa_lite.parameters import checked, path_name
 from isa_lite.query_encoder import QueryEncoder, compose
 from isa_lite.vl_model import VLModel
 
@@ -128,6 +129,7 @@ def plain(caption: str) -> str:
     return " ".join(caption.replace("<end_of_text>", "< end_of_text>").split())
 
 
+@checked(path=path_name())
 def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
     """The captions of each image of the folder, in the table's order; an empty list for an image that has none.
 
@@ -206,6 +208,7 @@ class Triplets:
         return evaluate.ranks(queries, gallery, self.reference, hits)
 
 
+@checked(path=path_name())
 def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
     """Queries with their answers, checked against the folder. Entries count from 1.
 

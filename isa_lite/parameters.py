@@ -146,7 +146,7 @@ def _check_folder(path: Path) -> None:
         raise ValueError(f"must be where you may write, and {nearest} cannot be written to")
 
 
-def path() -> Rule:
+def path_name() -> Rule:
     """A path, as text or a Path, that this system can have. Whether anything is there is for others to say."""
 
     def rule(value):
@@ -339,7 +339,7 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
                 except ValueError as error:
                     shown = repr(value)
                     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-                    raise ValueError(f"{function.__name__}: {name} {error}, not {shown}") from None
+                    raise ValueError(f"{function.__qualname__}: {name} {error}, not {shown}") from None
             return function(*arguments, **named)
 
         return call

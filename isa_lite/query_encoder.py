@@ -24,6 +24,7 @@ from isa_lite.backbones import build_backbone, check_backbone, start_config
 from isa_lite.checkpoint import read_json, read_tensors, write_tensors, write_text
 from isa_lite.images import check_images, to_pixels
 from isa_lite.mappings import MAPPINGS
+from isa_lite.parameters import checked, path_name, whole
 from isa_lite.settings import TEMPLATE, QueryEncoderConfig, check_template
 from isa_lite.symmetric import LARGE_TOWER
 from isa_lite.token_learner import Sentence
@@ -145,6 +146,7 @@ class QueryEncoder(nn.Module):
         """Images (PIL, or uint8 B x H x W x 3) -> B x 3 x H x W on the CPU, as the backbone wants them."""
         return to_pixels(images, self.preprocess, self.config.image_size, self.config.mean, self.config.std)
 
+    @checked(batch_size=whole(1))
     @torch.no_grad()
     def sentences(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128, reads: bool = False) -> Sentence:
         """Images -> their sentences and attention maps, in evaluation mode, on the CPU; and all `reads` if asked for.
@@ -167,6 +169,7 @@ class QueryEncoder(nn.Module):
         )
 
     @classmethod
+    @checked(folder=path_name())
     def load(cls, folder: str | Path, vl: VLModel | None = None) -> QueryEncoder:
         """What `save` wrote. Raises FileNotFoundError, or ValueError naming the file, where settings or weights cannot be used
         or do not fit one another, or belong to another model than `vl`. What they ask for is checked before it takes memory."""
@@ -291,6 +294,7 @@ def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
     return vectors.masked_scatter(places.unsqueeze(-1), tokens.to(vectors.dtype))
 
 
+@checked(batch_size=whole(1))
 @torch.no_grad()
 def compose(
     vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 256
@@ -300,6 +304,7 @@ def compose(
     Raises ValueError for sentences of another shape or width than the model's words, or not finite; for modifiers that are no
     list of as many texts ("" asks for no change); and for a modifier that does not fit, unless `truncate` cuts its end.
     """
+    check_template(template)
     modifiers = check_texts(modifiers, "modifiers")
     if isinstance(tokens, np.ndarray):
         tokens = torch.from_numpy(np.ascontiguousarray(tokens))

@@ -28,7 +28,7 @@ from isa_lite.blip import is_blip, load_blip
 from isa_lite.hub import WEIGHTS, repository
 from isa_lite.images import check_images, to_pixels
 from isa_lite.open_clip_models import from_folder, from_name, unknown
-from isa_lite.parameters import check_device
+from isa_lite.parameters import check_device, checked, optional, path_name, text, whole
 from isa_lite.settings import DATA, SCENES_CLIP
 from isa_lite.text_tower import text_tower
 from isa_lite.words import Words
@@ -43,9 +43,9 @@ def check_texts(texts: object, what: str = "texts") -> list[str]:
         raise ValueError(f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a list")
     if len(texts) == 0:
         raise ValueError(f"{what} is empty; give at least one text")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{what}[{i}] must be a text, not {text!r}")
+    for i, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise ValueError(f"{what}[{i}] must be a text, not {one!r}")
     return list(texts)
 
 
@@ -134,6 +134,7 @@ class VLModel(nn.Module):
         """B x T ids of texts -> L2-normalised text embeddings B x E."""
         return self.encode_vectors(self.word_vectors(ids), ids, len(self.words.prefix))
 
+    @checked(batch_size=whole(1))
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no list of texts."""
@@ -198,6 +199,7 @@ class VLModel(nn.Module):
         if self.matcher is None and self._patch_projection() is None:
             self.project_patches(torch.empty(0))
 
+    @checked(batch_size=whole(1))
     @torch.no_grad()
     def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU.
@@ -234,6 +236,7 @@ def _trace(named: tuple[str, Tensor]) -> tuple:
     return name, value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype, str(some)
 
 
+@checked(name=path_name(), pretrained=optional(text()), device=text())
 def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu") -> VLModel:
     """Load a VL model, frozen and in evaluation mode.
 

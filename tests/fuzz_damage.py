@@ -222,7 +222,9 @@ def damage(
     if rng.random() < 0.12:
         what = rng.choice(("an empty file", "a folder", "a link to nothing", "a link to the file", "another file", "nothing"))
         other = rng.choice([o for o in others if o.name != path.name])
-        expect = "same" if what == "a link to the file" else "free" if kind == "image" and what == "another file" else "refuse"
+        # In a folder of images, nobody knows of one that is gone, and another picture is as good.
+        free = kind == "image" and what in ("another file", "nothing")
+        expect = "same" if what == "a link to the file" else "free" if free else "refuse"
         return f"{what} in its place", expect, lambda place: _instead(place, what, other)
     seed = rng.random()
     if kind in ("tensors", "npy") and rng.random() < 0.7:

@@ -351,7 +351,7 @@ def readers() -> list[Entry]:
         reader(
             "metrics.json, gathered",
             {"metrics.json": "json"},
-            lambda root, file: printed(root, "evaluate", root / file, "--gather", "x.json"),
+            lambda root, file: printed(root, "evaluate", root / file, "--gather", root / "x.json"),
         ),
         reader("record of compare", below("compare", **one), read_compare),
         reader("record of sweep", {"results/sweep.json": "json"}, read_sweep),

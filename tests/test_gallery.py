@@ -134,9 +134,9 @@ def test_a_small_gallery_gets_few_lists_without_a_complaint(count, capfd):
     "settings, message",
     [
         ({"kind": "hnsw"}, "kind must be 'flat' .* not 'hnsw'"),
-        ({"kind": "ivf", "lists": 41}, "lists must be between 1 and 40"),
-        ({"kind": "ivf", "lists": -1}, "lists must be between 1 and 40"),
-        ({"kind": "ivf", "probes": 0}, "probes must be at least 1, not 0"),
+        ({"kind": "ivf", "lists": 41}, "lists must be.* 0 to 40"),
+        ({"kind": "ivf", "lists": -1}, "lists must be.* 0 to 40"),
+        ({"kind": "ivf", "probes": 0}, "probes must be.* 1, not 0"),
     ],
 )
 def test_settings_of_an_index_are_checked(gallery, settings, message):

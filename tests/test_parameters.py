@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isa_lite import parameters
-from isa_lite.parameters import check, checked, device_name, file, flag, folder, naming, number, optional, path, text, whole
+from isa_lite.parameters import check, checked, device_name, file, flag, folder, naming, number, optional, path_name, text, whole
 
 RULES = dict(steps=whole(1), weight=number(0), smoke=flag(), device=text("cpu", "cuda"))
 GOOD = dict(steps=5, weight=0.5, smoke=False, device="cpu", In=[], _hidden=3, check=check)
@@ -124,7 +124,7 @@ def test_what_goes_wrong_with_a_parameter_names_it(error):
         raise OSError(28, "disk is full")
 
 
-@checked(count=whole(1), where=optional(path()))
+@checked(count=whole(1), where=optional(path_name()))
 def some(count: int, where=None, more=()):
     return count, where, more
 

@@ -15,7 +15,7 @@ from isa_lite import scenes
 from isa_lite.benchmarks.common import one_of
 from isa_lite.benchmarks.fashioniq import CATEGORIES
 from isa_lite.checkpoint import write_text
-from isa_lite.parameters import checked, path, whole
+from isa_lite.parameters import checked, path_name, whole
 from isa_lite.scenes import Modification, Scene
 
 #: What every figure and table of such a tree has to say.
@@ -32,7 +32,7 @@ _ASPECTS = {
 }
 
 
-@checked(root=path(), queries=whole(2, 10**5), seed=whole(0), size=whole(8, 4096))
+@checked(root=path_name(), queries=whole(2, 10**5), seed=whole(0), size=whole(8, 4096))
 def write_tiny(benchmark: str, root: str | Path, queries: int = 40, seed: int = 0, size: int = scenes.IMAGE_SIZE) -> Path:
     """A tree of a benchmark's validation and test split (FashionIQ: of each category) below `root`, from a seed; returns `root`.
 

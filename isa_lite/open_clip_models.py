@@ -93,11 +93,11 @@ def check_preprocessing(path: Path, settings: object) -> None:
             raise ValueError(f"{path}: preprocess_cfg sets {key!r} to {value!r}, which cannot work")
 
 
-def check_finite(folder: Path, module: nn.Module) -> None:
-    """Raises ValueError, naming the folder and the tensor, for weights that are no numbers."""
+def check_finite(path: Path, module: nn.Module) -> None:
+    """Raises ValueError, naming the file and the tensor, for weights that are no numbers."""
     for name, value in module.state_dict().items():
         if value.is_floating_point() and bool(value.isnan().any()):
-            raise ValueError(f"{folder} is damaged: its weights {name} hold values that are no numbers")
+            raise ValueError(f"{path} is damaged: its weights {name} hold values that are no numbers")
 
 
 @contextmanager
@@ -138,20 +138,21 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
                 _check_kind(Path(text["hf_model_name"]) / "config.json")
             tokenizer = load_tokenizer(source, text, name, folder)  # before the weights: it is small, and may be out of reach
         changed = {"text_cfg": text} if text.get("hf_model_name") else {}
-        with fitting(folder, "holds no weights that fit its open_clip_config.json"):
+        weights = folder / "open_clip_model.safetensors"
+        weights = weights if weights.is_file() else folder  # open_clip knows other names, too
+        with fitting(weights, "holds no weights that fit its open_clip_config.json"):
             clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
-    check_finite(folder, clip)
-    matcher, settings = None, folder / "matching_encoder.json"
-    if settings.is_file():
+    check_finite(weights, clip)
+    matcher, settings, weights = None, folder / "matching_encoder.json", folder / "matching_encoder.safetensors"
+    if settings.is_symlink() or settings.exists() or weights.exists():  # half of it is damage
         record = read_json(settings, "the settings of a matching encoder")
         if any(type(value) is not int or not 0 < value <= 100_000 for value in record.values()):
             raise ValueError(f"{settings}: its settings must be whole numbers above 0, not {str(record)[:200]}")
         with fitting(settings, "holds no settings of a matching encoder"):
             matcher = MatchingEncoder(**record)
-        with fitting(folder, "holds no weights that fit its matching_encoder.json"):
-            weights, _ = read_tensors(folder / "matching_encoder.safetensors")
-            matcher.load_state_dict({k: v.float() for k, v in weights.items()})
-        check_finite(folder, matcher)
+        with fitting(weights, "holds no weights that fit its matching_encoder.json"):
+            matcher.load_state_dict({k: v.float() for k, v in read_tensors(weights)[0].items()})
+        check_finite(weights, matcher)
         matcher.to(device)
     return clip, preprocess, tokenizer, matcher
 

@@ -195,7 +195,7 @@ class QueryEncoder(nn.Module):
             tensors = read_tensors(weights)[0]
             encoder.load_state_dict(tensors)
         except (RuntimeError, SafetensorError, ValueError, OSError) as error:  # of other shapes, or a file that is cut off
-            raise ValueError(f"the weights in {folder} do not fit its query_encoder.json: {error}") from error
+            raise ValueError(f"{weights} does not fit its {settings.name}: {' '.join(str(error).split())[:300]}") from error
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{weights}: the weights {key} are not finite; train the query encoder again")

@@ -610,7 +610,7 @@ def test_a_file_that_is_cut_off_or_of_another_kind_is_named(vl, tmp_path):
     fresh(vl).save(tmp_path)
     weights, settings = tmp_path / "query_encoder.safetensors", tmp_path / "query_encoder.json"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(ValueError, match=f"the weights in {tmp_path} do not fit"):
+    with pytest.raises(ValueError, match=r"query_encoder\.safetensors"):
         QueryEncoder.load(tmp_path, vl)
     for content in ("{", "[]", "{}", '{"config": {"from_a_later_version": 1}}'):
         settings.write_text(content)

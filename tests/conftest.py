@@ -4,6 +4,7 @@ import os
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def write_vl_model(folder: Path) -> Path:
     vl.matcher = MatchingEncoder(config.text_width, patches.shape[2], patches.shape[1], width=16, depth=1, heads=2)
     export(vl, config, folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """Ctrl-C stops what a test starts, even where the tests run in the background of a shell, which ignores it for them."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -822,6 +822,7 @@ def encoder_folder(vl, tmp_path):
     return tmp_path / "encoder"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, options, said",
     [

@@ -20,6 +20,7 @@ TINY = CompareConfig(
 BUDGET = {name: getattr(CompareConfig(), name) for name in ("num_images", "steps", "batch_size")}
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     vl = load_vl_model()
     chosen_on = []
@@ -43,6 +44,7 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
         assert measured[name]["R@10"] == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_one_word_recipe_is_trained_as_it_is_and_with_the_aids_it_has_a_place_for(monkeypatch):
     given = {}
 
@@ -96,6 +98,7 @@ def counted(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, counted, monkeypatch, capsys):
     arguments = ["--isa", *folders, "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out.json")]
     with pytest.raises(SystemExit, match="130"):
@@ -110,6 +113,7 @@ def test_a_comparison_goes_on_where_it_was_and_is_gathered(folders, tmp_path, co
     assert counted == [0, 1, 1, 0, 1]  # other settings: measured again
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named(folders, tmp_path, counted, capsys):
     main(["compare", "--rivals", "1", "--run", str(tmp_path / "run")])
     (kept,) = (tmp_path / "run").iterdir()
@@ -143,6 +147,7 @@ def test_two_runs_of_one_seed_are_refused(folders, tmp_path, counted, capsys):
     assert "second run with seed 0" in capsys.readouterr().err and not counted
 
 
+@pytest.mark.slow
 def test_symmetric_runs_are_paired_by_seed(folders, tmp_path, counted, capsys):
     vl = load_vl_model()
     for seed in (0, 1):
@@ -168,6 +173,7 @@ def test_the_budget_is_that_of_the_shipped_query_encoder():
     assert BUDGET["steps"] * BUDGET["batch_size"] > notebook["steps"] * notebook["batch_size"]
 
 
+@pytest.mark.slow
 def test_an_encoder_of_another_budget_is_refused(folders, tmp_path, counted, capsys):
     vl = load_vl_model()
     QueryEncoder.for_model(vl, num_tokens=1).save(tmp_path / "short", {"parameters": {"seed": 2, **BUDGET, "steps": 400}})

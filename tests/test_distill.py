@@ -189,6 +189,7 @@ def test_a_finished_run_is_only_read(vl, images, tmp_path, no_model):
     assert 0 < stored <= history_again.seconds  # a run that is only read counts on from the time that training took
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["config", "images", "vl_model", "encoder"])
 def test_a_checkpoint_of_another_run_is_refused_and_not_taken_over(vl, vl_folder, images, tmp_path, what):
     trained(images, vl, checkpoint=tmp_path / "run")

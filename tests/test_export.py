@@ -104,6 +104,7 @@ def test_the_files_answer_as_pytorch_in_batches_of_any_size(pair, folder, pictur
     assert np.abs(expected - expected[0]).max() > 1e-3  # they do differ from one another
 
 
+@pytest.mark.slow
 def test_images_are_prepared_as_pytorch_does(pair, folder, pictures):
     _, encoder = pair
     client = QueryClient(folder)
@@ -146,6 +147,7 @@ def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, p
         assert np.abs(np.asarray(made["search"].args[0]) - queries[name.split(", ")[1]].numpy()).max() < 1e-4, name
 
 
+@pytest.mark.slow
 def test_a_query_in_onnxruntime_is_timed_cut_and_uncut_with_the_same_answers(pair, folder, pieces, timings):
     vl, encoder = pair
     threads = torch.get_num_threads()
@@ -198,6 +200,7 @@ def test_a_token_goes_to_its_own_place(pair, folder):
     assert np.abs(turned - expected.numpy()).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [TURNED, "{sentence}{modifier}", "“{sentence}” &amp; {modifier}!"])
 def test_another_template_is_exported_with_the_files(pair, folder, tmp_path, pictures, template, monkeypatch):
     vl, encoder = pair

@@ -35,6 +35,7 @@ def small_tables(monkeypatch):
     monkeypatch.setitem(parity.FRAMES, "nllb", ([1999], [2], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_text_tower_of_each_family_equals_open_clips(name, tmp_path):
     found = parity.differences(parity.small(name, tmp_path))
@@ -132,6 +133,7 @@ IMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", IMAGES)
 def test_local_tokens_of_each_image_tower_come_with_its_own_embedding(kind):
     vision, count = IMAGES[kind]

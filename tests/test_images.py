@@ -359,6 +359,7 @@ def test_linked_folders_are_followed_without_loops_and_hidden_ones_left_out(tmp_
 # ---------------------------------------------------------------------------------------- what is no list
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, named",
     [

@@ -29,6 +29,7 @@ def found_by(vl, words, images):
     return (scores.argmax(1) == torch.arange(len(images))).float().mean().item()
 
 
+@pytest.mark.slow
 def test_pic2word_like_learns_to_name_images_and_leaves_the_model_alone(vl, images):
     before = vl.fingerprint
     short, long = (pic2word_like(vl, images, steps=n, batch_size=64, lr=3e-3, progress=False) for n in (1, 30))
@@ -85,6 +86,7 @@ def test_a_seed_gives_a_mapping(vl, images):
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_optimized_words_name_their_images_whatever_shares_their_batch(vl, images):
     words = optimize_words(vl, images[:16], steps=30, progress=False)
     assert torch.allclose(words.norm(dim=1), torch.full((16,), vl.word_norm)) and found_by(vl, words, images[:16]) > 0.8

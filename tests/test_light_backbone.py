@@ -55,6 +55,7 @@ def test_the_features_of_the_large_tower_are_learned(vl, images, tmp_path):
     assert not encoder.backbone.training
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights(vl, images, tmp_path, monkeypatch):
     whole, halves = fresh(vl), fresh(vl)
     config, state = BackboneConfig(**FEW), tmp_path / "state.safetensors"

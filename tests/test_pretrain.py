@@ -81,6 +81,7 @@ def test_a_caption_of_change_ends_in_the_words_of_an_edit():
     assert len(changes) == 6 and all(any(v in t for v in verbs) for t in changes)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_ends_with_the_same_weights(tmp_path):
     whole = train_towers(tiny(steps=4), log=lambda s: None)[0].state_dict()
 
@@ -101,6 +102,7 @@ def test_a_run_that_resumes_ends_with_the_same_weights(tmp_path):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+@pytest.mark.slow
 def test_what_is_exported_loads_with_open_clips_own_loader(tmp_path):
     config = tiny()
     vl, _ = train_towers(config, log=lambda s: None)

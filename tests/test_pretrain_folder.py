@@ -282,6 +282,7 @@ def test_the_command_trains_and_exports_or_says_what_is_wrong(folder, tmp_path, 
     assert re.search("error: .*bad.csv.*row 2: 'nowhere.png' is not in the folder", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_training_learns_which_caption_belongs_to_which_icon(data, tmp_path):
     config = tiny(steps=60, matching_steps=0, batch_size=32, text_width=64, vision_width=8, embed_dim=32, lr=3e-3, related=0.2)
     vl = pretrain_folder(*data, config, tmp_path, log=quiet)

@@ -163,6 +163,7 @@ def test_a_tag_typed_into_a_modifier_is_words(vl):
         assert (one - other).abs().max() > 1e-3, tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("over", [1, 7, 200])
 def test_a_modifier_that_does_not_fit_says_by_how_much_or_is_cut(vl, template, over):
@@ -226,6 +227,7 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
     assert again.reads.shape[0] == 5 and again.reads.shape[2:] == maps.shape[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_a_mapping_has_its_own_width_and_depth_unless_told_otherwise(vl, mapping, tmp_path):
     encoder = QueryEncoder.for_model(vl, mapping=mapping, num_tokens=3, image_size=64)
@@ -257,6 +259,7 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
     assert encoder.sentences(images).tokens.shape[1] == encoder.config.num_tokens == 1 and encoder.config.width == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -296,6 +299,7 @@ def test_settings_that_cannot_work(vl, settings, message):
         fresh(vl, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [8, 16, 32])
 def test_the_map_of_the_stride_is_used_and_nothing_behind_it_is_kept(vl, images, stride):
     encoder = fresh(vl, stride=stride)
@@ -316,6 +320,7 @@ CHANNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("family", LIGHT)
 def test_every_family_of_light_backbones(vl, tmp_path, family, size):
@@ -397,6 +402,7 @@ def test_a_transformers_map_is_that_of_its_last_layer(vl):
     assert len(encoder.backbone.model.blocks) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone, size, mean", [("resnet18", 224, 0.485), ("vit_tiny_patch16_224", 224, 0.5), ("fastvit_t8", 256, 0.485)]
 )
@@ -462,6 +468,7 @@ def test_lite0s_weights_know_a_cat(lite0):
     assert set(best.indices.tolist()) <= {281, 282, 285} and best.values.sum() > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, stride", [(None, 32), (64, 16)])
 def test_a_query_encoder_starts_from_lite0s_weights_and_loads_without_their_package(
     lite0, vl, tmp_path, images, size, stride, monkeypatch
@@ -633,6 +640,7 @@ def test_a_sentence_starts_from_words_that_the_text_tower_knows():
 # ------------------------------------------------------------------------------------ damage, and odd arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

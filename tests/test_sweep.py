@@ -101,6 +101,7 @@ def notebook(monkeypatch):
     return ran, fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path, notebook, capsys, monkeypatch, jobs):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # restored after the test
@@ -163,6 +164,7 @@ def test_what_is_finished_is_gathered_without_running_the_rest(tmp_path, noteboo
     assert {entry["ablation"] for entry in record["runs"]} == {"", "start words"}
 
 
+@pytest.mark.slow
 def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, notebook, capsys, monkeypatch):
     ran, _ = notebook
     arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json"), "--only", "tokens"]
@@ -196,6 +198,7 @@ def test_what_the_record_holds_is_kept_though_its_folder_is_gone(tmp_path, noteb
     assert len(ran) == 8
 
 
+@pytest.mark.slow
 def test_a_damaged_record_or_result_is_named_before_anything_is_run(tmp_path, notebook, capsys):
     ran, _ = notebook
     arguments = [

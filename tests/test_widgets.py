@@ -246,6 +246,7 @@ def test_the_place_of_the_strongest_attention_in_words():
 # ----------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_a_training_is_read_off_at_a_step_by_hand():
     panel = widgets.training_panel({"a": HISTORY, "b": History(gcd=[6.0, 4.0], recall=[(2, 5.0)])})
     panel.controls["smoothing"].value = 2

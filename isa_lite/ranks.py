@@ -3,7 +3,8 @@
 `torchrun --nproc-per-node 4 -m isa_lite distill ...` starts the processes. Each works on its part of every batch, the loss is
 that of the whole batch, and all take the same step. A contrastive loss compares across the parts, so embeddings are gathered:
 gradients flow into a process's own rows, and adding up all processes' gradients gives that of the whole. Only batch
-normalisation, which looks at a process's own images, makes this differ from a run of one process. Ours.
+normalisation, which looks at a process's own images, and LAR on a share of each process's images make this differ from a run of
+one process. Ours.
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ def write_vl_model(folder: Path) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: a long one that begins last would keep a single process busy."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible():
     """Ctrl-C stops what a test starts, even where the tests run in the background of a shell, which ignores it for them."""

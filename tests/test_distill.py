@@ -390,9 +390,10 @@ def test_targets_are_what_the_large_tower_says(vl, images, tmp_path):
     for cache in (None, tmp_path):
         for workers in (0, 1):
             known = targets(many, vl, True, cache, workers)
-            assert np.allclose(known.embeddings, vl.encode_images(many), atol=1e-5)
-            assert np.allclose(known.embeddings, expected, atol=1e-5)
-            assert np.allclose(known.patches, patches, atol=1e-2) and known.patches.dtype == np.float16
+            # `told_apart` magnifies what a batch of another size rounds otherwise.
+            assert np.allclose(known.embeddings, vl.encode_images(many), atol=5e-3)
+            assert np.allclose(known.embeddings, expected, atol=5e-3)
+            assert np.allclose(known.patches, patches, atol=1e-5) and known.patches.dtype == np.float16
     assert targets(images, vl, False).patches is None
     assert np.allclose(targets(images, vl, False).embeddings, vl.encode_images(images), atol=1e-5)
 

@@ -380,7 +380,8 @@ def test_mobileone_computes_what_timms_does(vl, images):
     pixels = encoder.pixels(images)
     assert any(isinstance(m, backbones._Subsampled) for m in encoder.backbone.modules())
     with torch.no_grad():
-        assert torch.allclose(encoder.backbone(pixels)[0], theirs(pixels)[0], atol=1e-5)
+        ours, theirs = encoder.backbone(pixels)[0], theirs(pixels)[0]
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))  # random weights give large numbers
 
 
 def test_the_default_stride_leaves_four_positions_a_side():

@@ -18,9 +18,9 @@ from isa_lite.query_encoder import QueryEncoder
 from isa_lite.scenes import render_many, sample_scenes
 from isa_lite.vl_model import load_vl_model
 
-# No batch normalisation in this backbone: that would be the one difference.
+# No batch normalisation in this backbone, and LAR on all images: these would be the differences.
 SETTINGS = "--backbone test_convnext --num-tokens 3 --width 32 --depth 1 --steps 4 --warmup 2 --batch-size 8 --validation 4"
-SETTINGS += " --validate-every 2 --dtype float32 --lar-weight 0.5"
+SETTINGS += " --validate-every 2 --dtype float32 --lar-weight 0.5 --lar-share 1"
 
 
 @pytest.fixture

@@ -45,7 +45,10 @@ def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
     recorded = None
     if checkpoint is not None and checkpoint.is_file():
         info = read_info(checkpoint)
-        recorded = info.get("identity", info).get("config", {}).get("dtype")
+        run = info.get("identity", info)
+        settings = run.get("config") if isinstance(run, dict) else None
+        found = settings.get("dtype") if isinstance(settings, dict) else None
+        recorded = found if found in ("float32", "bfloat16") else None  # damage is named by who resumes
     config = copy(config)  # `replace` would forget the fields that are filled in later
     config.dtype = training_dtype(config.dtype, config.device, recorded)
     return config

@@ -7,6 +7,7 @@ from torch import nn
 
 from isa_lite import precision
 from isa_lite.attention import attend
+from isa_lite.checkpoint import write_tensors
 from isa_lite.distill import DistillConfig, History, distill, local_count, read_sentences, sentence_embeddings, sentence_queries
 from isa_lite.precision import training_dtype, with_dtype
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder
@@ -93,6 +94,12 @@ def test_a_run_records_its_dtype_and_a_resume_takes_the_recorded_one(vl, tmp_pat
     assert run("auto").dtype == "bfloat16"  # the finished run
     with pytest.raises(ValueError, match="dtype"):
         run("float32")
+
+
+@pytest.mark.parametrize("info", [{}, {"identity": None}, {"config": []}, {"identity": {"config": {"dtype": ["float32"]}}}])
+def test_a_damaged_state_says_nothing_of_a_dtype(tmp_path, info):
+    write_tensors(tmp_path / "state", {"a": torch.zeros(1)}, info)
+    assert with_dtype(DistillConfig(), tmp_path / "state").dtype == "float32"
 
 
 def test_the_parts_of_a_step_add_up_and_bring_the_gradients_of_a_whole_one(vl):

@@ -28,6 +28,7 @@ from isa_lite.parameters import checked, optional, path_name, whole
 from isa_lite.vl_model import VLModel
 
 In, Out = TypeVar("In"), TypeVar("Out")
+SHOWN = 5  # broken files that a message lists
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
@@ -76,8 +77,8 @@ def embed_files(
     faster for photographs of several megapixels, with slightly other embeddings (filed apart).
 
     Every file keeps its row. Files with the same bytes are counted in a warning: with equal embeddings, they rank side by side.
-    Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with
-    its name for one that cannot be read; what was finished before is kept.
+    Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with the count and the
+    first of those that cannot be read: behind the first of them, files are read but not embedded. Finished shards are kept.
     """
     if isinstance(files, (str, bytes, os.PathLike)) or not all(isinstance(f, (str, os.PathLike)) for f in files):
         raise ValueError("files must be a list of paths; isa_lite.images.ImageFolder(FOLDER).files lists those of a folder")
@@ -95,20 +96,32 @@ def embed_files(
     model = f"{vl.fingerprint} {vl.preprocess} {dtype} draft={draft} with digests" if cache else ""
     at_least = 2 * vl.image_size if draft else 0
 
-    def pixels(batch: list[Path]) -> tuple[Tensor, list[bytes]]:
-        """b x 3 x H x W, and a digest of the bytes of each file."""
-        contents = [_contents(path) for path in batch]
-        pictures = [read_image(path, data, at_least) for path, data in zip(batch, contents, strict=True)]
-        return vl.pixels(pictures), [hashlib.blake2b(data, digest_size=16).digest() for data in contents]
+    broken: dict[Path, str] = {}
 
-    def embed(group: list[Path]) -> dict[str, Tensor]:
+    def pixels(batch: list[Path]) -> tuple[Tensor, list[bytes]] | None:
+        """b x 3 x H x W, and a digest of the bytes of each file; None once a file was broken: then it only looks for others."""
+        pictures, digests = [], []
+        for path in batch:
+            try:
+                data = _contents(path)
+                picture = read_image(path, data, at_least)
+            except ValueError as error:
+                broken[path] = str(error)
+            if not broken:
+                pictures.append(picture), digests.append(hashlib.blake2b(data, digest_size=16).digest())
+        return None if broken else (vl.pixels(pictures), digests)
+
+    def embed(group: list[Path]) -> dict[str, Tensor] | None:
         done, digests = [], []
         batches = [group[s : s + batch_size] for s in range(0, len(group), batch_size)]
-        for batch, own in ahead(pixels, batches, num_workers):
-            with torch.no_grad(), torch.autocast(vl.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                done.append(vl.encode_pixels(batch).float().cpu())
-            digests += own
+        for batch, read in zip(batches, ahead(pixels, batches, num_workers), strict=True):
             bar.update(len(batch))
+            if read is not None:
+                with torch.no_grad(), torch.autocast(vl.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                    done.append(vl.encode_pixels(read[0]).float().cpu())
+                digests += read[1]
+        if len(digests) < len(group):
+            return None
         return {"embeddings": torch.cat(done), "digests": torch.tensor([list(d) for d in digests], dtype=torch.uint8)}
 
     parts, digests = [], []
@@ -126,10 +139,17 @@ def embed_files(
                 bar.update(len(group))
             else:
                 part = embed(group)
+                if part is None:
+                    continue
                 if stored:
                     write_tensors(stored, part)
             parts.append(part["embeddings"])
             digests += [bytes(d) for d in part["digests"].tolist()]
+    if broken:
+        said = [broken[path] for path in files if path in broken]  # in order: threads read them as they like
+        more = f" ... and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+        many = f"{len(said)} of {len(files)} files are to be replaced or taken away: " if len(said) > 1 else ""
+        raise ValueError(many + "; ".join(said[:SHOWN]) + more)
     _count_copies(files, digests)
     if len({p.shape[1] for p in parts}) > 1:
         raise ValueError(f"the shards in {cache} have embeddings of different widths; delete that folder")

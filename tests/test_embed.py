@@ -66,6 +66,15 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_pat
     )
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_broken_files_are_named_at_once_and_whole_shards_are_kept(files, vl, tmp_path, num_workers):
+    for i in (3, 4, 6):
+        files[i].write_bytes(files[i].read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"^3 of 7 .*3\.png.*4\.png.*6\.png") as refused:
+        embed_files(files, vl, tmp_path / "cache", batch_size=1, shard=3, num_workers=num_workers, progress=False)
+    assert "5.png" not in str(refused.value) and len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_a_cache_that_is_a_file_is_refused_before_anything_is_embedded(files, vl, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("")
     monkeypatch.setattr(type(vl), "encode_pixels", lambda *_: pytest.fail("embedded"))

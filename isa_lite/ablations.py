@@ -41,7 +41,9 @@ _RESULT = {"methods": RECALLS | {"isa": RECALLS[str], "composition ceiling": REC
 _RESULT |= {"wall_seconds": float, "queries": int, "gallery": int, "machine": str, "commit": str, "date": str}
 ENTRY = _RESULT | {"ablation": str, "label": str, "seed": int, "changed": dict, "key": str}
 RESULT = _RESULT | {"parameters": {"steps": int, "seed": int}}
-RECORD = {"defaults": dict, "runs": [ENTRY], "attention": dict}
+_LOOK = {"maps": [[[float]]], "grounding": [float], "elsewhere": [float]}  # of `sentences.look`
+RECORD = {"defaults": {"steps": int}, "runs": [ENTRY], "attention": {str: _LOOK}}
+RECORD |= {"missing": [{"ablation": str, "label": str}], "machine": [str], "commit": [str], "date": [str]}
 #: What a result does not depend on, apart from rounding.
 ASIDE = ("device", "num_workers", "out_dir")
 

@@ -6,7 +6,6 @@ from this script or from the record of the training run. It also draws `data/res
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,23 @@ import pandas as pd
 import torch
 
 from isa_lite import draw, scenes
+from isa_lite.backbones import RECORD
 from isa_lite.baselines import UNTRAINED, composed
-from isa_lite.checkpoint import read_tensors, write_bytes, write_text
+from isa_lite.checkpoint import read_json, read_tensors, write_bytes, write_text
+from isa_lite.compare import TRAINED
 from isa_lite.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
 from isa_lite.gallery import Gallery
 from isa_lite.losses import hardest_other, matching_loss
-from isa_lite.pretrain import PretrainConfig, SceneBatches, matching_inputs
+from isa_lite.pretrain import TRAINED_BY, TRAINING, PretrainConfig, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.settings import DATA, SCENES, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER, WEIGHTS
 from isa_lite.vl_model import VLModel, load_vl_model
+
+_MADE = {"machine": str, "commit": str}
+#: What a card reads of the record of a training (`checkpoint.misfit`).
+_ENCODER = {"info": TRAINED["info"] | _MADE | {"seconds": float}}
+_BACKBONE = RECORD | _MADE | {"stride": int, "loss": float, "minutes": float, "command": str, "date": str}
+_BACKBONE |= {"config": dict.fromkeys(("num_images", "seed", "steps", "batch_size"), int)}
 
 
 @torch.inference_mode()
@@ -81,7 +88,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def vl_card(folder: Path, vl: VLModel) -> str:
     """The card of a VL model that `isa_lite.pretrain` wrote into `folder`."""
-    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "training.json", TRAINED_BY, TRAINING)
     config = record["config"]
     recalls, by_group = measure(vl, None)
     millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in (("image", vl.clip.visual), ("match", vl.matcher))}
@@ -127,7 +134,7 @@ Licence: MIT, like the code.
 
 def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
     """The card of a query encoder that notebook 02 saved into `folder`."""
-    info = json.loads((folder / "query_encoder.json").read_text(encoding="utf-8"))["info"]
+    info = read_json(folder / "query_encoder.json", "a query encoder of notebook 02", _ENCODER)["info"]
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -163,7 +170,7 @@ Licence: MIT, like the code.
 
 def backbone_card(folder: Path) -> str:
     """The card of the weights that `isa_lite.light_backbone` wrote into `folder`."""
-    record = json.loads((folder / f"{WEIGHTS}.json").read_text(encoding="utf-8"))
+    record = read_json(folder / f"{WEIGHTS}.json", "what light_backbone says of its weights", _BACKBONE)
     config = record["config"]
     size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
     return f"""# {folder.name}: what the light backbone starts from

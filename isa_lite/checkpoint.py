@@ -75,7 +75,8 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
     """What keeps a JSON value from having a shape, in words; "" if nothing does. NaN is no number here.
 
     A shape is a type (int: of 64 bits; object: anything); a `Between`; a dict of keys with their shapes, which must be there
-    (others may, too; the key `str` is all the others); a list of one shape, for any number of values; or a tuple of shapes.
+    (others may, too; the key `str` is all the others); a list of one shape, for any number of values, or [shape, ...] for at
+    least one; or a tuple of shapes.
     """
     if isinstance(shape, dict):
         if not isinstance(found, dict):
@@ -90,7 +91,9 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
     if isinstance(shape, (list, tuple)) and not isinstance(shape, Between):
         if not isinstance(found, list) or isinstance(shape, tuple) and len(found) != len(shape):
             return f"{where} is {_told(found)}, no list" + (f" of {len(shape)}" if isinstance(shape, tuple) else "")
-        inner = shape if isinstance(shape, tuple) else shape * len(found)
+        if len(found) < len(shape) - 1:
+            return f"{where} is empty"
+        inner = shape if isinstance(shape, tuple) else shape[:1] * len(found)
         faults = (misfit(value, kind, f"{where}[{i}]") for i, (value, kind) in enumerate(zip(found, inner, strict=True)))
         return next(filter(None, faults), "")
     if isinstance(shape, Between) or shape in (int, float):

@@ -40,9 +40,10 @@ from isa_lite.settings import CompareConfig
 from isa_lite.vl_model import VLModel
 
 AIDED = " with our aids"  # what the name of a one-word recipe ends with that was given those of the shipped query encoder
-#: What two files hold (`checkpoint.misfit`): what notebook 02 says of its query encoder, and what `kept_rivals` keeps.
+#: What files hold (`checkpoint.misfit`): what notebook 02 says of its query encoder, and what `kept_rivals` keeps.
 TRAINED = {"info": {"parameters": {"seed": int, "num_images": int, "steps": int, "batch_size": int}}}
-RIVALS = {"seed": int, "params": dict, "methods": RECALLS}
+RIVALS = {"seed": int, "params": dict, "methods": RECALLS, "training_seconds": {str: float}, "weights": {str: float}}
+COMPARED = {"machine": str, "commit": str, "runs": [RIVALS, ...]}  # and what the command writes in the end
 CHOSEN_ON = 1000  # the benchmark on which weights are chosen has the seed of the reported one plus this
 
 

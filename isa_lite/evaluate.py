@@ -29,6 +29,10 @@ RECALLS = {str: {f"R@{k}": Between(0, 100) for k in KS}}
 RUN = {"seed": int, "queries": int, "gallery": int, "params": dict, "methods": RECALLS, "training_seconds": {str: float}}
 METRICS = RUN | {"intervals": {str: {f"R@{k}": (Between(0, 100), Between(0, 100)) for k in KS}}}
 METRICS |= {"data": str, "machine": str, "groups": dict}
+#: Several runs of notebook 02 as `gather` puts them together.
+NAMED = ("isa", "image + text", "composition ceiling", "target ceiling")
+GATHERED = RUN | {"params": {"lar_weight": float}, "methods": RECALLS | dict.fromkeys(NAMED, RECALLS[str])}
+GATHERED = {"machine": str, "runs": [GATHERED, ...]}
 
 
 @dataclass
@@ -265,6 +269,19 @@ def read_metrics(path: str | Path) -> dict:
     found = read_json(Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS)
     if without := sorted(set(found["methods"]) - set(found["intervals"])):
         raise ValueError(f"{path} has no intervals for {without[0]!r}; run notebook 02 again")
+    return found
+
+
+def read_alike(path: Path, what: str, shape: dict, rows: str = "runs") -> dict:
+    """`checkpoint.read_json` of a record whose `rows` name the same methods, and the same of what else they tell by name."""
+    found = read_json(path, what, shape)
+    first = found[rows][0]
+    for i, row in enumerate(found[rows]):
+        for key in ("methods", "training_seconds", "weights"):
+            if key in shape[rows][0] and (other := set(row[key]) ^ set(first[key])):
+                raise ValueError(
+                    f"{path} should hold {what}, but {min(other)!r} is not in the {key} of all {rows}, see {rows}[{i}]"
+                )
     return found
 
 

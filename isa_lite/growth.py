@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.baselines import composed, composition_ceiling, image_plus_text
-from isa_lite.checkpoint import read_info, read_shard, write_tensors
+from isa_lite.checkpoint import Between, read_info, read_shard, write_tensors
 from isa_lite.evaluate import KS, Benchmark, make_benchmark, recall, recall_interval
 from isa_lite.gallery import Gallery
 from isa_lite.query_encoder import QueryEncoder
@@ -28,6 +28,11 @@ from isa_lite.settings import GROWTH_SIZES
 from isa_lite.vl_model import VLModel
 
 SHARD = 10_000
+_RECALL = {f"R@{k}": (Between(0, 100),) * 3 for k in KS}
+_METHODS = {str: _RECALL} | dict.fromkeys(("isa", "image + text", "composition ceiling"), _RECALL)
+#: What the file of a growth curve holds (`checkpoint.misfit`).
+GROWN = {"queries": int, "machine": str, "date": str, "embedding_seconds": float}
+GROWN |= {"points": [{"gallery": Between(1, 1e12), "search_ms": float, "methods": _METHODS}, ...]}
 
 
 def scene_key(scene: Scene) -> int:

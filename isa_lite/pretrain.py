@@ -41,6 +41,11 @@ from isa_lite.vl_model import VLModel, commit, machine
 
 POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
+#: What training.json says of the shipped model, and its shape (`checkpoint.misfit`).
+TRAINED_BY = "what pretrain says of its model"
+_SIZES = ("image_size", "embed_dim", "text_width", "text_layers", "steps", "matching_steps", "families", "singles", "seed")
+TRAINING = {"command": str, "commit": str, "machine": str, "date": str, "minutes": {str: float}, "versions": {str: str}}
+TRAINING |= {"config": dict.fromkeys(_SIZES, int)}
 PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 

@@ -29,14 +29,16 @@ from tqdm.auto import tqdm
 
 from isa_lite import draw
 from isa_lite.ablations import ASIDE, RECORD, RESULT, changed, gather, plan, table
-from isa_lite.checkpoint import read_json, write_bytes, write_text
+from isa_lite.checkpoint import Between, read_json, write_bytes, write_text
 from isa_lite.parameters import command_line
-from isa_lite.pretrain import pretrain
+from isa_lite.pretrain import TRAINED_BY, TRAINING, pretrain
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.recipes import complete
 from isa_lite.sentences import look
 from isa_lite.settings import DATA, NOTEBOOK, SCENES_CLIP, WITHOUT_CHANGE, PretrainConfig
 from isa_lite.vl_model import commit, load_vl_model, machine
+
+_STORED = {"runs": [{"training_seconds": {"isa": float}, "params": {"steps": Between(1, 1e9)}}, ...]}
 
 
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
@@ -98,7 +100,7 @@ def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[
     if done:
         each, source = np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]), f"{len(done)} finished runs"
     else:
-        stored = json.loads((DATA / "results" / "02_distillation.json").read_text(encoding="utf-8"))["runs"]
+        stored = read_json(DATA / "results" / "02_distillation.json", "the stored runs of notebook 02", _STORED)["runs"]
         each = np.mean([r["training_seconds"]["isa"] / r["params"]["steps"] for r in stored])
         source = "the stored training of notebook 02, without its evaluation"
     return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
@@ -115,7 +117,7 @@ def sweep(args: Namespace) -> None:
 
     needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
     if needed and not Path(WITHOUT_CHANGE).is_dir():
-        training = json.loads((DATA / SCENES_CLIP / "training.json").read_text(encoding="utf-8"))
+        training = read_json(DATA / SCENES_CLIP / "training.json", TRAINED_BY, TRAINING)
         config = PretrainConfig(change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")})
         run_folder = "runs/pretrain-without-change"
         took = sum(training["minutes"].values())

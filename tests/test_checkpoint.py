@@ -124,13 +124,21 @@ def test_json_is_read_with_and_without_a_mark_and_a_missing_file_is_named(tmp_pa
         read_json(tmp_path, "settings")
 
 
-SHAPE = {"seed": int, "shares": {str: Between(0, 100)}, "pair": (float, float), "names": [str], "more": object}
-GOOD = {"seed": 1, "shares": {"a": 0, "b": 99.5}, "pair": [1, 2.5], "names": [], "more": None, "unknown": "x"}
+SHAPE = {
+    "seed": int,
+    "shares": {str: Between(0, 100)},
+    "pair": (float, float),
+    "names": [str],
+    "rows": [int, ...],
+    "more": object,
+}
+GOOD = {"seed": 1, "shares": {"a": 0, "b": 99.5}, "pair": [1, 2.5], "names": [], "rows": [1, 2], "more": None, "unknown": "x"}
 MISFITS = {
     "seed": [None, 1.5, True, "1", 10**30, float("nan"), [1]],
     "shares": [[], None, {"a": -1}, {"a": float("nan")}, {"a": "1"}, {"a": 100.1}],
     "pair": [[1], [1, 2, 3], [1, None], {"0": 1}, [1, float("inf")]],
     "names": ["x", [1], {}],
+    "rows": [[], ["x"], [1, 2, None]],
 }
 
 

@@ -13,6 +13,7 @@ from isa_lite import evaluate
 from isa_lite.commands import main
 from isa_lite.evaluate import (
     KS,
+    RECALLS,
     benchmark_ranks,
     bootstrap_interval,
     groups,
@@ -20,6 +21,7 @@ from isa_lite.evaluate import (
     metrics,
     paired_interval,
     ranks,
+    read_alike,
     recall,
     recall_difference,
     recall_interval,
@@ -347,6 +349,18 @@ def test_ranks_and_recall_against_sklearn():
     for k in (1, 5, 10):
         theirs = top_k_accuracy_score(wanted, (queries @ gallery.T).numpy(), k=k, labels=np.arange(30))
         assert recall(found, k) == pytest.approx(100 * theirs)
+
+
+def test_stored_runs_name_the_same_things(tmp_path):
+    row = {"methods": {"isa": dict.fromkeys(("R@1", "R@5", "R@10"), 1.0)}, "weights": {"sum": 0.5}}
+    shape = {"runs": [{"methods": RECALLS, "weights": {str: float}}, ...]}
+    path = tmp_path / "stored.json"
+    for rows, fault in ([], "runs is empty"), ([row, row | {"weights": {}}], "'sum'.*runs.1."), ([row, row], None):
+        path.write_text(json.dumps({"runs": rows}))
+        if fault:
+            with pytest.raises(ValueError, match=f"stored.json.*{fault}"):
+                read_alike(path, "runs", shape)
+    assert read_alike(path, "runs", shape) == {"runs": [row, row]}
 
 
 DAMAGE = {

@@ -1,12 +1,14 @@
 import json
+import shutil
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 
-from isa_lite import pretrain, scenes
+from isa_lite import cards, pretrain, scenes
 from isa_lite.pretrain import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
+from isa_lite.settings import DATA, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER
 from isa_lite.vl_model import load_vl_model
 
 TINY = {"image_size": 32, "embed_dim": 16, "vision_width": 4, "text_width": 32, "text_layers": 1, "context_length": 77}
@@ -121,3 +123,16 @@ def test_what_is_exported_loads_with_open_clips_own_loader(tmp_path):
     assert json.loads((tmp_path / "matching_encoder.json").read_text())["patches"] == loaded.matcher.patch_position.shape[0]
     unseen = open_clip.tokenize(["zebra"])[0, 1]
     assert clip.token_embedding.weight[unseen].norm() == 0  # a word that training never met
+
+
+CARDS = {SCENES_CLIP: "training.json", SCENES_BACKBONE: "backbone.json", SCENES_ENCODER: "query_encoder.json"}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_damaged_record_of_a_training_is_named_before_anything_is_measured(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(cards, "measure", lambda *_: pytest.fail("measured"))
+    folder = shutil.copytree(DATA / name, tmp_path / name)
+    (folder / CARDS[name]).write_text("{}")
+    make = {SCENES_CLIP: lambda: cards.vl_card(folder, None), SCENES_BACKBONE: lambda: cards.backbone_card(folder)}
+    with pytest.raises(ValueError, match=CARDS[name]):
+        make.get(name, lambda: cards.encoder_card(folder, None, None))()

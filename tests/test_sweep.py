@@ -258,10 +258,11 @@ def test_another_seed_that_is_added_leaves_what_the_first_looked_at(tmp_path, no
     monkeypatch.setattr(sweep, "_attention", lambda runs, results, folder, seed, stored: seen.append(seed) or {})
     arguments = ["--only", "tokens", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "sweep.json")]
     main(["sweep", *arguments])
-    record = json.loads((tmp_path / "sweep.json").read_text()) | {"attention": {"4": "four"}}
+    looked = {"4": {"maps": [[[0.5]]], "grounding": [1.0], "elsewhere": [1.0]}}
+    record = json.loads((tmp_path / "sweep.json").read_text()) | {"attention": looked}
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     main(["sweep", *arguments, "--add", "--seeds", "1"])
-    assert seen == [0, 0] and json.loads((tmp_path / "sweep.json").read_text())["attention"] == {"4": "four"}
+    assert seen == [0, 0] and json.loads((tmp_path / "sweep.json").read_text())["attention"] == looked
 
 
 def test_what_has_not_begun_does_not_begin_after_an_error_of_the_sweep_itself(tmp_path, monkeypatch, capsys):

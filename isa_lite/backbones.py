@@ -209,7 +209,8 @@ def build_backbone(
                 "set backbone_weights to '' to start from random ones"
             )
         own = backbone.model.state_dict()
-        check_weights({key: ready[key] for key in own}, own, f"backbone_weights={weights!r}")
+        file = f" ({_learned(weights)[1]})" if weights != LITE0 else ""
+        check_weights({key: ready[key] for key in own}, own, f"backbone_weights={weights!r}{file}")
         backbone.model.load_state_dict({key: ready[key] for key in own})
     try:
         with torch.no_grad():

@@ -18,6 +18,7 @@ from isa_lite.checkpoint import read_json
 from isa_lite.hub import HF_WEIGHTS, repository
 from isa_lite.open_clip_models import check_finite, check_preprocessing, fitting
 from isa_lite.text_tower import EXTRA, TextTower
+from isa_lite.words import check_tokenizer
 
 #: Text positions that a prompt may use. BLIP has 512; its own retrieval code uses 35.
 CONTEXT = 77
@@ -131,23 +132,25 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.t
     kind = _kind(folder)
     if kind != "blip":
         raise ValueError(f"{name} holds no BLIP: its config.json " + (f"says {kind!r}" if kind else "is missing"))
-    if not any((folder / weights).is_file() for weights in HF_WEIGHTS):
+    weights = next((path for name in HF_WEIGHTS if (path := folder / name).is_file()), None)
+    if weights is None:
         raise ValueError(f"{name} holds no weights; one of {', '.join(HF_WEIGHTS)} must lie beside its config.json")
     settings = folder / "preprocessor_config.json"
-    look = read_json(settings, "how images are prepared") if settings.is_file() else {}
+    look = read_json(settings, "how images are prepared") if settings.exists() else {}
     look = {key: look[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in look}
     check_preprocessing(settings, look)
-    with fitting(folder, "holds no BLIP that fits its config.json"):
+    with fitting(weights, "holds no BLIP that fits its config.json"):
         model, report = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     if report["missing_keys"]:  # a BLIP for captions or questions has no matching head
         missing = sorted(report["missing_keys"])
         raise ValueError(
-            f"{name} is not a BLIP for image-text retrieval: {len(missing)} of its weights are missing, among them {missing[0]}; "
+            f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are missing, among them {missing[0]}; "
             "take one like Salesforce/blip-itm-base-coco"
         )
-    check_finite(folder, model)
+    check_finite(weights, model)
     own = {"context_length": CONTEXT, "local_files_only": True, "trust_remote_code": False}
-    with fitting(folder, "holds no tokenizer"):
+    check_tokenizer(folder)
+    with fitting(folder, "holds no tokenizer that works (tokenizer.json, tokenizer_config.json)"):
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), **own)
     mean = tuple(look.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(look.get("std", open_clip.OPENAI_DATASET_STD))

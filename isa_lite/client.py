@@ -18,8 +18,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -158,6 +159,18 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
+def _opened(path: Path, opener: Callable, *arguments: object) -> Any:
+    try:
+        return opener(path, *arguments)
+    except Exception as error:  # whatever the two libraries throw at a file that is none of theirs
+        raise ValueError(f"{path} cannot be run ({_first_line(error)}); export again") from error
+
+
+def _check_whole(what: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{what} must be a whole number from {least} to {most}, not {value!r}")
+
+
 def _check_list(what: str, values: object) -> None:
     """Raises ValueError for one text or picture where a list of them is meant."""
     if isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not hasattr(values, "__len__"):
@@ -175,8 +188,7 @@ class QueryClient:
         folder = Path(folder)
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export wrote")
-        if threads < 0:
-            raise ValueError(f"threads must be at least 0, not {threads}")
+        _check_whole("threads", threads, 0, 1024)  # of a thousand million, onnxruntime would ask for the memory
         self.settings = _read_settings(folder / SETTINGS)
         for name, expected in self.settings["files"].items():
             if not (folder / name).is_file():
@@ -188,11 +200,8 @@ class QueryClient:
                 f"the query side in {folder} belongs to VL model {self.settings['vl_model']}, and the gallery to {vl_model}; "
                 "their embeddings mean nothing to one another: export the query side of that model, or embed the gallery again"
             )
-        try:
-            self._image, self._text = session(folder / IMAGE, threads), session(folder / TEXT, threads)
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as error:  # whatever the two libraries throw at a file that is none of theirs
-            raise ValueError(f"{folder} holds a file that cannot be run ({_first_line(error)}); export again") from error
+        self._image, self._text = _opened(folder / IMAGE, session, threads), _opened(folder / TEXT, session, threads)
+        self._tokenizer = _opened(folder / TOKENIZER, lambda path: Tokenizer.from_file(str(path)))
         self._settings_file = folder / SETTINGS
 
     def _run(self, network: onnxruntime.InferenceSession, output: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -261,7 +270,7 @@ class QueryClient:
             if len(row) > s["context_length"]:
                 raise ValueError(
                     f"the prompt is {len(row) - s['context_length']} token(s) too long for the text tower's "
-                    f"{s['context_length']}; shorten the modifier {modifier!r} ({len(said)} tokens)"
+                    f"{s['context_length']}; shorten the modifier {modifier[:60]!r} ({len(said)} tokens)"
                 )
             rows.append(row)
         # A causal text tower does not see what stands behind the end, so the longest prompt sets the length.
@@ -276,8 +285,7 @@ class QueryClient:
         """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
         _check_list("images", images)
         _check_list("modifiers", modifiers)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        _check_whole("batch_size", batch_size, 1, 2**31)
         if len(images) != len(modifiers) or not len(images):
             raise ValueError(
                 f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and as many modifiers"
@@ -310,7 +318,7 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
         raise ValueError(f"{path} is damaged or no gallery ({error}); save the Gallery again") from error
     if embeddings is None or not isinstance(info, Mapping) or not isinstance(info.get("ids"), list):
         raise ValueError(f"{path} is no gallery: it lacks embeddings or ids; isa_lite.gallery.Gallery.save writes one")
-    ids, model = info["ids"], info.get("vl_model", "")
+    ids, model = info["ids"], info.get("vl_model")
     if embeddings.ndim != 2 or len(embeddings) != len(ids) or not len(ids) or embeddings.dtype.kind != "f":
         raise ValueError(f"{path}: embeddings of the shape {embeddings.shape} do not belong to {len(ids)} ids")
     if not all(type(i) in (str, int) for i in ids) or len(set(ids)) < len(ids) or not isinstance(model, str):

@@ -148,7 +148,7 @@ class Gallery:
         try:
             if "embeddings" not in tensors or not isinstance(info.get("ids"), list):
                 raise ValueError("it lacks embeddings or ids")
-            return cls(tensors["embeddings"], info["ids"], info.get("vl_model", ""))
+            return cls(tensors["embeddings"], info["ids"], info.get("vl_model"))
         except ValueError as error:
             raise ValueError(f"{path} is no gallery that can be used: {error}; save it again") from error
 

@@ -54,8 +54,12 @@ def learn_features(
     """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
 
     checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises ValueError for one of another
-    run, a damaged one, and one that another process works on.
+    run, a damaged one, and one that another process works on, and where `config` tells of another backbone than the encoder's.
     """
+    for name in ("backbone", "stride"):
+        wanted, there = getattr(config, name), getattr(encoder.config, name)
+        if wanted != there:
+            raise ValueError(f"config names the {name} {wanted!r}, and the encoder's is {there!r}")
     with Keeper(checkpoint, checkpoint_minutes) as keeper:
         return _learn_features(images, vl, encoder, config, cache, keeper)
 

@@ -83,8 +83,7 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
     folder, out = Path(folder), Path(out)
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} holds the files that are to be quantised; give another folder")
-    QueryClient(folder)  # whole, and not tampered with?
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    settings = QueryClient(folder).settings  # whole, and not tampered with
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as part:
         kinds = ["MatMul", "Gemm", "Gather"]
@@ -94,7 +93,8 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
             quantize_dynamic(whole, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
         write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
         settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
-        settings["made"]["weights"] = "int8"
+        made = settings.get("made")
+        settings["made"] = (made if isinstance(made, dict) else {}) | {"weights": "int8"}
         for name in settings["files"]:
             write_bytes(out / name, (Path(part) / name).read_bytes())
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")

@@ -94,9 +94,9 @@ def check_preprocessing(path: Path, settings: object) -> None:
 
 
 def check_finite(path: Path, module: nn.Module) -> None:
-    """Raises ValueError, naming the file and the tensor, for weights that are no numbers."""
+    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask may be minus infinity)."""
     for name, value in module.state_dict().items():
-        if value.is_floating_point() and bool(value.isnan().any()):
+        if not (value.isnan().logical_not() if name.endswith("mask") else value.isfinite()).all():
             raise ValueError(f"{path} is damaged: its weights {name} hold values that are no numbers")
 
 

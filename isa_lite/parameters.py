@@ -282,9 +282,9 @@ def option(rule: Rule, kind: Callable[[str], Any] = str) -> Callable[[str], Any]
     return read
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number of at least `least`."""
-    return option(whole(least), int)
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number of at least `least` and at most `most`."""
+    return option(whole(least, most), int)
 
 
 def output(rule: Rule) -> Callable[[str], Path]:

@@ -269,7 +269,7 @@ def prompt_ids(
             if not truncate or over > said:
                 raise ValueError(
                     f"the prompt is {over} token(s) too long for the text tower's {vl.context_length}; "
-                    f"shorten the modifier {modifier!r} ({said} tokens) or pass truncate=True"
+                    f"shorten the modifier {modifier[:60]!r} ({said} tokens) or pass truncate=True"
                 )
             parts["{modifier}"] = parts["{modifier}"][: said - over]
         row = words.frame([i for p in pieces for i in parts[p]])

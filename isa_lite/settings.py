@@ -302,3 +302,6 @@ class RunConfig:
     num_workers: int = 1
     dtype: str = "float32"
     progress: bool = True
+
+    def __post_init__(self):
+        check_template(self.template)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import open_clip
 
+from isa_lite.checkpoint import read_json
 from isa_lite.hub import tokenizer_folder
 
 #: A word that stands before a piece which does not start the prompt, while that piece is encoded; its ids are dropped.
@@ -115,6 +116,13 @@ class Words:
         return (self.inner or self.tokenizer).decode([int(i)]).strip()
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raises ValueError naming the file where one of a tokenizer's files is there, and is no JSON object."""
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if path.exists():
+            read_json(path, "a tokenizer or its settings")
+
+
 def load_tokenizer(source: str, text: dict, name: str, folder: Path | None = None):
     """A model's own tokenizer.
 
@@ -123,6 +131,8 @@ def load_tokenizer(source: str, text: dict, name: str, folder: Path | None = Non
     """
     if not text.get("hf_tokenizer_name"):
         return open_clip.get_tokenizer(source)
+    if folder is not None:
+        check_tokenizer(folder)
     own = folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return open_clip.tokenizer.HFTokenizer(
         str(folder if own else tokenizer_folder(text["hf_tokenizer_name"], name)),

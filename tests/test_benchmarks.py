@@ -690,6 +690,7 @@ def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
         ("cirr", CAPTIONS, lambda c: [{**c[0], "caption": ["x"]}], "query 12"),
         ("fashioniq", "captions/cap.dress.val.json", lambda c: [{**c[0], "candidate": {}}], "entry 0 of captions/cap.dress"),
         ("fashioniq", "image_splits/split.dress.val.json", lambda c: [*c, ["x"]], "split.dress.val.json.*another type"),
+        ("fashioniq", "image_splits/split.dress.val.json", lambda c: [*c, ""], "split.dress.val.json.*''"),
         ("circo", "annotations/val.json", lambda c: [{**c[0], "reference_img_id": "100"}], "query 0 of .*another type"),
         ("circo", "annotations/val.json", lambda c: [{**c[0], "gt_img_ids": [101, [102]]}], "query 0 of .*another type"),
         ("circo", "annotations/val.json", lambda c: [{**c[0], "semantic_aspects": [None]}], "query 0 of .*semantic_aspects"),

@@ -1,17 +1,16 @@
 """BLIP with random weights: its own forward passes, prompts, loading, and a few steps of distillation."""
 
-import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_blip
 from PIL import Image
-from torch import nn
+from safetensors.torch import load_file, save_file
 
 from isa_lite.blip import load_blip
 from isa_lite.distill import DistillConfig, distill, sentence_embeddings
-from isa_lite.parity import stand_in_tokenizer
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids, splice
 from isa_lite.vl_model import load_vl_model
 
@@ -19,26 +18,9 @@ transformers = pytest.importorskip("transformers", reason="needs the extra: pip 
 TEXTS = ["a photo of a red cat", "a picture , make it blue at the top left"]
 
 
-def tiny(kind=None):
-    text = dict(vocab_size=1100, hidden_size=32, encoder_hidden_size=48, num_hidden_layers=2, num_attention_heads=2)
-    text |= dict(intermediate_size=64, max_position_embeddings=90, pad_token_id=0, bos_token_id=101, sep_token_id=102)
-    vision = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    config = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16, projection_dim=16)
-    torch.manual_seed(0)
-    model = (kind or transformers.BlipForImageTextRetrieval)(config).eval()
-    for parameter in model.parameters():  # large enough for texts and images to differ
-        if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blip")
-    tiny().save_pretrained(folder)
-    stand_in_tokenizer(folder, [101], [102], 0)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}))
-    return folder
+    return write_blip(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture
@@ -135,9 +117,21 @@ def test_without_transformers_the_extra_is_named(folder, monkeypatch):
 
 
 def test_a_blip_for_captions_is_refused(tmp_path):
-    tiny(transformers.BlipForConditionalGeneration).save_pretrained(tmp_path)
-    stand_in_tokenizer(tmp_path, [101], [102], 0)
+    write_blip(tmp_path, "BlipForConditionalGeneration")
     with pytest.raises(ValueError, match="BLIP.*weights are missing"):
+        load_blip(str(tmp_path))
+
+
+def test_damaged_weights_and_tokenizers_are_named(tmp_path):
+    write_blip(tmp_path)
+    weights, info = tmp_path / "model.safetensors", tmp_path / "tokenizer_config.json"
+    tensors = load_file(weights)
+    save_file(tensors | {"text_proj.bias": torch.full((16,), float("inf"))}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="model.safetensors.*text.proj.bias"):
+        load_blip(str(tmp_path))
+    save_file(tensors, weights, {"format": "pt"})
+    info.write_text("3")
+    with pytest.raises(ValueError, match="tokenizer_config.json"):
         load_blip(str(tmp_path))
 
 

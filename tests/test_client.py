@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from isa_lite.checkpoint import write_tensors
 from isa_lite.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum, read_gallery, read_image
 from isa_lite.commands import main
 from isa_lite.gallery import Gallery
@@ -173,12 +174,20 @@ def test_settings_that_are_none_are_named(folder, content):
 
 @pytest.mark.parametrize("name", [IMAGE, TEXT, TOKENIZER])
 def test_a_file_of_another_kind_is_named_although_its_checksum_is_right(folder, name):
-    (folder / name).write_bytes(b"no network and no tokenizer")
+    (folder / name).write_bytes((folder / name).read_bytes()[:40])
     settings = json.loads((folder / SETTINGS).read_text())
     settings["files"][name] = checksum(folder / name)
     (folder / SETTINGS).write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="exported"):
+    with pytest.raises(ValueError, match=rf"exported.{name} cannot"):
         QueryClient(folder)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), 10**12, "x", None, True])
+def test_numbers_of_threads_and_images_that_cannot_work_are_named(folder, pictures, value):
+    with pytest.raises(ValueError, match="^threads "):
+        QueryClient(folder, value)
+    with pytest.raises(ValueError, match="^batch_size "):
+        QueryClient(folder).encode(pictures, ["red"] * 3, value)
 
 
 def test_networks_that_do_not_fit_the_settings_are_named(folder, pictures):
@@ -235,3 +244,10 @@ def test_a_gallery_is_read_as_it_was_saved(tmp_path):
     Gallery(torch.eye(3), ["a", 2, "c"], "0123").save(tmp_path / "g.safetensors")
     embeddings, ids, model = read_gallery(tmp_path / "g.safetensors")
     assert np.array_equal(embeddings, np.eye(3, dtype=np.float32)) and (ids, model) == (["a", 2, "c"], "0123")
+
+
+def test_a_gallery_that_does_not_know_its_model_is_damaged(tmp_path):
+    write_tensors(tmp_path / "g.safetensors", {"embeddings": torch.eye(3)}, {"ids": ["a", "b", "c"]})
+    for reads in (read_gallery, Gallery.load):
+        with pytest.raises(ValueError, match="g.safetensors.*vl_model"):
+            reads(tmp_path / "g.safetensors")

@@ -195,6 +195,10 @@ def test_where_results_cannot_go_is_refused_before_any_work(capsys, monkeypatch,
         (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "other.json"], "other.json"),
         (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "list.json"], "list.json"),
         (["parity", "ViT-B-23"], "ViT-B-23"),
+        (["sweep", "--dry-run", "--device", "cdua"], "--device"),
+        (["sweep", "--dry-run", "--jobs", "1000000000"], "--jobs"),
+        (["bench", "backbones", "--image-size", "1000000000"], "--image-size"),
+        (["light_backbone", "--checkpoint-minutes", "nan"], "--checkpoint-minutes"),
     ],
 )
 def test_bad_input_is_named_in_a_line(capsys, monkeypatch, tmp_path, arguments, name):

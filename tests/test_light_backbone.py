@@ -87,6 +87,13 @@ def test_settings_that_cannot_work_are_refused(name):
         BackboneConfig(**{name: 0})
 
 
+@pytest.mark.parametrize("name, value", [("backbone", "resnet18"), ("stride", 32)])
+def test_another_backbone_than_the_encoders_is_refused(vl, images, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} {value!r}"):
+        learn_features(images, vl, fresh(vl), BackboneConfig(**FEW | {name: value}), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the command writes, after a few steps."""

@@ -104,9 +104,9 @@ def entries(records: Sequence[Mapping], keys: Sequence[str], where: str) -> Iter
 def check_ids(values: Iterable[object], kind: type, where: str) -> None:
     """Raises ValueError, with `where`, for an image id that is not of the kind (str or int) that this benchmark's ids have."""
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, kind):
+        if isinstance(value, bool) or not isinstance(value, kind) or value == "":
             wanted = "a name, a text" if kind is str else "a whole number"
-            raise ValueError(f"{where}: an image id is {wanted}, and this one is {value!r}, of another type")
+            raise ValueError(f"{where}: an image id is {wanted}, and this one is {value!r}, empty or of another type")
 
 
 def one_of(what: str, value: str, choices: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ from isa_lite.benchmarks.common import Ranking, Task, one_of, rank
 from isa_lite.checkpoint import write_text
 from isa_lite.embed import ahead, embed_files
 from isa_lite.images import read_image
+from isa_lite.parameters import checked
+from isa_lite.parameters import text as a_text
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.settings import METHODS, RunConfig, check_template
 from isa_lite.vl_model import VLModel
@@ -113,6 +115,7 @@ def count_cut(task: Task, vl: VLModel, num_tokens: int, template: str, truncate:
     return cut
 
 
+@checked(data=a_text())
 def run(
     benchmark: str,
     root: str | Path,

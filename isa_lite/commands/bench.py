@@ -35,7 +35,9 @@ def add_arguments(parser: ArgumentParser) -> None:
             sub.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
         if name == "backbones":
             sub.add_argument(
-                "--image-size", type=whole_number(1), help="in pixels, of the light backbones (default: the VL model's)"
+                "--image-size",
+                type=whole_number(1, 2**11),
+                help="in pixels, of the light backbones (default: the VL model's)",
             )
         if name == "step":
             add_settings(sub, DistillConfig, STEP)

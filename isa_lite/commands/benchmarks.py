@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
         sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the large tower's products")
         sub.add_argument("--batch-size", type=whole_number(1), default=128, help="images at a time")
-        sub.add_argument("--num-workers", type=whole_number(0), default=1, help="threads that read images ahead")
+        sub.add_argument("--num-workers", type=whole_number(0, 256), default=1, help="threads that read images ahead")
         if name == "fashioniq":
             sub.add_argument("--gallery", default=GALLERIES[0], choices=GALLERIES, help="protocol: which images are searched")
             sub.add_argument("--captions", default=CAPTIONS[0], choices=CAPTIONS, help="protocol: how two captions join")

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, folder, output, settings_from
+from isa_lite.parameters import add_settings, folder, number, option, output, settings_from
 from isa_lite.recipes import RECIPES, recipe
 from isa_lite.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
 
@@ -24,7 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
     parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
-    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
+    parser.add_argument(
+        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+    )
     add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
     for name, meaning in AIDS.items():
         parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)")

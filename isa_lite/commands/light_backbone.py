@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, command_line, folder, output, settings_from
+from isa_lite.parameters import add_settings, command_line, folder, number, option, output, settings_from
 from isa_lite.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
 
 
@@ -17,7 +17,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--run", type=output(folder()), default=Path("runs/light_backbone"), help="folder of cache and checkpoint"
     )
-    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
+    parser.add_argument(
+        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+    )
     add_settings(parser, BackboneConfig)
 
 

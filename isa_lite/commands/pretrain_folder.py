@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, folder, output, settings_from
+from isa_lite.parameters import add_settings, folder, number, option, output, settings_from
 from isa_lite.settings import MINUTES, FolderConfig
 
 
@@ -14,7 +14,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--captions", type=Path, required=True, help="CSV file with the columns image and caption")
     parser.add_argument("--out", type=output(folder()), required=True, help="folder of the model")
     parser.add_argument("--run", type=output(folder()), help="folder of the checkpoints, to resume from (default: OUT/run)")
-    parser.add_argument("--checkpoint-minutes", type=float, default=MINUTES, help="how often the state of the run is saved")
+    parser.add_argument(
+        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+    )
     add_settings(parser, FolderConfig)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import file, folder, output, whole_number
+from isa_lite.parameters import device_name, file, folder, option, output, whole_number
 from isa_lite.recipes import RECIPES
 from isa_lite.settings import NOTEBOOK, WITHOUT_CHANGE
 
@@ -27,10 +27,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", choices=tuple(RECIPES), help="core or default, of every run that does not vary it (default: the notebook's)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the notebook's)")
+    parser.add_argument("--device", type=option(device_name()), help="cpu, cuda, cuda:1, ... (default: the notebook's)")
     parser.add_argument(
         "--jobs",
-        type=whole_number(1),
+        type=whole_number(1, 256),
         default=1,
         help="runs at a time, sharing the cores; if interrupted, those that run are finished first",
     )

@@ -195,7 +195,7 @@ def limited(case: Case, place: Path, valid: Mapping, report: Path) -> None:
     now = int(pages.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if pages.is_file() else 64 << 30
     for what, most in ((resource.RLIMIT_AS, now + MEMORY), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(what, (most, most if what != resource.RLIMIT_CPU else SECONDS + 5))
-    signal.alarm(6 * SECONDS)  # for one that waits
+    signal.alarm(12 * SECONDS)  # for one that waits, also on a busy machine
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = attempt(case, place, valid)
     out["rss"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)

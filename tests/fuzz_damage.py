@@ -77,7 +77,8 @@ def damaged_json(doc: object, rng: Random, free: bool = False, optional: bool = 
         new = rng.choice([value for value in ODD if value != json.dumps(old)])
         told = new if len(new) < 30 else f"{new[:12]}... ({len(new)} characters)"
         text, number = isinstance(old, str) and new[0] == '"', type(old) in (int, float) and new in ("0", "1.5", "-1")
-        expect = "free" if text and free or number or new == "[]" and isinstance(old, list) else "refuse"
+        empty = new == "[]" and isinstance(old, list) or optional and new == "{}" and isinstance(old, dict)
+        expect = "free" if text and free or number or empty else "refuse"
         if path:
             holder[path[-1]] = mark
         return f"{where} is {told}", expect, json.dumps(doc).replace(f'"{mark}"', new) if path else new
@@ -216,14 +217,17 @@ def _instead(path: Path, kind: str, other: Path) -> None:
 
 
 def damage(
-    path: Path, kind: str, others: list[Path], rng: Random, free: bool, optional: bool
+    path: Path, kind: str, others: list[Path], rng: Random, free: bool, optional: bool, absent: bool
 ) -> tuple[str, str, Callable[[Path], None]]:
-    """For a valid file of a kind (json, csv, tensors, npy, image, bytes): what is done, what is to come of it, and the deed."""
+    """For a valid file of a kind (json, csv, tensors, npy, image, bytes): what is done, what is to come of it, and the deed.
+
+    absent: the file need not be there; free, optional: see `damaged_json`.
+    """
     if rng.random() < 0.12:
         what = rng.choice(("an empty file", "a folder", "a link to nothing", "a link to the file", "another file", "nothing"))
         other = rng.choice([o for o in others if o.name != path.name])
         # In a folder of images, nobody knows of one that is gone, and another picture is as good.
-        free = kind == "image" and what in ("another file", "nothing")
+        free = kind == "image" and what in ("another file", "nothing", "a folder") or absent and "nothing" in what
         expect = "same" if what == "a link to the file" else "free" if free else "refuse"
         return f"{what} in its place", expect, lambda place: _instead(place, what, other)
     seed = rng.random()
@@ -254,7 +258,7 @@ def bad_number(name: str, default: object) -> list[tuple[object, str]]:
     whole = type(default) is int
     values = [(v, "refuse") for v in (-1, math.nan, "x", [])] + [(None, "refuse")] * (default is not None) + [(0, "free")]
     if not whole:
-        return [*values, (math.inf, "refuse")]
+        return [*values, (math.inf, "free" if name == "checkpoint_minutes" else "refuse")]  # never: at the end alone
     return values + [(True, "refuse"), (1.5, "refuse")] + [(10**9, "refuse"), (10**30, "refuse")] * (name not in LONG)
 
 
@@ -288,15 +292,15 @@ def bad_word(name: str, option, work: Path) -> list[tuple[str, str]]:
         return [("x", "refuse")]
     if option.choices:
         return [("nonsense", "refuse"), ("", "refuse")]
+    if name in OUTPUTS:
+        folder = name != "gather" and Path(str(option.default)).suffix not in (".json", ".html", ".png")
+        wrong = (str(work / "metrics.json" / "x"), "x" * 5000, str(work / ("metrics.json" if folder else "results")))
+        return [*((v, "refuse") for v in wrong), ("a\udcff", "free"), ("{}é '", "free"), ("-1", "free")]
     numbers = type(option.default) in (int, float) or option.type not in (None, str, Path) or name in ("seeds", "rivals")
     if numbers:
         real = type(option.default) is float or option.type is float
         values = [(v, "refuse") for v in ("-1", "x", "", "nan", "inf", "1" * 5000)] + [("0", "free")]
         return values if real else [*values, ("1.5", "refuse"), *[("1" + "0" * 9, "refuse")] * (name not in LONG)]
-    if name in OUTPUTS:
-        folder = name != "gather" and Path(str(option.default)).suffix not in (".json", ".html", ".png")
-        wrong = (str(work / "metrics.json" / "x"), "x" * 5000, str(work / ("metrics.json" if folder else "results")))
-        return [*((v, "refuse") for v in wrong), ("a\udcff", "free"), ("{}é '", "free")]
     if name in NAMED:
         return [(v, e) for v, e in bad_text(name, "", work) if isinstance(v, str) and "\0" not in v and v != "\ud800"]
     return [(v, "free") for v in ("", "x " * 5000, "\udcff")]

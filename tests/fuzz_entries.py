@@ -17,19 +17,21 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pandas as pd
 import torch
-from conftest import write_vl_model
+from conftest import write_blip, write_vl_model
 from fuzz_damage import bad_value, bad_word, damage
 from PIL import Image
 from torch.nn import functional as F
 
 from isa_lite import (
-    ablations,
+    cards,
     checkpoint,
     client,
     commands,
     compare,
     distill,
+    draw,
     embed,
     evaluate,
     export,
@@ -47,6 +49,8 @@ from isa_lite import (
     query_encoder,
     query_timing,
     scenes,
+    settings,
+    step_cost,
     sweep,
     vl_model,
 )
@@ -150,6 +154,7 @@ def write_valid() -> None:
     icons.write_icons(WORK / "icons", 100, 4, size=32)
 
     write_vl_model(WORK / "vl")
+    write_blip(WORK / "blip")
     vl = vl_model.load_vl_model(str(WORK / "vl"))
     torch.manual_seed(0)
     encoder = query_encoder.QueryEncoder.for_model(vl, num_tokens=4, width=32, depth=1, backbone="mobilenetv3_small_050").eval()
@@ -178,6 +183,12 @@ def write_valid() -> None:
         ranked = [common.rank(t, torch.eye(len(t.queries), 16), p) for t, p in zip(tasks, points, strict=True)]
         module.write_submissions(WORK / f"{name}-sent", tasks, ranked)
     shutil.copytree(ROOT / "data" / "results", WORK / "results", ignore=shutil.ignore_patterns("*.png"))
+    for folder in (settings.SCENES_CLIP, settings.SCENES_BACKBONE, settings.SCENES_ENCODER):
+        shutil.copytree(
+            ROOT / "data" / folder,
+            WORK / "cards" / folder,
+            ignore=shutil.ignore_patterns("*clip_*", "match*", "query*.safetensors"),
+        )
     record = json.loads((WORK / "results" / "sweep.json").read_text())
     record["defaults"], shipped = sweep.complete(sweep.notebook_defaults()), vl_model.load_vl_model().fingerprint
     for entry in record["runs"]:  # as if this checkout had made it
@@ -202,12 +213,12 @@ def hold() -> None:
 
 
 def reader(
-    name: str, files: Mapping[str, str], use: Callable[[Path, str], object], free=False, optional=False, after=None
+    name: str, files: Mapping[str, str], use: Callable[[Path, str], object], free=False, optional=False, absent=False, after=None
 ) -> Entry:
     """An entry for one who reads `files` (below the workspace, with their kinds).
 
     use: the folder and the file that was damaged -> what comes out; after: what else is done to a damaged folder, half of the
-    times; free, optional: see `damaged_json`. Now and then nothing is damaged, and the folder has an odd name.
+    times; free, optional, absent: see `damage`. Now and then nothing is damaged, and the folder has an odd name.
     """
     parts, others = (
         sorted({f.split("/")[0] for f in files}),
@@ -216,7 +227,7 @@ def reader(
 
     def case(number: int, rng: Random) -> Case:
         file = sorted(files)[number % len(files)]
-        text, expect, deed = damage(WORK / file, files[file], others, rng, free, optional)
+        text, expect, deed = damage(WORK / file, files[file], others, rng, free, optional, absent)
         odd, sealed = rng.random() < 0.03, after is not None and rng.random() < 0.5
         if odd:
             text, expect = "in a folder with an odd name", "same"
@@ -232,7 +243,8 @@ def reader(
                 after(root, file)
             return use(root, file)
 
-        return Case(f"{file}: {text}", (Path(file).name,), expect, work, file)
+        number = Path(file).stem.lstrip("0")  # of CIRCO's images; the names of others without their ending
+        return Case(f"{file}: {text}", (Path(file).name, *[number] * (len(number) > 3)), expect, work, file)
 
     return Entry(name, case, 0, lambda: {file: use(WORK, file) for file in files})
 
@@ -249,10 +261,11 @@ def printed(root: Path, *line: object) -> str:
 
 
 def read_vl(root: Path, file: str) -> dict:
-    vl = vl_model.load_vl_model(str(root / "vl"))
+    vl = vl_model.load_vl_model(str(root / file.split("/")[0]))
     ids = vl.tokenize(["a cat"])
-    tokens, patches = vl.text_tokens(vl.word_vectors(ids), ids), vl.encode_pixels_and_patches(vl.pixels(pictures(1, 40)))[1]
-    match = vl.matcher(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), patches) if vl.matcher else None
+    words, patches = vl.word_vectors(ids), vl.encode_pixels_and_patches(vl.pixels(pictures(1, 40)))[1]
+    read = words if vl.matcher_reads_words else vl.text_tokens(words, ids)
+    match = vl.matcher(read, torch.ones(ids.shape, dtype=torch.bool), patches) if vl.matcher else None
     return {"text": vl.encode_text(["a red circle", "a cat"]), "images": vl.encode_images(pictures(2, 40)), "match": match}
 
 
@@ -296,13 +309,31 @@ def read_start(root: Path, file: str) -> torch.Tensor:
 
 
 def read_stored(root: Path, file: str) -> str:
-    """The table that a notebook makes of a stored result."""
-    record, name = checkpoint.read_json(root / file, "results"), Path(file).name
-    if name == "sweep.json":
-        return ablations.table(record).to_string()
-    if name == "03_growth.json":
-        return growth.growth_table(record).to_string()
-    return evaluate.runs_table(record["runs"], "lar_weight" if name.startswith("02") else None).to_string()
+    """What the notebooks print of stored results: their own cells."""
+    tables, said = [], io.StringIO()
+    draw.display = lambda shown: None
+    for path in sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb")):
+        sources = code_of(path)
+        if reads := [source for source in sources if '/ "results" /' in source and Path(file).name in source]:
+            space = {"display": tables.append, "claim": print, "ranks": {"isa": np.array([1])}}
+            exec(sources[0], space)
+            space |= {"DATA": root, "vl": HELD["vl"]}
+            with contextlib.redirect_stdout(said):
+                for source in [s for s in sources if "_retrieval.json" in s and "ablations" in reads[0]] + reads:
+                    exec(source, space)
+    return said.getvalue() + "".join(table.to_string() for table in tables)
+
+
+def read_card(root: Path, file: str) -> str:
+    """The card that is made of a training's record; measuring takes minutes, and is left out."""
+    folder, encoder = (root / file).parent, HELD["encoder"]
+    table = pd.DataFrame({"isa": ["50.0 [40.0, 60.0]"]}, index=["add (9)"])
+    cards.measure, cards.matching_accuracy, cards.place_accuracy = lambda *a: (table, table), lambda *a, **k: 1.0, lambda vl: 1.0
+    makers = {
+        settings.SCENES_CLIP: lambda: cards.vl_card(folder, HELD["vl"]),
+        settings.SCENES_BACKBONE: lambda: cards.backbone_card(folder),
+    }
+    return makers.get(folder.name, lambda: cards.encoder_card(folder, HELD["vl"], encoder))()
 
 
 def read_compare(root: Path, file: str) -> str:
@@ -340,6 +371,7 @@ def readers() -> list[Entry]:
         reader("gallery, client", {"gallery.safetensors": "tensors"}, lambda root, file: client.read_gallery(root / file), True),
         reader("query encoder", below("encoder", **both), read_encoder),
         reader("model folder", below("vl", **both), read_vl, optional=True),
+        reader("BLIP folder", below("blip", **both), read_vl, optional=True),
         reader("state of distill", below("distill", **both), lambda root, file: distilled(WORK / "targets", root / file)),
         reader("state of pretrain", below("pretrain", **both), lambda root, file: towers(root / file)),
         reader("state of light_backbone", below("backbone", **both), lambda root, file: learned(WORK / "targets", root / file)),
@@ -354,8 +386,9 @@ def readers() -> list[Entry]:
             lambda root, file: printed(root, "evaluate", root / file, "--gather", root / "x.json"),
         ),
         reader("record of compare", below("compare", **one), read_compare),
-        reader("record of sweep", {"results/sweep.json": "json"}, read_sweep),
-        reader("stored results", below("results", **one), read_stored),
+        reader("record of sweep", {"results/sweep.json": "json"}, read_sweep, absent=True),
+        reader("stored results", below("results", **one), read_stored, True, absent=True),
+        reader("records of trainings", below("cards", **one), read_card, True),
     ]
     for name in run.BENCHMARKS:
 
@@ -447,6 +480,9 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
     search, k4 = {"queries": unit, "k": 2, "exclude": torch.tensor([0, 1, 2, -1])}, {"batch_size": 4}
     built = {k: v for k, v in asdict(encoder.config).items() if k not in ("word_width", "word_norm", "vl_model")}
     three = bad((0.5, 0.5), "x", (float("nan"),) * 3, 0.5, (0.5, None, 0.5))
+    own = {
+        k: [(v, e) for v, e in bad_value(k, built[k], WORK) if v is not None] for k in ("image_size", "stride", "width", "depth")
+    }
     hits = torch.ones(2, n, dtype=torch.bool)
     return [
         ("encode_text", vl.encode_text, {"texts": ["a", "b"], **k4}, {"texts": said}),
@@ -465,7 +501,7 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
             "embed_files",
             lambda **k: embed.embed_files(vl=vl, progress=False, **k),
             {"files": files, "cache": "cache", "shard": 4, "num_workers": 0, "dtype": "float32", **k4},
-            {"files": listed},
+            {"files": listed, "cache": places[:2], "num_workers": bad(-1, 1.5, "x", 10**9)},
         ),
         (
             "read_captions",
@@ -510,7 +546,7 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
             "QueryEncoderConfig",
             lambda **k: query_encoder.QueryEncoder.for_model(vl, **k).sentences(two).tokens,
             built,
-            {"mean": three, "std": three + bad((0, 0, 0), (-1, 1, 1))},
+            {"mean": three, "std": three + bad((0, 0, 0), (-1, 1, 1))} | own,
         ),
         (
             "DistillConfig",
@@ -522,7 +558,7 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
             "distill",
             distilled,
             {"cache": "cache", "state": "state.safetensors", "shown": pictures(), "checkpoint_minutes": 5.0},
-            {"cache": places, "state": places, "shown": odd_pictures},
+            {"cache": places[:2], "state": places[:2], "shown": odd_pictures},
         ),
         ("PretrainConfig", towers, with_defaults(pretrain.PretrainConfig, **TINY, families=1, singles=1), {}),
         ("FolderConfig", on_folder, with_defaults(folder_batches.FolderConfig, **TINY, batch_size=8), {}),
@@ -607,7 +643,7 @@ def function_entries() -> list[Entry]:
         for parameter, default in valid.items():
             if isinstance(default, bool):  # in a call, anything is true or false
                 continue
-            aliases = {"shown": ("images",), "state": ("checkpoint",)}.get(parameter, ())
+            aliases = {"shown": ("images",), "state": ("checkpoint",), "modifiers": ("modifier",)}.get(parameter, ())
             for value, expect in more.get(parameter) or bad_value(parameter, default, WORK):
                 work = lambda place, call=call, k=valid | {parameter: value}: call(**k)  # noqa: E731
                 cases.append(Case(f"{name}({parameter}={told(value)})", (*names_of(parameter, value), *aliases), expect, work))
@@ -642,13 +678,17 @@ def lines() -> dict[str, tuple[dict[str, object], object, str]]:
         "light_backbone": ({"--out": "out", "--run": "run", "--steps": 1}, scenes, "render_many"),
         **{f"benchmarks {name}": ({"--root": w / name, **bench}, None, "") for name in run.BENCHMARKS},
         "bench cost": (own, query_timing, "cost"),
+        "bench step": ({"--rounds": 1}, step_cost, "step_cost"),
+        "bench split": ({}, importlib.import_module("isa_lite.bench"), "random_model"),
+        "bench embed": ({"--rounds": 1}, importlib.import_module("isa_lite.bench"), "random_model"),
         "bench backbones": ({"--vl-model": w / "vl", "--rounds": 1}, query_timing, "multiply_adds"),
+        "cards": ({"--out": "out"}, cards, "write_cards"),
         "client": (ask, None, ""),
         "compare": ({"--rivals": 0, "--run": w / "compare", "--out": "out.json"}, compare, "rivals"),
         "evaluate": ({"metrics": w / "metrics.json"}, None, ""),
         "export": ({**own, "--out": "out"}, export, "export"),
         "failures": ({"--queries": 4, "--gallery": 20, "--out": "out.html"}, failures, "failures"),
-        "growth": ({"--to": 20000, "--cache": "cache", "--out": "out.json"}, growth, "distractors"),
+        "growth": ({"--to": 20000, "--cache": "cache", "--out": "out.json"}, growth, "growth"),
         "parity": ({"models": "RN50"}, parity, "differences"),
         "sweep": ({"--dry-run": None, "--only": "tokens", "--runs": "runs"}, sweep, "execute_all"),
     }
@@ -705,10 +745,11 @@ def notebook_entries() -> list[Entry]:
     """Bad parameters of every notebook: its code runs up to the cell that checks them."""
     made = []
     for path in sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb")):
-        code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        sources = ["".join(c["source"]) for c in code]
-        at = next(i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", []))
-        last = next(i for i, source in enumerate(sources) if "check(\n" in source or "check(globals" in source)
+        sources = code_of(path)
+        at = 1  # the parameters cell comes behind the imports
+        last = max(
+            i for i, source in enumerate(sources) if "check(\n" in source or "check(globals" in source or 'naming("' in source
+        )
 
         def work(place: Path, given: dict, sources=sources[: last + 1], at=at) -> None:
             space = {"__name__": "__main__"}
@@ -727,6 +768,11 @@ def notebook_entries() -> list[Entry]:
         ]
         made.append(counted(f"notebook {path.stem}", cases))
     return made
+
+
+def code_of(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def prepare(work: Path, build: Callable[[Callable[[], None]], None]) -> list[Entry]:

@@ -222,6 +222,13 @@ def build_backbone(
     return backbone, stride, tuple(shape)
 
 
+def stem(backbone: nn.Module) -> list[nn.Module]:
+    """The layers in front of the first block, as timm names them: few weights, and the largest maps. None for the name "vl"."""
+    model = getattr(backbone, "model", None)
+    names = ("conv_stem", "conv1", "bn1", "stem", "patch_embed")
+    return [getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)]
+
+
 def lite0_weights() -> dict[str, Tensor]:
     """ImageNet weights of EfficientNet-Lite0, classifier included, under the names of timm's `tf_efficientnet_lite0`.
 

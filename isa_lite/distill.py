@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from isa_lite import ranks
+from isa_lite.backbones import stem
 from isa_lite.checkpoint import damaged, resume_run, save_run
 from isa_lite.images import Images, batch_loader, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
@@ -110,6 +111,26 @@ def learning_rate(step: int, config: DistillConfig) -> float:
 def local_count(images: int, config: DistillConfig) -> int:
     """How many of the images of a step LAR is computed on; two at least, as it needs something to compare with."""
     return min(images, max(2, round(config.lar_share * images))) if config.lar_weight > 0 else 0
+
+
+def frozen_stem(encoder: QueryEncoder, config: DistillConfig) -> list[nn.Module]:
+    """The layers of the backbone that this run does not train; without gradients, they also keep their running means.
+
+    A stem that starts from learned weights has little left to learn, and its maps are the largest. Common practice in detection.
+    """
+    learned = encoder.config.pretrained or encoder.config.backbone_weights
+    layers = stem(encoder.backbone)
+    frozen = layers if config.freeze_stem and learned else []
+    for layer in layers:
+        layer.requires_grad_(not frozen)
+    return frozen
+
+
+def train_mode(encoder: QueryEncoder, frozen: Sequence[nn.Module]) -> None:
+    """`encoder.train()`, except for what is frozen."""
+    encoder.train()
+    for layer in frozen:
+        layer.eval()
 
 
 def _prompts(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor]:
@@ -225,10 +246,11 @@ def _distill(
     shuffled = np.random.default_rng((config.seed, 4)).permutation(len(images))
     held_back, train = np.sort(shuffled[: config.validation]), np.sort(shuffled[config.validation :])
 
-    weights = [p for p in encoder.parameters() if p.ndim > 1]
-    vectors = [p for p in encoder.parameters() if p.ndim <= 1]
+    frozen = frozen_stem(encoder, config)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    weights, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=device.type == "cpu")  # a GPU gains little
 
     history, start = History(), 0
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
@@ -266,7 +288,7 @@ def _distill(
     )
     for step, (rows, pixels) in enumerate(bar, start):  # b of B images, or all of them where there is one process
         batch = batch_indices(len(train), config.batch_size, step, config.seed)  # B, of `train`
-        encoder.train()
+        train_mode(encoder, frozen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         own = bank[torch.from_numpy(batch)]  # B x E

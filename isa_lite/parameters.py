@@ -295,14 +295,16 @@ def output(rule: Rule) -> Callable[[str], Path]:
 def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence[str]) -> None:
     """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`. `settings.setting` gives them their help.
 
-    names: of the fields, if not all that are numbers or strings; choices: by name, the values that one of them takes.
+    names: of the fields, if not all that are numbers, strings, or true by default, which `--no-...` switches off;
+    choices: by name, the values that one of them takes.
     """
     types = {"int": int, "float": float, "str": str, "int | None": int, "float | None": float}
     for f in fields(kind):
-        if not f.init or (f.name not in names if names else f.type not in types):
+        if not f.init or (f.name not in names if names else f.type not in types and f.default is not True):
             continue
         how: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
-        how |= {"action": "store_true"} if f.type == "bool" else {"type": types[f.type], "choices": choices.get(f.name)}
+        switch = argparse.BooleanOptionalAction if f.default is True else "store_true"
+        how |= {"action": switch} if f.type == "bool" else {"type": types[f.type], "choices": choices.get(f.name)}
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isa_lite.parameters import Rule, check_settings, device_name, number, scene_count, text, whole
+from isa_lite.parameters import Rule, check_settings, device_name, flag, number, scene_count, text, whole
 from isa_lite.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parent
@@ -136,6 +136,9 @@ class DistillConfig:
     lar_share: float | None = setting(
         None, "share of a step's images that LAR is computed on, at that share of its cost (default: the recipe's)"
     )
+    freeze_stem: bool = setting(
+        True, "leave the backbone's first convolution and its norm as they are, where it starts from learned weights"
+    )
     recipe: str = setting(
         "default", "core: the parts that the paper's abstract names, or default: with our aids (default: default)"
     )
@@ -160,7 +163,7 @@ class DistillConfig:
         check_settings(self, **_TRAINING, dtype=text(*DTYPES), validation=whole(2), validate_every=whole(1), negatives=whole(0))
         weights = dict.fromkeys(("gcd_weight", "lar_weight", "word_noise"), number(0))
         lar_share = number(0, above=True, most=1)  # LAR is switched off by its weight
-        check_settings(self, temperature=number(0, above=True), lar_share=lar_share, **weights)
+        check_settings(self, temperature=number(0, above=True), lar_share=lar_share, freeze_stem=flag(), **weights)
         check_template(self.template)
 
 

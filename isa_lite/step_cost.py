@@ -92,9 +92,10 @@ def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds:
     with torch.no_grad():
         own, patches = vl.encode_pixels_and_patches(vl.pixels(data))  # B x E, B x P x width
     others = F.normalize(torch.randn(config.negatives, own.shape[1]), dim=1)  # M x E
-    encoder.to(memory_format=torch.channels_last).train()
+    encoder.to(memory_format=torch.channels_last)
+    distill.train_mode(encoder, distill.frozen_stem(encoder, config))
     pixels = encoder.pixels(data).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.0)
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-6, fused=True)
     local = distill.local_count(len(images), config)
 
     def step(clock: Clock) -> None:

@@ -117,6 +117,19 @@ def test_lower_precision_works_and_is_another_run(vl, images):
     assert not same(weights, trained(images, vl)[0])
 
 
+@pytest.mark.parametrize("weights, freeze, stays", [("scenes", True, True), ("scenes", False, False), ("", True, False)])
+def test_the_stem_of_learned_weights_stays_as_it_is_if_asked_to(vl, images, weights, freeze, stays):
+    encoder = fresh(vl)
+    encoder.config.backbone_weights = weights  # the record of a start: the weights do not matter here
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    after, _ = trained(images, vl, encoder, freeze_stem=freeze)
+    same_ones = {k for k in after if torch.equal(after[k], before[k])}
+    stem = {k for k in after if k.startswith(("backbone.model.conv_stem.", "backbone.model.bn1."))}
+    assert len(stem) == 6 and (stem <= same_ones) == stays
+    assert not {k for k in same_ones - stem if ".weight" in k}
+    assert trained(images, vl, encoder, freeze_stem=False) and not torch.equal(encoder.state_dict()[min(stem)], before[min(stem)])
+
+
 def test_the_vl_model_stays_as_it_is(vl, images):
     before, key = {k: v.clone() for k, v in vl.state_dict().items()}, vl.fingerprint
     encoder = fresh(vl)

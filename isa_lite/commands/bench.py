@@ -21,7 +21,7 @@ MEASUREMENTS = {
     "backbones": "light backbones",
 }
 #: Of a training step, what can be chosen.
-STEP = ("batch_size", "lar_weight", "lar_share", "negatives")
+STEP = ("batch_size", "lar_weight", "lar_share", "freeze_stem", "negatives")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -227,7 +227,9 @@ def resume_run(
     for name, module in modules.items():
         module.load_state_dict(state[name])
     for parameter, slots in moments.items():
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in slots.items()}
+        # In the parameter's own order of memory: AdamW's fused step reads both as they lie.
+        like = {k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in slots.items()}
+        optimizer.state[parameter] = like
     if (threads := info.get("threads")) != torch.get_num_threads():
         now = torch.get_num_threads()
         warnings.warn(

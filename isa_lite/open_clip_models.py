@@ -136,7 +136,7 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
             text = text_config(model, name)
             if text.get("hf_model_name"):
                 _check_kind(Path(text["hf_model_name"]) / "config.json")
-            tokenizer = load_tokenizer(source, text, name, folder)  # before the weights: it is small, and may be out of reach
+            tokenizer = load_tokenizer(text, name, folder)  # before the weights: it is small, and may be out of reach
         changed = {"text_cfg": text} if text.get("hf_model_name") else {}
         weights = folder / "open_clip_model.safetensors"
         weights = weights if weights.is_file() else folder  # open_clip knows other names, too
@@ -180,7 +180,7 @@ def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module
             raise ValueError(f"there is no file of weights {pretrained}")
         raise unknown(f"tag of weights for {name}:", pretrained, tags)
     text = text_config(open_clip.get_model_config(name), name)
-    tokenizer = load_tokenizer(name, text, name)
+    tokenizer = load_tokenizer(text, name)
     logging.getLogger(__name__).info("loading %s with weights %s", name, pretrained)
     more = {"text_cfg": text} if text.get("hf_model_name") else {}
     if not Path(pretrained).is_file():

@@ -117,7 +117,7 @@ def small(name: str, folder: Path) -> VLModel:
     stub = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
     torch.manual_seed(0)
     clip = kind(embed_dim=config["embed_dim"], vision_cfg=stub, text_cfg=text, **more)
-    vl = VLModel(clip, None, load_tokenizer(name, text, name, folder), name=name)
+    vl = VLModel(clip, None, load_tokenizer(text, name, folder), name=name)
     nn.init.normal_(vl.tower.table.weight)  # large enough for texts to differ
     for key, parameter in vl.named_parameters():
         if key.endswith(("positional_embedding", "cls_emb")):

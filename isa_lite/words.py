@@ -7,7 +7,9 @@ text towers look at all of it. The frame is therefore read off the tokenizer's o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import open_clip
@@ -123,20 +125,27 @@ def check_tokenizer(folder: Path) -> None:
             read_json(path, "a tokenizer or its settings")
 
 
-def load_tokenizer(source: str, text: dict, name: str, folder: Path | None = None):
+@lru_cache(maxsize=8)
+def _simple(settings: str) -> open_clip.SimpleTokenizer:
+    """open_clip's own tokenizer with these settings (JSON). Shared: its tables take as long to build as a small model to load."""
+    return open_clip.SimpleTokenizer(**json.loads(settings))
+
+
+def load_tokenizer(text: dict, name: str, folder: Path | None = None):
     """A model's own tokenizer.
 
-    source: as open_clip names the model; text: its text settings; folder: the model's, whose tokenizer files come first.
+    text: the model's text settings; folder: the model's, whose tokenizer files come first.
     Raises ConnectionError, at once, for a tokenizer that is neither on this machine nor within reach.
     """
+    length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if not text.get("hf_tokenizer_name"):
-        return open_clip.get_tokenizer(source)
+        return _simple(json.dumps({"context_length": length, **(text.get("tokenizer_kwargs") or {})}))
     if folder is not None:
         check_tokenizer(folder)
     own = folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     return open_clip.tokenizer.HFTokenizer(
         str(folder if own else tokenizer_folder(text["hf_tokenizer_name"], name)),
-        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        context_length=length,
         tokenizer_mode=text.get("tokenizer_mode"),
         local_files_only=True,
         trust_remote_code=False,

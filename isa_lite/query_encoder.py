@@ -297,7 +297,7 @@ def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
 @checked(batch_size=whole(1))
 @torch.no_grad()
 def compose(
-    vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 256
+    vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 64
 ) -> Tensor:
     """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU.
 

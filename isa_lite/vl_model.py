@@ -136,7 +136,7 @@ class VLModel(nn.Module):
 
     @checked(batch_size=whole(1))
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no list of texts."""
         texts, parts = check_texts(texts), []
         for start in range(0, len(texts), batch_size):
@@ -201,7 +201,7 @@ class VLModel(nn.Module):
 
     @checked(batch_size=whole(1))
     @torch.no_grad()
-    def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:
+    def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU.
 
         A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is no list of pictures.

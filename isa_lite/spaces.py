@@ -56,18 +56,23 @@ FACTS = {
 }
 
 
-def probes(tokens: Tensor, scenes: Sequence[Scene], folds: int = 3) -> pd.DataFrame:
+def probes(
+    tokens: Tensor, scenes: Sequence[Scene], folds: int = 3, facts: Sequence[str] = tuple(FACTS), together: bool = True
+) -> pd.DataFrame:
     """How well a linear probe reads each fact off each single token: accuracy in percent, cross-validated.
 
     tokens: B x L x D sentences of scenes with one object each (with several, "the colour" is not defined: ValueError).
-    A row a token, a column a fact; the last two rows are all tokens together, and always guessing the commonest answer.
+    A row a token, a column a fact; the last two rows are all tokens together (unless told otherwise), and always guessing the
+    commonest answer.
     """
     if any(len(scene.objects) != 1 for scene in scenes):
         raise ValueError("probes need scenes with exactly one object, so that its colour, shape, size and place are defined")
     if len(tokens) != len(scenes):
         raise ValueError(f"{len(tokens)} sentences but {len(scenes)} scenes")
-    inputs = {f"token {i + 1}": tokens[:, i].numpy() for i in range(tokens.shape[1])} | {"all": tokens.flatten(1).numpy()}
-    answers = {name: np.array([str(fact(scene)) for scene in scenes]) for name, fact in FACTS.items()}
+    inputs = {f"token {i + 1}": tokens[:, i].numpy() for i in range(tokens.shape[1])}
+    if together:
+        inputs["all"] = tokens.flatten(1).numpy()
+    answers = {name: np.array([str(FACTS[name](scene)) for scene in scenes]) for name in facts}
 
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
         # Ridge, its strength chosen within the training folds: D may be larger than the sample.

@@ -39,6 +39,7 @@ def test_a_probe_finds_the_token_that_holds_a_fact_and_only_that():
     assert table.loc["token 2", "background"] > 85
     assert table.loc["token 1", "background"] < table.loc["guessing", "background"] + 12
     assert table.loc["token 2", "shape"] < table.loc["guessing", "shape"] + 12
+    assert probes(tokens, world, facts=["shape"], together=False).equals(table[["shape"]].drop("all"))
 
 
 def test_what_cannot_be_drawn_or_probed_is_refused():

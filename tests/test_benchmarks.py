@@ -365,9 +365,7 @@ def test_circo_annotations_without_aspects_are_read(circo_root):
 def test_circo_lists_that_are_none_are_named(circo_root, key, value):
     entries = json.loads((circo_root / "annotations/val.json").read_text())
     put(circo_root / "annotations/val.json", [entries[0] | {key: value}, *entries[1:]])
-    with pytest.raises(
-        ValueError, match=f"query {entries[0]['id']} of annotations/val.json: gt_img_ids and .* are lists, not .*{value}"
-    ):
+    with pytest.raises(ValueError, match=f"query {entries[0]['id']} of annotations/val.json.*gt_img_ids.*{value}"):
         circo.load(circo_root)
 
 
@@ -544,39 +542,13 @@ DRESS = "captions/cap.dress.val.json"
 INFO = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
 
 
-@pytest.mark.parametrize(
-    "name, file, spoil, message",
-    [
-        ("circo", INFO, lambda c: {"annotations": []}, "image_info_unlabeled2017.json has no list of images"),
-        ("circo", INFO, lambda c: c["images"], "image_info_unlabeled2017.json has no list of images"),
-        ("circo", INFO, lambda c: {"images": [*c["images"], {**c["images"][0], "file_name": "x.jpg"}]}, "lists an id twice"),
-        ("circo", "annotations/val.json", lambda c: {"data": c}, "annotations/val.json is no list of entries"),
-        ("circo", "annotations/val.json", lambda c: [1], "annotations/val.json is no list of entries"),
-        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": {"id": 1}}], "img_set of query 12 .* members"),
-        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "img_set": None}], "img_set of query 12 .* members"),
-        ("cirr", "cirr/image_splits/split.rc2.val.json", list, "split.rc2.val.json does not give each image its path"),
-        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [], "captions/cap.rc2.val.json is no list of entries"),
-        ("cirr", "cirr/captions/cap.rc2.val.json", lambda c: [{**c[0], "caption": None}], "query 12 of cirr val is None, and no"),
-        ("circo", "annotations/val.json", lambda c: [], "annotations/val.json is no list of entries"),
-        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": "is red"}], "captions of entry 0 .* are no list of texts, but 'is"),
-        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": ["x", None]}], "captions of entry 0 of .* are no list of texts"),
-        ("fashioniq", "image_splits/split.dress.val.json", lambda c: {"d0": 1}, "split.dress.val.json is no list of image names"),
-    ],
-)
-def test_a_file_of_another_kind_is_named(request, name, file, spoil, message):
-    root = request.getfixturevalue(f"{name}_root")
-    put(root / file, spoil(json.loads((root / file).read_text())))
-    with pytest.raises(ValueError, match=message):
-        LOADERS[name](root)
-
-
 def test_queries_that_share_an_id_are_refused_before_anything_is_embedded(cirr_root, circo_root):
     """A submission has one list an id, and on a validation split one of the two would count twice."""
     for split in ("val", "test1"):
         file = cirr_root / f"cirr/captions/cap.rc2.{split}.json"
         entries = json.loads(file.read_text())
         put(file, [entries[0], {**entries[1], "pairid": entries[0]["pairid"]}])
-        with pytest.raises(ValueError, match=f"1 ids of cirr {split} are those of several queries, the first: 12"):
+        with pytest.raises(ValueError, match=f"cirr {split}.*several queries.*12"):
             cirr.load(cirr_root, split)
     entries = json.loads((circo_root / "annotations/test.json").read_text())
     put(circo_root / "annotations/test.json", [{**e, "id": e["id"] + 1} for e in entries])
@@ -681,6 +653,20 @@ def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
 @pytest.mark.parametrize(
     "name, file, spoil, message",
     [
+        ("circo", INFO, lambda c: {"annotations": []}, "image_info_unlabeled2017.json.*images"),
+        ("circo", INFO, lambda c: c["images"], "image_info_unlabeled2017.json.*images"),
+        ("circo", INFO, lambda c: {"images": [*c["images"], {**c["images"][0], "file_name": "x.jpg"}]}, "lists an id twice"),
+        ("circo", "annotations/val.json", lambda c: {"data": c}, "annotations/val.json.*no list"),
+        ("circo", "annotations/val.json", lambda c: [1], "annotations/val.json.*no list"),
+        ("cirr", CAPTIONS, lambda c: [{**c[0], "img_set": {"id": 1}}], "img_set of query 12 .* members"),
+        ("cirr", CAPTIONS, lambda c: [{**c[0], "img_set": None}], "img_set of query 12 .* members"),
+        ("cirr", SPLIT, list, "split.rc2.val.json.*path"),
+        ("cirr", CAPTIONS, lambda c: [], "captions/cap.rc2.val.json.*no list"),
+        ("cirr", CAPTIONS, lambda c: [{**c[0], "caption": None}], "query 12 of cirr val.*None"),
+        ("circo", "annotations/val.json", lambda c: [], "annotations/val.json.*no list"),
+        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": "is red"}], "captions of entry 0.*no list.*'is"),
+        ("fashioniq", DRESS, lambda c: [{**c[0], "captions": ["x", None]}], "captions of entry 0.*no list"),
+        ("fashioniq", "image_splits/split.dress.val.json", lambda c: {"d0": 1}, "split.dress.val.json.*no list"),
         ("cirr", SPLIT, lambda c: {**c, "dev-2-0-img1": 3}, "split.rc2.val.json.*dev-2-0-img1"),
         ("cirr", CAPTIONS, lambda c: [{**c[0], "reference": ["dev-0-0-img1"]}], "query 12 of .*another type"),
         ("cirr", CAPTIONS, lambda c: [{**c[0], "target_hard": None}], "query 12 of .*another type"),
@@ -688,7 +674,7 @@ def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
         ("cirr", CAPTIONS, lambda c: [{**c[0], "img_set": {"members": ["dev-1-0-img1"] * 6}}], "query 12 of .*twice"),
         ("cirr", CAPTIONS, lambda c: [{**c[0], "pairid": {}}], "pairid"),
         ("cirr", CAPTIONS, lambda c: [{**c[0], "caption": ["x"]}], "query 12"),
-        ("fashioniq", "captions/cap.dress.val.json", lambda c: [{**c[0], "candidate": {}}], "entry 0 of captions/cap.dress"),
+        ("fashioniq", DRESS, lambda c: [{**c[0], "candidate": {}}], "entry 0 of captions/cap.dress"),
         ("fashioniq", "image_splits/split.dress.val.json", lambda c: [*c, ["x"]], "split.dress.val.json.*another type"),
         ("fashioniq", "image_splits/split.dress.val.json", lambda c: [*c, ""], "split.dress.val.json.*''"),
         ("circo", "annotations/val.json", lambda c: [{**c[0], "reference_img_id": "100"}], "query 0 of .*another type"),
@@ -701,7 +687,7 @@ def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
         ("circo", INFO, lambda c: {"images": [{**c["images"][0], "file_name": "../x.jpg"}]}, "image_info.*file_name"),
     ],
 )  # fmt: skip
-def test_values_of_another_type_are_named_with_their_file(request, name, file, spoil, message):
+def test_what_is_of_another_kind_or_type_is_named_with_its_file(request, name, file, spoil, message):
     root = request.getfixturevalue(f"{name}_root")
     put(root / file, spoil(json.loads((root / file).read_text())))
     with pytest.raises(ValueError, match=message):

@@ -215,7 +215,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_not_taken_over(vl, vl_folder
     # the encoder of another length does not even fit the weights
     encoder = fresh(other, seed=2, num_tokens=4 if what == "encoder" else 3)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"run belongs to another run \(.*{what}.*: .* there, .* here"):
+    with pytest.raises(ValueError, match=f"run belongs to another run.*{what}"):
         trained(others, other, encoder, checkpoint=tmp_path / "run", **settings)
     assert (tmp_path / "run").read_bytes() == written
     assert same(before, encoder.state_dict())
@@ -622,7 +622,7 @@ def test_folders_without_images(tmp_path):
         ImageFolder(tmp_path)
     (tmp_path / "a.png").write_text("no image")
     (tmp_path / "b.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"no image that can be read; all 2 files are broken, the first: .*a\.png"):
+    with pytest.raises(ValueError, match=r"no image.*2 files.*a\.png"):
         ImageFolder(tmp_path)
 
 

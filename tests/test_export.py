@@ -296,7 +296,7 @@ def test_the_networks_take_as_many_threads_as_they_are_given(folder):
 
 @pytest.mark.parametrize("images, modifiers", [(2, 1), (0, 0), (1, 2)])
 def test_every_image_wants_its_modifier(folder, pictures, images, modifiers):
-    with pytest.raises(ValueError, match=f"{images} images but {modifiers} modifiers"):
+    with pytest.raises(ValueError, match=f"{images} images.*{modifiers} modifiers"):
         QueryClient(folder).encode(pictures[:images], ["red"] * modifiers)
 
 
@@ -304,7 +304,7 @@ def test_an_encoder_of_another_model_is_refused_before_anything_is_written(pair,
     vl, encoder = pair
     other = fresh(vl)
     other.config.vl_model = "0123456789abcdef"
-    with pytest.raises(ValueError, match=f"belongs to VL model 0123456789abcdef, not {vl.fingerprint}"):
+    with pytest.raises(ValueError, match=f"0123456789abcdef, not {vl.fingerprint}"):
         export(other, vl, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="a template holds"):
@@ -315,7 +315,7 @@ def test_an_encoder_of_another_model_is_refused_before_anything_is_written(pair,
 def test_a_gallery_of_another_model_is_refused(pair, folder):
     vl, _ = pair
     QueryClient(folder, vl_model=vl.fingerprint)
-    with pytest.raises(ValueError, match=f"belongs to VL model {vl.fingerprint}, and the gallery to 0123456789abcdef"):
+    with pytest.raises(ValueError, match=f"{vl.fingerprint}.*gallery.*0123456789abcdef"):
         QueryClient(folder, vl_model="0123456789abcdef")
 
 
@@ -326,7 +326,7 @@ def test_a_changed_or_missing_file_is_refused(folder, tmp_path, name):
     data = bytearray((again / name).read_bytes())
     data[len(data) // 2] ^= 1
     (again / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name} is not the file that was exported"):
+    with pytest.raises(ValueError, match=f"{name}.*exported"):
         QueryClient(again)
     (again / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"holds no {name}"):
@@ -353,7 +353,7 @@ def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, 
             path.write_bytes((folder / TEXT).read_bytes())
 
     monkeypatch.setattr(exporting, "to_onnx", nudged)
-    with pytest.raises(ValueError, match=r"the files differ from PyTorch by 0\.\d+, more than 0.001; .* is as it was"):
+    with pytest.raises(ValueError, match=r"differ from PyTorch by 0\.\d+.*0\.001"):
         export(encoder, vl, again)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == before
 
@@ -362,7 +362,7 @@ def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, 
     "name, value, message",
     [
         ("difference", lambda *a: float("nan"), "differ from PyTorch by nan"),
-        ("prompt_of", lambda vl, template: ["sentence", "modifier"], "the exported tokenizer gives other ids than open_clip's"),
+        ("prompt_of", lambda vl, template: ["sentence", "modifier"], "tokenizer.*other ids"),
     ],
 )
 def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder, tmp_path, monkeypatch, name, value, message):
@@ -418,7 +418,7 @@ def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures, ca
         quantize(folder, folder)
     changed = copy(folder, tmp_path / "changed")
     (changed / TEXT).write_bytes((folder / IMAGE).read_bytes())
-    with pytest.raises(ValueError, match=f"{TEXT} is not the file that was exported"):
+    with pytest.raises(ValueError, match=f"{TEXT}.*exported"):
         quantize(changed, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

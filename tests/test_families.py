@@ -82,11 +82,8 @@ def test_towers_that_do_not_are_cut_at_the_longest_text(name, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ({"pool_type": "none"}, "a model: its text tower pools by 'none'"),
-        (
-            {"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"},
-            "pools by 'max_pooler', with which open_clip itself fails",
-        ),
+        ({"pool_type": "none"}, "a model.*pools by 'none'"),
+        ({"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"}, "a model.*pools by 'max_pooler'"),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_by_its_settings(text, message, monkeypatch):

@@ -50,7 +50,7 @@ def test_a_reference_is_never_found_and_minus_one_excludes_nothing(gallery):
 
 @pytest.mark.parametrize("k, exclude, most", [(0, None, 40), (-1, None, 40), (41, None, 40), (40, [3], 39), (41, [-1], 40)])
 def test_k_must_fit(gallery, k, exclude, most):
-    with pytest.raises(ValueError, match=f"between 1 and {most}, the images that every query may find, not {k}"):
+    with pytest.raises(ValueError, match=f"between 1 and {most}.*not {k}"):
         gallery.search(gallery.embeddings[:1], k, exclude and torch.tensor(exclude))
 
 
@@ -133,7 +133,7 @@ def test_a_small_gallery_gets_few_lists_without_a_complaint(count, capfd):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"kind": "hnsw"}, "kind must be 'flat' .* not 'hnsw'"),
+        ({"kind": "hnsw"}, "kind.*'flat'.*'hnsw'"),
         ({"kind": "ivf", "lists": 41}, "lists must be.* 0 to 40"),
         ({"kind": "ivf", "lists": -1}, "lists must be.* 0 to 40"),
         ({"kind": "ivf", "probes": 0}, "probes must be.* 1, not 0"),

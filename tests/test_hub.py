@@ -42,11 +42,11 @@ def fill(cache, repo: str, files: dict[str, bytes]) -> None:
 
 
 NAMED = [
-    ("ViT-B-32", "laion2b_s34b_b79k", "the weights laion2b_s34b_b79k of ViT-B-32.*pretrained='FILE'"),
-    ("hf-hub:nobody/nothing", None, "nobody/nothing on the hub.*give a local folder"),
-    ("blip:Salesforce/blip-itm-base-coco", None, "a BLIP .Salesforce/blip-itm-base-coco on the hub.*give a local folder"),
-    ("ViT-B-16-SigLIP", "webli", "the tokenizer of ViT-B-16-SigLIP .timm/ViT-B-16-SigLIP on the hub.*local folder"),
-    ("roberta-ViT-B-32", "laion2b_s12b_b32k", "the text model of roberta-ViT-B-32 .roberta-base on the hub.*local folder"),
+    ("ViT-B-32", "laion2b_s34b_b79k", "laion2b_s34b_b79k of ViT-B-32.*pretrained"),
+    ("hf-hub:nobody/nothing", None, "nobody/nothing.*local folder"),
+    ("blip:Salesforce/blip-itm-base-coco", None, "Salesforce/blip-itm-base-coco.*local folder"),
+    ("ViT-B-16-SigLIP", "webli", "tokenizer of ViT-B-16-SigLIP.*local folder"),
+    ("roberta-ViT-B-32", "laion2b_s12b_b32k", "roberta-ViT-B-32.*roberta-base.*local folder"),
 ]
 
 
@@ -72,7 +72,7 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
 def test_weights_of_a_backbone_out_of_reach_are_refused_at_once(backbone, monkeypatch, own_cache):
     monkeypatch.setattr("timm.create_model", lambda *a, create=timm.create_model, pretrained=False, **k: create(*a, **k))
     began = time.perf_counter()
-    with pytest.raises(ConnectionError, match=f"weights of the backbone {backbone} .timm/{backbone}.*set pretrained to False"):
+    with pytest.raises(ConnectionError, match=f"backbone {backbone}.*pretrained"):
         build_backbone(backbone, 64, pretrained=True)
     assert time.perf_counter() - began < 5  # seconds, where timm takes most of a minute
     build_backbone(backbone, 64)

@@ -54,10 +54,7 @@ def test_a_broken_file_and_its_copy_are_broken(tmp_path, picture):
     save(tmp_path / "good.png", picture)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no image")
-    with pytest.warns(
-        UserWarning,
-        match=r"skipped 2 of 3 files in .*, the first: .*a\.png \(UnidentifiedImageError: cannot identify the file\)$",
-    ):
+    with pytest.warns(UserWarning, match=r"2 of 3 files.*a\.png.*UnidentifiedImageError"):
         folder = ImageFolder(tmp_path)
     assert sorted(p.name for p in folder.broken) == ["a.png", "b.png"] and folder.duplicates == {}
 
@@ -83,22 +80,22 @@ def test_a_gallery_keeps_every_copy_and_counts_them(tmp_path, picture, vl):
         (b"", "UnidentifiedImageError"),
         (b"plain words", "UnidentifiedImageError"),
         (b"GIF89a", "UnidentifiedImageError"),
-        (png_header(8, 8), "OSError: image file is truncated"),
-        (png_header(100_000, 100_000), r"too large \(.*10000000000 pixels.*raise PIL.Image.MAX_IMAGE_PIXELS, now 89478485"),
-        (png_header(10_000, 10_000), r"too large \(10000 x 10000\); make it smaller"),  # here Pillow would only warn
-        (png_header(50_000, 49), "50000 x 49 pixels is more than 1000 times as long as wide"),
-        (png_header(49, 50_000), "49 x 50000 pixels is more than 1000"),
+        (png_header(8, 8), "OSError.*truncated"),
+        (png_header(100_000, 100_000), r"too large.*10000000000 pixels.*MAX_IMAGE_PIXELS"),
+        (png_header(10_000, 10_000), r"too large \(10000 x 10000"),  # here Pillow would only warn
+        (png_header(50_000, 49), "50000 x 49 pixels.*1000"),
+        (png_header(49, 50_000), "49 x 50000 pixels.*1000"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, picture, vl, data, reason):
     path, good = tmp_path / "odd one.png", save(tmp_path / "good.png", picture)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"odd one\.png cannot be read as an image \(.*({reason})"):
+    with pytest.raises(ValueError, match=rf"odd one\.png.*({reason})"):
         read_image(path)
-    with pytest.raises(ValueError, match=rf"odd one\.png cannot be read as an image \(.*({reason})"):
+    with pytest.raises(ValueError, match=rf"odd one\.png.*({reason})"):
         embed_files([good, path], vl, progress=False)
-    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 files .*odd one\.png.*({reason})") as seen:
+    with pytest.warns(UserWarning, match=rf"1 of 2 files.*odd one\.png.*({reason})") as seen:
         folder = ImageFolder(tmp_path)
     assert [w.category for w in seen] == [UserWarning] and folder.files == [good]
 

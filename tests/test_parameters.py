@@ -21,19 +21,16 @@ def test_values_come_back_typed():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"stesp": 7}, "unknown parameter 'stesp'; did you mean 'steps'"),
-        ({"zzz": 7}, "unknown parameter 'zzz'; the parameters are steps"),
-        ({"steps": 0}, "'steps' must be a whole number of at least 1, not 0"),
-        ({"steps": True}, "'steps' must be a whole number"),
-        ({"steps": 2.5}, "'steps' must be a whole number"),
-        (
-            {"weight": -0.1},
-            "'weight' must be a number of at least 0.0, not -0.1|'weight' must be a number of at least 0, not -0.1",
-        ),
-        ({"weight": float("nan")}, "'weight' must be a number"),
-        ({"weight": float("inf")}, "'weight' must be a number"),
+        ({"stesp": 7}, "unknown.*'stesp'.*'steps'"),
+        ({"zzz": 7}, "unknown.*'zzz'.*steps"),
+        ({"steps": 0}, "'steps'.*whole number.*at least 1"),
+        ({"steps": True}, "'steps'.*whole number"),
+        ({"steps": 2.5}, "'steps'.*whole number"),
+        ({"weight": -0.1}, "'weight'.*at least 0.*-0.1"),
+        ({"weight": float("nan")}, "'weight'.*number"),
+        ({"weight": float("inf")}, "'weight'.*number"),
         ({"smoke": "yes"}, "'smoke' must be true or false"),
-        ({"device": "cdua"}, "one of 'cpu', 'cuda'; did you mean 'cuda'"),
+        ({"device": "cdua"}, "'device'.*did you mean 'cuda'"),
         ({"device": 3}, "'device' must be a string"),
     ],
 )

@@ -174,7 +174,7 @@ def test_a_modifier_that_does_not_fit_says_by_how_much_or_is_cut(vl, template, o
     tokens = torch.randn(1, 3, vl.word_width)
     for truncate in (False, True):  # exactly full is not too long
         whole = compose(vl, tokens, [" ".join(long[:fits])], template, truncate)
-    with pytest.raises(ValueError, match=rf"is {over} token\(s\) too long .* 77.*\({fits + over} tokens\).*truncate=True"):
+    with pytest.raises(ValueError, match=rf"{over} token.*too long.* 77.*{fits + over} tokens.*truncate"):
         compose(vl, tokens, [" ".join(long)], template)
     assert torch.equal(compose(vl, tokens, [" ".join(long)], template, truncate=True), whole)
 
@@ -265,33 +265,21 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
     [
         ({"backbone": "mobilenetv4_conv_smal_050"}, "unknown backbone.*mobilenetv4_conv_small_050"),
         ({"backbone": "%%%%"}, "unknown backbone '%%%%'"),
-        ({"stride": 3}, r"no feature map of stride 3; its strides are \[2, 4, 8, 16, 32\]"),
-        ({"mapping": "adaptiv"}, "unknown mapping 'adaptiv'; there are 'adaptive', 'single vector', 'average pooling'"),
+        ({"stride": 3}, r"stride 3;.*\[2, 4, 8, 16, 32\]"),
+        ({"mapping": "adaptiv"}, "mapping 'adaptiv'.*'adaptive', 'single vector'"),
         ({"num_tokens": 0}, "num_tokens"),
         ({"image_size": 0}, "image_size"),
         ({"stride": -16}, "stride"),
         ({"width": 0}, "width"),
-        ({"backbone": "resnet18.nobody_in1k"}, r"'resnet18' has no weights tagged 'nobody_in1k'; its tags are .*a1_in1k"),
-        (
-            {"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32},
-            r"no feature map of stride 32; its strides are \[16\]",
-        ),
-        ({"backbone": "mixer_s16_224", "pretrained": True}, "timm has no weights for backbone 'mixer_s16_224'"),
-        (
-            {"backbone": "inception_v4", "image_size": 8, "stride": 32},
-            "'inception_v4' does not work at image_size 8: .*; its own size is 299",
-        ),
+        ({"backbone": "resnet18.nobody_in1k"}, "'resnet18'.*'nobody_in1k'.*a1_in1k"),
+        ({"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32}, r"stride 32;.*\[16\]"),
+        ({"backbone": "mixer_s16_224", "pretrained": True}, "no weights.*'mixer_s16_224'"),
+        ({"backbone": "inception_v4", "image_size": 8, "stride": 32}, "'inception_v4'.*image_size 8.*299"),
         ({"std": (0.5, 0.5, 0)}, "std"),
         ({"mean": (0.5,)}, "mean"),
-        ({"backbone_weights": "lite"}, "unknown backbone_weights 'lite': there are 'scenes', 'lite0', and any folder"),
-        (
-            {"backbone_weights": "lite0"},
-            "are the weights of 'tf_efficientnet_lite0', but the backbone is 'mobilenetv4_conv_small_050'",
-        ),
-        (
-            {"backbone_weights": "lite0", "backbone": "tf_efficientnet_lite0", "pretrained": True},
-            "but pretrained=True asks for others",
-        ),
+        ({"backbone_weights": "lite"}, "backbone_weights 'lite'.*'scenes', 'lite0'"),
+        ({"backbone_weights": "lite0"}, "'tf_efficientnet_lite0'.*'mobilenetv4_conv_small_050'"),
+        ({"backbone_weights": "lite0", "backbone": "tf_efficientnet_lite0", "pretrained": True}, "pretrained=True"),
     ],
 )
 def test_settings_that_cannot_work(vl, settings, message):
@@ -590,7 +578,7 @@ def test_another_models_query_encoder_is_refused(vl_folder, tmp_path):
     fresh(vl).save(tmp_path)
     QueryEncoder.load(tmp_path, other)  # loaded twice, it is still the same model
     other.clip.text_projection[0, 0] += 0.5
-    with pytest.raises(ValueError, match=f"belongs to VL model {vl.fingerprint}, not {other.fingerprint}"):
+    with pytest.raises(ValueError, match=f"{vl.fingerprint}, not {other.fingerprint}"):
         QueryEncoder.load(tmp_path, other)
 
 

@@ -319,13 +319,13 @@ def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "name, pretrained, message",
     [
-        ("ViT-B-23", "openai", "unknown VL model 'ViT-B-23'; did you mean .*ViT-B-32"),
+        ("ViT-B-23", "openai", "'ViT-B-23'.*ViT-B-32"),
         ("scene-clip", None, "did you mean .*scenes-clip"),
         ("%%%%%%", None, "unknown VL model '%%%%%%'$"),
         ("ViT-B-32", None, "needs weights.*laion2b_s34b_b79k"),
         ("ViT-B-32", "laion2b_s34b_b97k", "tag of weights for ViT-B-32.*did you mean.*laion2b_s34b_b79k"),
-        ("ViT-B-32", "no/such/file.pt", "there is no file of weights no/such/file.pt"),
-        ("ViT-B-32", "missing.safetensors", "there is no file of weights missing.safetensors"),
+        ("ViT-B-32", "no/such/file.pt", "no file.*no/such/file.pt"),
+        ("ViT-B-32", "missing.safetensors", "no file.*missing.safetensors"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_with_what_is_near(name, pretrained, message, no_network):
@@ -334,7 +334,7 @@ def test_what_cannot_be_loaded_is_named_with_what_is_near(name, pretrained, mess
 
 
 def test_a_folder_that_holds_no_model(tmp_path, no_network):
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} is a folder without open_clip_config.json"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*open_clip_config.json"):
         load_vl_model(str(tmp_path))
 
 
@@ -352,7 +352,7 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
     (tmp_path / "short.pt").write_bytes(b"abc")  # the unpickler trips over each in another way
     (tmp_path / "binary.pt").write_bytes(b"X\x01\x00\x00\x00\xff.")
     for name in ("other.pt", "garbage.pt", "garbage.safetensors", "short.pt", "binary.pt"):
-        with pytest.raises(ValueError, match=f"{name} cannot be loaded as weights of tiny-ViT"):
+        with pytest.raises(ValueError, match=f"{name}.*weights of tiny-ViT"):
             load_vl_model("tiny-ViT", str(tmp_path / name))
     shutil.copytree(vl_folder, tmp_path / "cut")
     whole = (vl_folder / "open_clip_model.safetensors").read_bytes()
@@ -373,7 +373,7 @@ def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_pat
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_not_taken_for_bad_weights(device):
-    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: .*; take 'cpu'"):
+    with pytest.raises(ValueError, match=f"device '{device}'.*'cpu'"):
         load_vl_model(device=device)
 
 
@@ -497,13 +497,6 @@ def test_settings_of_a_matching_encoder_that_cannot_work_are_named(vl_folder, tm
         load_vl_model(str(folder))
 
 
-def test_weights_beside_a_folder_are_refused(vl_folder):
-    with pytest.raises(ValueError, match="pretrained"):
-        load_vl_model(str(vl_folder), "openai")
-    with pytest.raises(ValueError, match="pretrained"):
-        load_vl_model(pretrained="openai")
-
-
 def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeypatch):
     shutil.copytree(vl_folder, tmp_path / "m")
     config = PretrainConfig(image_size=64, embed_dim=16, vision_width=4, text_width=32, text_layers=1)
@@ -538,10 +531,13 @@ def test_what_is_no_list_of_texts_is_refused(vl, wrong):
     assert torch.equal(vl.encode_text(np.array(["red", "a star"])), vl.encode_text(("red", "a star")))
 
 
-@pytest.mark.parametrize("name", ["", "local-dir:", "hf-hub:", "blip:"])
+@pytest.mark.parametrize("name", ["scenes-clip", "{}", "local-dir:{}", "hf-hub:{}", "blip:{}"])
 def test_weights_beside_a_model_that_has_its_own_are_refused(vl_folder, name, no_network):
     with pytest.raises(ValueError, match="pretrained"):
-        load_vl_model(f"{name}{vl_folder}", pretrained="openai")
+        load_vl_model(name.format(vl_folder), pretrained="openai")
+
+
+def test_no_weights_are_asked_for_by_an_empty_name(vl_folder, no_network):
     assert load_vl_model(vl_folder, pretrained="").name == str(vl_folder)  # a Path, and notebooks' way of saying none
 
 

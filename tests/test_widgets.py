@@ -146,7 +146,7 @@ def test_what_a_user_types_is_text_and_no_markup(world):
     for words in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "<b>" + TOO_LONG):
         panel.controls["modifier"].value = words
         page = Page(panel.status.value + panel.picture.value)
-        assert words.strip() in page.text
+        assert words.strip()[:40] in page.text  # a long one is shown by its beginning
         assert {tag for tag, _ in page.tags} <= {"div", "b", "img", "figure", "figcaption"} and "onerror" not in str(page.tags)
         assert all(picture["src"].startswith("data:") for picture in page.all("img"))
 

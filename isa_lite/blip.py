@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from isa_lite.checkpoint import read_json
 from isa_lite.hub import HF_WEIGHTS, repository
-from isa_lite.open_clip_models import check_finite, check_preprocessing, fitting
+from isa_lite.open_clip_models import check_loaded, check_preprocessing, fitting
 from isa_lite.text_tower import EXTRA, TextTower
-from isa_lite.words import check_tokenizer
+from isa_lite.words import hf_tokenizer
 
 #: Text positions that a prompt may use. BLIP has 512; its own retrieval code uses 35.
 CONTEXT = 77
@@ -147,11 +147,9 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.t
             f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are missing, among them {missing[0]}; "
             "take one like Salesforce/blip-itm-base-coco"
         )
-    check_finite(weights, model)
-    own = {"context_length": CONTEXT, "local_files_only": True, "trust_remote_code": False}
-    check_tokenizer(folder)
+    check_loaded(weights, model)
     with fitting(folder, "holds no tokenizer that works (tokenizer.json, tokenizer_config.json)"):
-        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), **own)
+        tokenizer = hf_tokenizer(folder, context_length=CONTEXT)
     mean = tuple(look.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(look.get("std", open_clip.OPENAI_DATASET_STD))
     blip = Blip(model.eval(), mean, std).to(device)

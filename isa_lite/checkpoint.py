@@ -166,6 +166,11 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
     return tensors, info
 
 
+def sound(value: Tensor) -> bool:
+    """Whether these can be weights, or what goes with them: numbers, and none at the end of what float32 holds."""
+    return not value.is_floating_point() or bool((value.float().abs() < 1e30).all())  # False for nan, too
+
+
 def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """Raises ValueError, naming `what` (a file) and the tensor, unless these are a module's: all of `wanted`, alike, finite."""
     if strange := sorted(set(wanted) ^ set(tensors)):
@@ -174,7 +179,7 @@ def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
         if value.shape != wanted[key].shape or value.is_floating_point() != wanted[key].is_floating_point():
             there, here = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (value, wanted[key]))
             raise ValueError(f"{what} holds other weights: {key} is {there}, not {here}")
-        if not value.isfinite().all():
+        if not sound(value):
             raise ValueError(f"{what} is damaged: {key} holds values that are no numbers")
 
 
@@ -263,7 +268,7 @@ def _sorted_out(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str,
     """The tensors of a state, by module and by parameter. Raises ValueError, naming the file, for one that does not fit."""
     left, state, moments = dict(tensors), {}, {}
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if not sound(value):
             raise damaged(path, f"{key} holds values that are no numbers")
     for name, module in modules.items():
         own = module.state_dict()

@@ -106,10 +106,11 @@ def decode(source: bytes | Image.Image) -> Image.Image:
 
 def read_image(path: str | Path) -> Image.Image:
     """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+    path = _path("path", path)
     try:
         if (size := os.stat(path).st_size) > LARGEST_FILE:
             raise ValueError(f"the file has {size / 2**30:.1f} GiB, more than any picture")
-        return decode(Path(path).read_bytes())
+        return decode(path.read_bytes())
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a decoder throws at a broken file; Pillow names an address in memory
@@ -166,6 +167,12 @@ def _opened(path: Path, opener: Callable, *arguments: object) -> Any:
         raise ValueError(f"{path} cannot be run ({_first_line(error)}); export again") from error
 
 
+def _path(what: str, value: object) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in os.fspath(value):
+        raise ValueError(f"{what} must be a path, not {value!r}")
+    return Path(value)
+
+
 def _check_whole(what: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{what} must be a whole number from {least} to {most}, not {value!r}")
@@ -173,7 +180,7 @@ def _check_whole(what: str, value: object, least: int, most: int) -> None:
 
 def _check_list(what: str, values: object) -> None:
     """Raises ValueError for one text or picture where a list of them is meant."""
-    if isinstance(values, (str, bytes, os.PathLike, Image.Image)) or not hasattr(values, "__len__"):
+    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
         raise ValueError(f"{what} must be a list, not one {type(values).__name__}")
 
 
@@ -185,7 +192,7 @@ class QueryClient:
     """
 
     def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
-        folder = Path(folder)
+        folder = _path("folder", folder)
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export wrote")
         _check_whole("threads", threads, 0, 1024)  # of a thousand million, onnxruntime would ask for the memory
@@ -308,7 +315,8 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
 
     Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or has not the length 1.
     """
-    if not Path(path).is_file():
+    path = _path("path", path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no gallery {path}; isa_lite.gallery.Gallery.save writes one")
     try:
         with safe_open(path, "np") as file:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from isa_lite import ranks
 from isa_lite.backbones import stem
 from isa_lite.checkpoint import damaged, resume_run, save_run
-from isa_lite.images import Images, batch_loader, images_key
+from isa_lite.images import Images, batch_loader, check_images, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
 from isa_lite.parameters import checked, number, optional, path_name
 from isa_lite.precision import mixed, with_dtype
@@ -216,6 +216,7 @@ def distill(
     Several processes (`ranks`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
     are the same files for all. Raises ValueError where they cannot share a batch evenly.
     """
+    check_images(images)
     if len(images) < config.validation + 2:
         raise ValueError(
             f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"

@@ -80,7 +80,8 @@ def embed_files(
     Raises FileNotFoundError with the count and the first of the files that are missing, and ValueError with the count and the
     first of those that cannot be read: behind the first of them, files are read but not embedded. Finished shards are kept.
     """
-    if isinstance(files, (str, bytes, os.PathLike)) or not all(isinstance(f, (str, os.PathLike)) for f in files):
+    listed = hasattr(files, "__getitem__") and not isinstance(files, (str, bytes, Mapping))
+    if not listed or not all(isinstance(f, (str, os.PathLike)) for f in files):
         raise ValueError("files must be a list of paths; isa_lite.images.ImageFolder(FOLDER).files lists those of a folder")
     files = [Path(f) for f in files]
     num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from isa_lite import scenes
 from isa_lite.checkpoint import Between, misfit, read_json
-from isa_lite.gallery import mask_reference
+from isa_lite.gallery import indices, mask_reference
 from isa_lite.parameters import checked, scene_count, whole
 from isa_lite.scenes import KINDS, Scene
 
@@ -105,9 +105,10 @@ def make_benchmark(queries: int = 1000, gallery: int = 5000, seed: int = 0, size
 def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
     """`score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised. Raises ValueError for another width or NaN."""
     for name, points in (("gallery", gallery), ("queries", queries)):
-        if not isinstance(points, Tensor) or points.ndim != 2 or points.shape[1] != gallery.shape[-1] or points.isnan().any():
+        good = isinstance(points, Tensor) and points.is_floating_point() and points.ndim == 2 and not points.isnan().any()
+        if not good or points.shape[1] != gallery.shape[1]:
             raise ValueError(f"{name} must be numbers, of the same width in queries and gallery, and a row for each")
-    return score_ranks(queries @ gallery.T, reference, hits)
+    return score_ranks(queries.float() @ gallery.float().T, reference, hits)
 
 
 def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
@@ -119,8 +120,8 @@ def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarr
     """
     if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.isnan().any():
         raise ValueError("scores must be numbers, B x G")
-    reference, (queries, images) = torch.as_tensor(reference), scores.shape
-    if reference.shape != (queries,) or not ((reference >= -1) & (reference < images)).all():
+    reference, (queries, images) = indices(reference), scores.shape
+    if reference.shape != (queries,) or reference.is_floating_point() or not ((reference >= -1) & (reference < images)).all():
         raise ValueError(f"reference must be {queries} indices from -1 to {images - 1}")
     if not isinstance(hits, Tensor) or hits.dtype != torch.bool or hits.shape != scores.shape:
         raise ValueError(f"hits must be bool, {queries} x {images}")
@@ -267,8 +268,8 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
 def read_metrics(path: str | Path) -> dict:
     """The metrics.json of a run of notebook 02. Raises FileNotFoundError, or ValueError naming the file, for another one."""
     found = read_json(Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS)
-    if without := sorted(set(found["methods"]) - set(found["intervals"])):
-        raise ValueError(f"{path} has no intervals for {without[0]!r}; run notebook 02 again")
+    if without := sorted(set(found["methods"]) ^ set(found["intervals"])):
+        raise ValueError(f"{path} has only a recall or only its interval of {without[0]!r}; run notebook 02 again")
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def _checked_ids(ids: Sequence) -> Sequence[str | int]:
     """Ids as texts or whole numbers, which can be saved. Raises ValueError for other kinds, and for an id that is there twice."""
     if isinstance(ids, range):  # numbers that differ
         return ids
-    if isinstance(ids, (str, bytes, os.PathLike)) or not hasattr(ids, "__len__"):
+    if isinstance(ids, (str, bytes, os.PathLike, Mapping)) or not hasattr(ids, "__getitem__"):
         raise ValueError(f"ids must be a list of texts or whole numbers, not one {type(ids).__name__}")
     plain = [os.fspath(i) if isinstance(i, os.PathLike) else i.item() if isinstance(i, np.generic) else i for i in ids]
     for i, value in enumerate(plain):
@@ -68,6 +68,14 @@ def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
     return values
 
 
+def indices(values: object) -> Tensor:
+    """Whole numbers as a tensor; one of floats, which nobody takes for indices, where they are something else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return torch.full((0,), torch.nan)
+
+
 @dataclass
 class Gallery:
     """embeddings: N x E, L2-normalised; ids: N different names, whatever tells the images apart to the user.
@@ -82,10 +90,9 @@ class Gallery:
     vl_model: str = ""
 
     def __post_init__(self):
-        self.ids = _checked_ids(self.ids)
+        self.ids, self.embeddings = _checked_ids(self.ids), _checked_embeddings(self.embeddings)
         if len(self.embeddings) != len(self.ids):
             raise ValueError(f"{len(self.embeddings)} embeddings but {len(self.ids)} ids")
-        self.embeddings = _checked_embeddings(self.embeddings)
         if not isinstance(self.vl_model, str):
             raise ValueError(f"vl_model must be a model's fingerprint, a text, not a {type(self.vl_model).__name__}")
 
@@ -105,7 +112,7 @@ class Gallery:
         if not queries.isfinite().all():
             raise ValueError(f"queries must be finite, and row {int((~queries.isfinite().all(1)).nonzero()[0])} is not")
         if exclude is not None:
-            exclude = torch.as_tensor(exclude, device=queries.device)
+            exclude = indices(exclude).to(queries.device)
             if exclude.shape != (len(queries),) or exclude.is_floating_point():
                 raise ValueError(f"exclude must hold one index for each of the {len(queries)} queries, or -1 for none")
             if int(exclude.min()) < -1 or int(exclude.max()) >= len(self):

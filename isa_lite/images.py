@@ -7,7 +7,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -223,7 +223,7 @@ def check_images(images: object, what: str = "images") -> None:
     """
     if isinstance(images, ImageFolder):
         return
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or not hasattr(images, "__len__"):
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or not hasattr(images, "__getitem__"):
         kind = type(images).__name__
         raise ValueError(
             f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}; put a picture into a list"

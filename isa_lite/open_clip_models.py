@@ -16,10 +16,10 @@ from pathlib import Path
 import open_clip
 import timm
 from open_clip.coca_model import MultimodalCfg
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from isa_lite.checkpoint import read_json, read_tensors
+from isa_lite.checkpoint import read_json, read_tensors, sound
 from isa_lite.hub import nothing_fetched, weights_file
 from isa_lite.matching_encoder import MatchingEncoder
 from isa_lite.text_tower import text_config
@@ -93,10 +93,20 @@ def check_preprocessing(path: Path, settings: object) -> None:
             raise ValueError(f"{path}: preprocess_cfg sets {key!r} to {value!r}, which cannot work")
 
 
-def check_finite(path: Path, module: nn.Module) -> None:
-    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask may be minus infinity)."""
+def check_loaded(path: Path, module: nn.Module) -> None:
+    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask may be minus infinity).
+
+    Nor may whole numbers lie in a safetensors file where the module has others: a library turns them into such silently.
+    """
+    kinds = {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     for name, value in module.state_dict().items():
-        if not (value.isnan().logical_not() if name.endswith("mask") else value.isfinite()).all():
+        if name in kinds and kinds[name].startswith(("F", "BF")) != value.is_floating_point():
+            raise ValueError(f"{path} is damaged: its weights {name} are {kinds[name]}, and not {value.dtype}")
+    for name, value in module.state_dict().items():
+        if not (value.isnan().logical_not().all() if name.endswith("mask") else sound(value)):
             raise ValueError(f"{path} is damaged: its weights {name} hold values that are no numbers")
 
 
@@ -142,7 +152,7 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
         weights = weights if weights.is_file() else folder  # open_clip knows other names, too
         with fitting(weights, "holds no weights that fit its open_clip_config.json"):
             clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
-    check_finite(weights, clip)
+    check_loaded(weights, clip)
     matcher, settings, weights = None, folder / "matching_encoder.json", folder / "matching_encoder.safetensors"
     if settings.is_symlink() or settings.exists() or weights.exists():  # half of it is damage
         record = read_json(settings, "the settings of a matching encoder")
@@ -152,7 +162,7 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
             matcher = MatchingEncoder(**record)
         with fitting(weights, "holds no weights that fit its matching_encoder.json"):
             matcher.load_state_dict({k: v.float() for k, v in read_tensors(weights)[0].items()})
-        check_finite(weights, matcher)
+        check_loaded(weights, matcher)
         matcher.to(device)
     return clip, preprocess, tokenizer, matcher
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 
 from isa_lite.backbones import build_backbone, check_backbone, start_config
-from isa_lite.checkpoint import read_json, read_tensors, write_tensors, write_text
+from isa_lite.checkpoint import check_weights, read_json, read_tensors, write_tensors, write_text
 from isa_lite.images import check_images, to_pixels
 from isa_lite.mappings import MAPPINGS
 from isa_lite.parameters import checked, path_name, whole
@@ -193,12 +193,10 @@ class QueryEncoder(nn.Module):
                 shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
             encoder = cls(config, vl, initial_weights=False, shapes=shapes)  # the weights follow; nothing is to be downloaded
             tensors = read_tensors(weights)[0]
+            check_weights(tensors, encoder.state_dict(), weights.name)
             encoder.load_state_dict(tensors)
         except (RuntimeError, SafetensorError, ValueError, OSError) as error:  # of other shapes, or a file that is cut off
             raise ValueError(f"{weights} does not fit its {settings.name}: {' '.join(str(error).split())[:300]}") from error
-        for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{weights}: the weights {key} are not finite; train the query encoder again")
         return encoder.eval()
 
 

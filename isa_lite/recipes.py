@@ -52,7 +52,7 @@ def recipe(name: str, vl_model: str = "scenes-clip", backbone: str = "mobilenetv
     The start words are those of the shipped VL model, and the learned start is that of one backbone for it: with others,
     these two aids are left out.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(map(repr, RECIPES))}")
     found = asdict(RECIPES[name])
     if vl_model != "scenes-clip":

@@ -42,10 +42,17 @@ _STORED = {"runs": [{"training_seconds": {"isa": float}, "params": {"steps": Bet
 
 
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
-    """The parameters of a notebook with their default values. Raises FileNotFoundError where there is no such notebook."""
+    """The parameters of a notebook with their default values. Raises FileNotFoundError, or ValueError for another file."""
     if not notebook.is_file():
         raise FileNotFoundError(f"there is no notebook {notebook}; run this in a checkout, or give --notebook")
-    return {name: ast.literal_eval(found["default"]) for name, found in papermill.inspect_notebook(str(notebook)).items()}
+    try:
+        found = papermill.inspect_notebook(str(notebook))
+        defaults = {name: ast.literal_eval(about["default"]) for name, about in found.items()}
+    except Exception as error:  # whatever nbformat throws at a file that is none
+        raise ValueError(f"{notebook} is no notebook that can be read: {type(error).__name__}: {error}") from error
+    if not {"recipe", "steps", "num_tokens", "vl_model"} <= set(defaults):
+        raise ValueError(f"{notebook} has not the parameters of notebook 02, of which every run is one; see --notebook")
+    return defaults
 
 
 def key(parameters: Mapping, vl_fingerprint: str) -> str:

@@ -39,7 +39,9 @@ class Rows:
         rows = np.arange(len(self))[rows]
         found, shard = np.empty((len(rows), *self.shape[1:]), self.dtype), np.searchsorted(self.starts, rows, "right") - 1
         for s in np.unique(shard):
-            found[shard == s] = self._open(self.files[s])[rows[shard == s] - self.starts[s]]
+            found[shard == s] = part = self._open(self.files[s])[rows[shard == s] - self.starts[s]]
+            if not np.isfinite(part).all():
+                raise ValueError(f"{self.files[s]} is damaged: it holds values that are no numbers; delete it, to make it again")
         return found
 
     def __array__(self, dtype: type | None = None, copy: bool | None = None) -> np.ndarray:
@@ -115,5 +117,9 @@ def _whole(path: Path, count: int, kind: type) -> bool:
     try:
         array = _mapped(path)
         return array.dtype == kind and array.ndim > 1 and len(array) == count
-    except (FileNotFoundError, EOFError, ValueError):
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            return False
+        raise
+    except Exception:  # whatever numpy throws at a header that is none
         return False

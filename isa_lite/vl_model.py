@@ -13,7 +13,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def check_texts(texts: object, what: str = "texts") -> list[str]:
 
     A text alone would be taken for a list of its letters.
     """
-    if isinstance(texts, (str, bytes)) or not hasattr(texts, "__len__"):
+    if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__getitem__"):
         raise ValueError(f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a list")
     if len(texts) == 0:
         raise ValueError(f"{what} is empty; give at least one text")
@@ -66,6 +66,11 @@ class VLModel(nn.Module):
             raise ValueError(
                 f"{name or type(clip).__name__}: its tokenizer makes rows of {self.context_length} ids, "
                 f"and its text tower reads {self.tower.context_length}"
+            )
+        if self.words.pad != getattr(self.tower, "pad", self.words.pad):  # transformers guesses what is not there
+            raise ValueError(
+                f"{name or type(clip).__name__}: its tokenizer pads with the id {self.words.pad}, and its text tower knows "
+                f"{self.tower.pad}; are tokenizer.json and tokenizer_config.json there, and its own?"
             )
         self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
         #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
@@ -141,7 +146,13 @@ class VLModel(nn.Module):
         texts, parts = check_texts(texts), []
         for start in range(0, len(texts), batch_size):
             parts.append(self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu())
-        return torch.cat(parts)
+        return self._checked(torch.cat(parts))
+
+    def _checked(self, embeddings: Tensor) -> Tensor:
+        """Embeddings B x E of length 1. Raises ValueError for others, as weights that are damaged make them."""
+        if not ((torch.linalg.vector_norm(embeddings.float(), dim=-1) - 1).abs() <= 0.01).all():  # False for nan, too
+            raise ValueError(f"{self.name or 'the model'} gives embeddings that are zero or no numbers; are its weights damaged?")
+        return embeddings
 
     # ------------------------------------------------------------------------------------------ images
 
@@ -208,7 +219,7 @@ class VLModel(nn.Module):
         """
         check_images(images)
         starts = range(0, len(images), batch_size)
-        return torch.cat([self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts])
+        return self._checked(torch.cat([self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts]))
 
     @property
     def fingerprint(self) -> str:

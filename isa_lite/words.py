@@ -118,11 +118,14 @@ class Words:
         return (self.inner or self.tokenizer).decode([int(i)]).strip()
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError naming the file where one of a tokenizer's files is there, and is no JSON object."""
+def hf_tokenizer(folder: Path, **settings) -> open_clip.tokenizer.HFTokenizer:
+    """A tokenizer of `transformers` from its files. Raises ValueError naming one that is no JSON object; else what they raise."""
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.exists():
             read_json(path, "a tokenizer or its settings")
+    made = open_clip.tokenizer.HFTokenizer(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+    made([ANCHOR]), made.tokenizer(ANCHOR)  # some settings are only looked at now
+    return made
 
 
 @lru_cache(maxsize=8)
@@ -140,14 +143,10 @@ def load_tokenizer(text: dict, name: str, folder: Path | None = None):
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if not text.get("hf_tokenizer_name"):
         return _simple(json.dumps({"context_length": length, **(text.get("tokenizer_kwargs") or {})}))
-    if folder is not None:
-        check_tokenizer(folder)
     own = folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return open_clip.tokenizer.HFTokenizer(
-        str(folder if own else tokenizer_folder(text["hf_tokenizer_name"], name)),
+    return hf_tokenizer(
+        folder if own else Path(tokenizer_folder(text["hf_tokenizer_name"], name)),
         context_length=length,
         tokenizer_mode=text.get("tokenizer_mode"),
-        local_files_only=True,
-        trust_remote_code=False,
         **(text.get("tokenizer_kwargs") or {}),
     )

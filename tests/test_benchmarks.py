@@ -771,8 +771,13 @@ def test_an_out_that_is_a_file_and_methods_that_are_one_text_are_refused_first(c
     for out in ("file", "file/below"):
         with pytest.raises(ValueError, match="out="):
             run("cirr", cirr_root, vl, ["text only"], out=tmp_path / out)
-    with pytest.raises(ValueError, match="methods"):
-        run("cirr", cirr_root, vl, "text only")
+    for methods in ("text only", 3, None):
+        with pytest.raises(ValueError, match="methods"):
+            run("cirr", cirr_root, vl, methods)
+    with pytest.raises(ValueError, match="data"):
+        run("cirr", cirr_root, vl, ["text only"], data=None)
+    with pytest.raises(ValueError, match="template"):
+        RunConfig(template="nonsense")
 
 
 # ------------------------------------------------------------------------------- tiny trees, command line

@@ -1,5 +1,6 @@
 """BLIP with random weights: its own forward passes, prompts, loading, and a few steps of distillation."""
 
+import json
 import sys
 
 import numpy as np
@@ -126,13 +127,19 @@ def test_damaged_weights_and_tokenizers_are_named(tmp_path):
     write_blip(tmp_path)
     weights, info = tmp_path / "model.safetensors", tmp_path / "tokenizer_config.json"
     tensors = load_file(weights)
-    save_file(tensors | {"text_proj.bias": torch.full((16,), float("inf"))}, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match="model.safetensors.*text.proj.bias"):
-        load_blip(str(tmp_path))
+    bias = torch.zeros(16)
+    for bad in (bias + float("inf"), bias + 1e38, bias.long()):
+        save_file(tensors | {"text_proj.bias": bad}, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match="model.safetensors.*text.proj.bias"):
+            load_blip(str(tmp_path))
     save_file(tensors, weights, {"format": "pt"})
-    info.write_text("3")
-    with pytest.raises(ValueError, match="tokenizer_config.json"):
-        load_blip(str(tmp_path))
+    for content in ("3", json.dumps(json.loads(info.read_text()) | {"model_max_length": []})):
+        info.write_text(content)
+        with pytest.raises(ValueError, match="tokenizer_config.json"):
+            load_blip(str(tmp_path))
+    info.unlink()  # then transformers takes another padding
+    with pytest.raises(ValueError, match="pads with.*tokenizer_config.json"):
+        load_vl_model(str(tmp_path))
 
 
 def test_folders_without_a_blip(tmp_path, folder):

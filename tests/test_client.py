@@ -118,6 +118,7 @@ def test_a_picture_is_taken_as_its_file_is(folder, tmp_path, pictures):
         ([Image.new("RGB", (8, 8))], [None], r"modifiers\[0\]"),
         ([Image.new("RGB", (8, 8))], [3], r"modifiers\[0\]"),
         ([Image.new("RGB", (8, 8))], None, "modifiers"),
+        ([Image.new("RGB", (8, 8))], {"red": 1}, "modifiers"),
         ([Image.new("RGB", (8, 8))], ["red " * 20], "red"),
         ([Image.new("RGB", (1, 1001))], ["red"], "1 x 1001"),
     ],
@@ -251,3 +252,9 @@ def test_a_gallery_that_does_not_know_its_model_is_damaged(tmp_path):
     for reads in (read_gallery, Gallery.load):
         with pytest.raises(ValueError, match="g.safetensors.*vl_model"):
             reads(tmp_path / "g.safetensors")
+
+
+@pytest.mark.parametrize("reads", [QueryClient, read_gallery, read_image])
+def test_what_is_no_path_is_refused(reads):
+    with pytest.raises(ValueError, match="must be a path, not 3"):
+        reads(3)

@@ -505,6 +505,26 @@ def test_two_runs_that_fill_one_cache_at_once_both_get_every_row(vl, images, tmp
             assert np.array_equal(found.embeddings, expected.embeddings) and np.array_equal(found.patches, expected.patches)
 
 
+def test_what_are_no_images_is_refused(vl):
+    for images in (3, None, {"a": 1}):
+        with pytest.raises(ValueError, match="images must be"):
+            distill(images, vl, fresh(vl), DistillConfig())
+
+
+def test_targets_on_disk_that_are_no_numbers_are_named(vl, images, tmp_path):
+    targets(images, vl, True, tmp_path)
+    path = next(tmp_path.rglob("*.patches.npy"))
+    content = np.load(path)
+    content[1, 0] = np.nan
+    np.save(path, content)
+    known = targets(images, vl, True, tmp_path)
+    assert np.isfinite(known.patches[np.array([0, 2])]).all() and np.isfinite(known.embeddings).all()
+    with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+        known.patches[np.array([0, 1])]
+    path.write_bytes(path.read_bytes().replace(b"'shape'", b"'shape\\", 1))  # numpy takes it for Python, and fails in its own way
+    assert np.isfinite(targets(images, vl, True, tmp_path).patches[:]).all()
+
+
 def test_a_cache_that_is_a_file_is_refused_before_any_work(vl, images, tmp_path, no_model):
     (tmp_path / "cache").write_text("")
     no_model()

@@ -142,7 +142,7 @@ def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(vl, tmp_path):
 # ---------------------------------------------------------------------------------------------- odd input
 
 
-@pytest.mark.parametrize("wrong", ["a.png", b"a.png", [None], [3]])
+@pytest.mark.parametrize("wrong", ["a.png", b"a.png", [None], [3], None, 3, {"a.png"}])
 def test_what_is_no_list_of_files_is_refused(vl, wrong):
     with pytest.raises(ValueError, match="files"):
         embed_files(wrong, vl)

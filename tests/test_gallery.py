@@ -70,6 +70,12 @@ def test_ids_and_embeddings_belong_together():
         Gallery(torch.eye(3)[:2], ["a", "b", "c"])
 
 
+@pytest.mark.parametrize("embeddings, ids", [(None, "ab"), (torch.eye(2), {"a", "b"}), (torch.eye(2), {"a": 1, "b": 2})], ids=str)
+def test_what_is_no_list_of_vectors_or_names_is_refused(embeddings, ids):
+    with pytest.raises(ValueError, match="^(embeddings|ids) must be"):
+        Gallery(embeddings, list(ids) if embeddings is None else ids)
+
+
 def clustered(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
     """Unit vectors in clumps, as embeddings are."""
     draw = torch.Generator().manual_seed(seed)
@@ -239,6 +245,7 @@ def test_queries_may_be_arrays_of_any_precision_or_one_vector(gallery, kind):
         (torch.eye(6)[:2], 3, torch.tensor([1, 40]), "exclude"),
         (torch.eye(6)[:2], 3, torch.tensor([1, -2]), "exclude"),
         (torch.eye(6)[:2], 3, torch.tensor([0.5, 1]), "exclude"),
+        (torch.eye(6)[:2], 3, "x", "exclude"),
         (torch.eye(6)[:2], 2.0, None, "k must"),
         (torch.eye(6)[:2], True, None, "k must"),
     ],

@@ -24,6 +24,8 @@ def test_core_has_no_aid_and_default_has_all():
     assert set(NOTHING) <= fields and recipe("core").encoder | recipe("core").distillation == NOTHING
     with pytest.raises(ValueError, match="recipe.*'cor'"):
         recipe("cor")
+    with pytest.raises(ValueError, match="'x'"):
+        recipe(["x"])
 
 
 def test_default_is_what_ships():

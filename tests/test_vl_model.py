@@ -523,7 +523,18 @@ def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("wrong", ["a red circle", b"red", None, [], ["red", None], [3], [["red"]]])
+@torch.no_grad()
+def test_embeddings_that_are_nothing_are_refused(vl):
+    for weights in vl.clip.visual.attnpool.c_proj.parameters():
+        weights.zero_()
+    with pytest.raises(ValueError, match="damaged"):
+        vl.encode_images(np.zeros((1, 64, 64, 3), np.uint8))
+    vl.clip.text_projection.fill_(float("nan"))
+    with pytest.raises(ValueError, match="damaged"):
+        vl.encode_text(["a"])
+
+
+@pytest.mark.parametrize("wrong", ["a red circle", b"red", None, [], ["red", None], [3], [["red"]], {"red": 1}, {"red"}])
 def test_what_is_no_list_of_texts_is_refused(vl, wrong):
     for call in (vl.encode_text, vl.tokenize):
         with pytest.raises(ValueError, match="texts"):

@@ -26,7 +26,7 @@ from isa_lite.benchmarks.common import Ranking, Task, one_of, rank
 from isa_lite.checkpoint import write_text
 from isa_lite.embed import ahead, embed_files
 from isa_lite.images import read_image
-from isa_lite.parameters import checked
+from isa_lite.parameters import checked, optional, path_name
 from isa_lite.parameters import text as a_text
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
 from isa_lite.settings import METHODS, RunConfig, check_template
@@ -115,7 +115,7 @@ def count_cut(task: Task, vl: VLModel, num_tokens: int, template: str, truncate:
     return cut
 
 
-@checked(data=a_text())
+@checked(data=a_text(), out=optional(path_name()), cache=optional(path_name()))
 def run(
     benchmark: str,
     root: str | Path,
@@ -133,7 +133,7 @@ def run(
     the result. Everything that can be refused is refused before an image is embedded.
     """
     one_of("benchmark", benchmark, tuple(BENCHMARKS))
-    if isinstance(methods, str) or not methods:
+    if isinstance(methods, str) or not isinstance(methods, Sequence) or not methods:
         raise ValueError(f"methods must be a list of some of {', '.join(METHODS)}, not {methods!r}")
     for method in methods:
         one_of("method", method, METHODS)

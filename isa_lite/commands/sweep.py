@@ -5,14 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import device_name, file, folder, option, output, whole_number
+from isa_lite.parameters import device_name, file, folder, option, output, whole, whole_number
 from isa_lite.recipes import RECIPES
 from isa_lite.settings import NOTEBOOK, WITHOUT_CHANGE
 
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [whole(0)(int(part)) for part in text.split(",")]
     except ValueError:
         raise ArgumentTypeError(f"seeds are whole numbers with commas between them, such as 0,1,2; not {text!r}") from None
 

@@ -2,8 +2,8 @@
 
 Valid files of every reader are damaged, and every option, notebook parameter and public function gets bad values (`fuzz_damage`;
 what is tried is in `fuzz_entries`). Each case follows from `--seed`, the entry point's name and its number. It runs in a child of
-its own (forked from this process, which has imported everything; spawned where there is no fork) with `MEMORY` bytes beyond what
-the child starts with, `SECONDS` of processor time and no network, and it is one of
+its own (forked from this process, which has imported everything: on Linux or macOS) with `MEMORY` bytes beyond what the child
+starts with, `SECONDS` of processor time and no network, and it is one of
 
 - clean: refused in one line that names the file or the parameter (a command: with status 2), or a warning named the file;
 - unnamed: refused by the right kind of error, but the line names nothing, is several lines, or the status is not 2;
@@ -31,9 +31,9 @@ import json
 import math
 import pickle
 import re
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -186,16 +186,11 @@ def judge(case: Case, out: dict | None, number: int, stdout: str, stderr: str, s
 
 def limited(case: Case, place: Path, valid: Mapping, report: Path) -> None:
     """In the child: `attempt` within the limits; what happened goes to the file `report`."""
-    try:
-        import resource
-    except ImportError:  # Windows: without limits
-        report.write_text(json.dumps(attempt(case, place, valid) | {"rss": 0}, default=str))
-        return
     pages = Path("/proc/self/statm")
     now = int(pages.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if pages.is_file() else 64 << 30
     for what, most in ((resource.RLIMIT_AS, now + MEMORY), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(what, (most, most if what != resource.RLIMIT_CPU else SECONDS + 5))
-    signal.alarm(12 * SECONDS)  # for one that waits, also on a busy machine
+    signal.alarm(40 * SECONDS)  # for one that waits; on a busy machine, all do
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = attempt(case, place, valid)
     out["rss"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
@@ -229,24 +224,7 @@ def try_case(entry: Entry, number: int, args: argparse.Namespace, place: Path, v
     report, stdout, stderr = (place.with_suffix(ending) for ending in (".json", ".out", ".err"))
     place.mkdir()
     began = time.monotonic()
-    if hasattr(os, "fork"):
-        status = forked(lambda: limited(case, place, valid.get(case.key, {}), report), stdout, stderr)
-        ended_by = status & 0x7F
-    else:
-        line = [
-            sys.executable,
-            __file__,
-            "--seed",
-            args.seed,
-            "--work",
-            args.work,
-            "--only",
-            f"{entry.name}:{number}",
-            "--report",
-            report,
-        ]
-        with stdout.open("w") as out, stderr.open("w") as err:
-            ended_by = -subprocess.run(list(map(str, line)), stdout=out, stderr=err).returncode
+    ended_by = forked(lambda: limited(case, place, valid.get(case.key, {}), report), stdout, stderr) & 0x7F
     out = json.loads(report.read_text()) if report.is_file() else None
     said, complained = (path.read_text(errors="replace") for path in (stdout, stderr))
     if args.show:
@@ -259,14 +237,14 @@ def try_case(entry: Entry, number: int, args: argparse.Namespace, place: Path, v
 
 
 def valid_results(entry: Entry, into: Path) -> dict:
-    """What the entry's valid inputs give, by key: computed in a child, where there is fork. RuntimeError where one fails."""
+    """What the entry's valid inputs give, by key: computed in a child. RuntimeError where one fails."""
 
     def work() -> None:
         into.write_bytes(pickle.dumps({key: dict(leaves(value)) for key, value in entry.valid().items()}))
 
     if entry.valid is None:
         return {}
-    if (forked(work) if hasattr(os, "fork") else work()) not in (0, None):
+    if forked(work):
         raise RuntimeError(f"{entry.name}: its valid input does not work")
     return pickle.loads(into.read_bytes())
 
@@ -288,39 +266,33 @@ def main() -> None:
     parser.add_argument("--only", default="", help="entry points whose name holds this; NAME:NUMBER runs and shows one case")
     parser.add_argument("--verbose", action="store_true", help="each case that is neither clean nor accepted, as it comes")
     parser.add_argument("--work", type=Path, help="a folder of valid files, to be used again; it is written where there is none")
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)  # of one case that runs in this very process
     args = parser.parse_args()
     wanted, _, number = args.only.partition(":")
+    sys.stdout.reconfigure(errors="backslashreplace")  # what was tried need not be text that can be printed
     args.show, began = bool(number), time.monotonic()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         args.work, folder = (args.work or Path(folder) / "work").resolve(), Path(folder)
 
         def build(write: Callable[[], None]) -> None:
-            if (forked(write) if hasattr(os, "fork") else write()) not in (0, None):
+            if forked(write):
                 sys.exit("the valid files cannot be written")
 
         entries = [e for e in prepare(args.work, build) if (wanted == e.name if number else wanted in e.name)]
         if not entries:
             sys.exit(f"--only: no entry point is called {wanted!r}")
-        if args.report:
-            valid, case = (
-                valid_results(entries[0], folder / "valid"),
-                entries[0].case(int(number), Random(f"{args.seed} {args.only.replace(':', ' ')}")),
-            )
-            limited(case, folder, valid.get(case.key, {}), args.report)
-            return
         print(f"{len(entries)} entry points; ready after {time.monotonic() - began:.0f} s", flush=True)
         table: dict[str, Counter] = {}
         failed: list[str] = []
-        for entry in entries:
+        numbers = {wanted: [int(number)]} if number else shares(entries, args.cases, args.seed)
+        for entry in (e for e in entries if numbers[e.name]):
             table[entry.name] = Counter()
             try:
                 valid = valid_results(entry, folder / "valid")
             except RuntimeError as error:  # the others can still be tried
                 failed.append(str(error))
                 continue
-            for i in [int(number)] if number else shares(entries, args.cases, args.seed)[entry.name]:
+            for i in numbers[entry.name]:
                 start = time.monotonic()
                 kind, why, case = try_case(entry, i, args, folder / f"case{i}", valid)
                 table[entry.name][kind] += 1

@@ -9,6 +9,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -76,7 +77,8 @@ def damaged_json(doc: object, rng: Random, free: bool = False, optional: bool = 
     if kind == "value":
         new = rng.choice([value for value in ODD if value != json.dumps(old)])
         told = new if len(new) < 30 else f"{new[:12]}... ({len(new)} characters)"
-        text, number = isinstance(old, str) and new[0] == '"', type(old) in (int, float) and new in ("0", "1.5", "-1")
+        name = free and path[-2:-1] == ("ids",) and re.fullmatch(r"-?\d+", new)  # an id may be a whole number, too
+        text, number = isinstance(old, str) and (new[0] == '"' or name), type(old) in (int, float) and new in ("0", "1.5", "-1")
         empty = new == "[]" and isinstance(old, list) or optional and new == "{}" and isinstance(old, dict)
         expect = "free" if text and free or number or empty else "refuse"
         if path:
@@ -96,8 +98,8 @@ def damaged_json(doc: object, rng: Random, free: bool = False, optional: bool = 
     return f"{where} is shorter", "free", json.dumps(doc)
 
 
-def damaged_tensors(path: Path, rng: Random) -> tuple[str, str]:
-    """In place: one tensor of a safetensors file, or its `info`, is another."""
+def damaged_tensors(path: Path, rng: Random, free: bool) -> tuple[str, str]:
+    """In place: one tensor of a safetensors file, or its `info`, is another; free: see `damaged_json`."""
     from safetensors.torch import safe_open, save_file
 
     with safe_open(path, "pt") as file:
@@ -108,7 +110,7 @@ def damaged_tensors(path: Path, rng: Random) -> tuple[str, str]:
     kind = rng.choice(kinds + ["info"] * 4 * bool(info))
     floats = old.is_floating_point()
     if kind == "info":
-        kind, expect, info = damaged_json(json.loads(info), rng)
+        kind, expect, info = damaged_json(json.loads(info), rng, free)
         key = "info"
     elif kind == "missing":
         del tensors[key]
@@ -232,7 +234,7 @@ def damage(
         return f"{what} in its place", expect, lambda place: _instead(place, what, other)
     seed = rng.random()
     if kind in ("tensors", "npy") and rng.random() < 0.7:
-        work = damaged_tensors if kind == "tensors" else damaged_array
+        work = partial(damaged_tensors, free=free) if kind == "tensors" else damaged_array
         trial = path.with_name("trial")
         trial.write_bytes(path.read_bytes())
         text, expect = work(trial, Random(seed))
@@ -293,8 +295,8 @@ def bad_word(name: str, option, work: Path) -> list[tuple[str, str]]:
     if option.choices:
         return [("nonsense", "refuse"), ("", "refuse")]
     if name in OUTPUTS:
-        folder = name != "gather" and Path(str(option.default)).suffix not in (".json", ".html", ".png")
-        wrong = (str(work / "metrics.json" / "x"), "x" * 5000, str(work / ("metrics.json" if folder else "results")))
+        other = "metrics.json" if option.help.startswith("folder") else "results"
+        wrong = (str(work / "metrics.json" / "x"), "x" * 5000, str(work / other))
         return [*((v, "refuse") for v in wrong), ("a\udcff", "free"), ("{}é '", "free"), ("-1", "free")]
     numbers = type(option.default) in (int, float) or option.type not in (None, str, Path) or name in ("seeds", "rivals")
     if numbers:

@@ -13,6 +13,7 @@ import sys
 from argparse import ArgumentParser, _SubParsersAction
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -265,7 +266,7 @@ def read_vl(root: Path, file: str) -> dict:
     ids = vl.tokenize(["a cat"])
     words, patches = vl.word_vectors(ids), vl.encode_pixels_and_patches(vl.pixels(pictures(1, 40)))[1]
     read = words if vl.matcher_reads_words else vl.text_tokens(words, ids)
-    match = vl.matcher(read, torch.ones(ids.shape, dtype=torch.bool), patches) if vl.matcher else None
+    match = vl.matcher(read, ids != vl.words.pad, patches) if vl.matcher else None
     return {"text": vl.encode_text(["a red circle", "a cat"]), "images": vl.encode_images(pictures(2, 40)), "match": match}
 
 
@@ -409,11 +410,34 @@ def readers() -> list[Entry]:
 # ----------------------------------------------------------------------------------------------- functions
 
 
-def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, str]]]]]:
-    """Public functions: name, call, valid parameters, and bad values of those whose kind does not say them."""
+def counted(name: str, cases: list[Case]) -> Entry:
+    return Entry(name, lambda i, rng: cases[i], len(cases))
+
+
+def names_of(parameter: str, value: object) -> tuple[str, ...]:
+    """The names of which a refusal of the value must give one: its parameter's, or of a path its own."""
+    path = isinstance(value, Path) or isinstance(value, str) and len(value) > 1 and value != "-1"
+    own = Path(value).name[:60] if path else ""
+    return (parameter, own) if own and "\0" not in own else (parameter,)
+
+
+def function_entries() -> list[Entry]:
+    """Public functions with each parameter set to bad values: those given here, or else those that its kind says."""
     vl, encoder, unit, some = HELD["vl"], HELD["encoder"], torch.eye(4, 16), F.normalize(torch.ones(4, 16) + torch.eye(4, 16))
     g = gallery.Gallery.load(WORK / "gallery.safetensors")
-    n, files, two = len(g), sorted((WORK / "images").rglob("*.*")), pictures(2, 40)
+    n, files, two, folder = len(g), sorted((WORK / "images").rglob("*.*")), pictures(2, 40), images.ImageFolder(WORK / "images")
+    made: list[Entry] = []
+
+    def add(name: str, call: Callable, wrong: Mapping[str, list], /, **valid: object) -> None:
+        cases = []
+        for parameter, default in valid.items():
+            if isinstance(default, bool):  # in a call, anything is true or false
+                continue
+            aliases = {"shown": ("images",), "state": ("checkpoint",), "modifiers": ("modifier",)}.get(parameter, ())
+            for value, expect in wrong.get(parameter) or bad_value(parameter, default, WORK):
+                work = lambda place, k=valid | {parameter: value}: call(**k)  # noqa: E731
+                cases.append(Case(f"{name}({parameter}={told(value)})", (*names_of(parameter, value), *aliases), expect, work))
+        made.append(counted(name, cases))
 
     def bad(*values: object, free: Sequence[object] = ()) -> list[tuple[object, str]]:
         return [(v, "refuse") for v in values] + [(v, "free") for v in free]
@@ -441,213 +465,100 @@ def functions() -> list[tuple[str, Callable, dict, dict[str, list[tuple[object, 
         ).state_dict()
 
     def on_benchmark(methods, out, cache, data, **k) -> dict:
-        return run.run(
-            "cirr", WORK / "cirr", vl, methods, encoder, run.RunConfig(num_workers=0, progress=False, **k), out, cache, data
-        ).methods
+        config = run.RunConfig(num_workers=0, progress=False, **k)
+        return run.run("cirr", WORK / "cirr", vl, methods, encoder, config, out, cache, data).methods
 
-    odd_pictures = bad(
-        two[0], two[..., :1], [], None, 3, "a.png", ["a.png"], [None], [[1, 2]], {}, two / 255.0, two.astype(np.int64)
-    )
-    odd_pictures += bad(np.full((2, 40, 40, 3), np.nan), Image.new("RGB", (9, 9)), two[:, :0], two[:0])
+    odd_pictures = bad(two[0], two[..., :1], [], None, 3, "a.png", ["a.png"], [None], [[1, 2]], {}, {"a": two[0]}, two / 255.0)
+    odd_pictures += bad(two.astype(np.int64), np.full((2, 40, 40, 3), np.nan), Image.new("RGB", (9, 9)), two[:, :0], two[:0])
     both_pictures = odd_pictures + bad(free=[[Image.new("L", (9, 9)), two[0]], two[:, ::-1], [Image.new("RGB", (1, 900))] * 2])
-    said = bad("a red circle", [], None, [None] * 2, [1, 2], 3, [["a"]] * 2, b"ab", [b"a"] * 2, {"a": 1, "b": 2})
+    said = bad("a red circle", [], None, [None] * 2, [1, 2], 3, [["a"]] * 2, b"ab", [b"a"] * 2, {"a": 1, "b": 2}, {"a", "b"})
     said += bad(free=[["x" * 10**6, "a"], ["", " "], ("a", "b"), ["\ud800", "a\0"], np.array(["a", "b"])])
     modifiers = said + bad(["a"], ["a", "b", "c"])
-    rows = bad(
-        *map(spoiled, (float("nan"), float("inf"), 0.0, 100.0)),
-        some[0],
-        some[:0],
+    rows = bad(*map(spoiled, (float("nan"), float("inf"), 0.0, 100.0)), some[0], some[:0], some[None], some.long(), some.bool())
+    rows += bad(None, "x", free=[some.half(), some.double(), some.numpy(), some.t().contiguous().t()])
+    ids = bad(
+        "abcd",
+        ["a", "b"],
         None,
-        some.long(),
-        "x",
-        some[None],
-        some.bool(),
+        ["a", "a", "b", "c"],
+        4,
+        [None] * 4,
+        [["a"]] * 4,
+        {"a": 1},
+        set("abcd"),
+        dict.fromkeys("abcd"),
+        [1.5] * 4,
     )
-    rows += bad(free=[some.half(), some.double(), some.numpy(), some.t().contiguous().t()])
-    ids = bad("abcd", ["a", "b"], None, ["a", "a", "b", "c"], 4, [None] * 4, [["a"]] * 4, {"a": 1}, [1.5] * 4)
     ids += bad(free=[np.array(list("abcd")), [Path(x) for x in "abcd"], range(4), tuple("abcd")])
     asked = bad(unit[0], torch.eye(4, 7), unit * float("nan"), None, "x", [[1.0]], unit.long(), unit[:0], unit[None])
     asked += bad(free=[unit.half(), unit.numpy(), unit.double()])
     left = bad(torch.tensor([0]), torch.tensor([n, 0, 0, 0]), torch.tensor([-2] * 4), "x", 3, torch.zeros(4))
-    words = bad(
-        torch.zeros(2, 4), torch.zeros(2, 4, 7), torch.full((2, 4, 32), float("nan")), None, "x", [1], torch.zeros(2, 0, 32)
-    )
-    words += bad(torch.zeros(2, 99, 32), torch.zeros(2, 4, 32).long())
+    words = bad(*(torch.zeros(shape) for shape in ((2, 4), (2, 4, 7), (2, 99, 32))), None, "x", [1], free=[torch.zeros(2, 0, 32)])
+    words += bad(torch.full((2, 4, 32), float("nan")), torch.zeros(2, 4, 32).long())
     where = bad("nonsense", WORK / "metrics.json", WORK / "results", None, 3, "", "\ud800", "a\0b", "x" * 5000)
     places = bad(WORK / "metrics.json", WORK / "metrics.json" / "x", None, 3)
-    listed = bad([], None, 3, "nonsense", ["missing.png"], [None], [WORK / "images"], [WORK / "captions.csv"], [3])
+    listed = bad([], None, 3, {"a.png"}, "nonsense", ["missing.png"], [None], [WORK / "images"], [WORK / "captions.csv"], [3])
     ranks = bad(np.array([]), np.array([float("nan"), 1]), "x", None, np.array([0, 1]), np.array([-1]))
     search, k4 = {"queries": unit, "k": 2, "exclude": torch.tensor([0, 1, 2, -1])}, {"batch_size": 4}
     built = {k: v for k, v in asdict(encoder.config).items() if k not in ("word_width", "word_norm", "vl_model")}
     three = bad((0.5, 0.5), "x", (float("nan"),) * 3, 0.5, (0.5, None, 0.5))
-    own = {
-        k: [(v, e) for v, e in bad_value(k, built[k], WORK) if v is not None] for k in ("image_size", "stride", "width", "depth")
-    }
+    own = {name: built[name] for name in ("image_size", "stride", "width", "depth")}  # None is as good
+    own = {name: [(v, e) for v, e in bad_value(name, value, WORK) if v is not None] for name, value in own.items()}
     hits = torch.ones(2, n, dtype=torch.bool)
-    return [
-        ("encode_text", vl.encode_text, {"texts": ["a", "b"], **k4}, {"texts": said}),
-        ("encode_images", vl.encode_images, {"images": two, **k4}, {"images": both_pictures}),
-        ("QueryEncoder.sentences", encoder.sentences, {"images": two, **k4}, {"images": both_pictures}),
-        (
-            "compose",
-            lambda **k: query_encoder.compose(vl, **k),
-            {"tokens": torch.ones(2, 4, 32), "modifiers": ["a", "b"], "template": "{sentence}, {modifier}", **k4},
-            {"tokens": words, "modifiers": modifiers},
-        ),
-        ("Gallery", saved, {"embeddings": some, "ids": list("abcd"), "vl_model": ""}, {"embeddings": rows, "ids": ids}),
-        ("Gallery.search", g.search, search | {"chunk": 8}, {"queries": asked, "exclude": left}),
-        ("FaissGallery", faiss, search | {"kind": "ivf", "lists": 2, "probes": 1}, {"queries": asked, "exclude": left}),
-        (
-            "embed_files",
-            lambda **k: embed.embed_files(vl=vl, progress=False, **k),
-            {"files": files, "cache": "cache", "shard": 4, "num_workers": 0, "dtype": "float32", **k4},
-            {"files": listed, "cache": places[:2], "num_workers": bad(-1, 1.5, "x", 10**9)},
-        ),
-        (
-            "read_captions",
-            lambda path: own_data.read_captions(path, images.ImageFolder(WORK / "images")),
-            {"path": WORK / "captions.csv"},
-            {"path": where},
-        ),
-        (
-            "read_triplets",
-            lambda path: own_data.read_triplets(path, images.ImageFolder(WORK / "images")),
-            {"path": WORK / "triplets.json"},
-            {"path": where},
-        ),
-        ("ImageFolder", images.ImageFolder, {"folder": WORK / "images"}, {"folder": where}),
-        ("read_image", images.read_image, {"path": WORK / "images" / "a.png"}, {"path": where}),
-        (
-            "load_vl_model",
-            vl_model.load_vl_model,
-            {"name": str(WORK / "vl"), "pretrained": None, "device": "cpu"},
-            {"name": where, "pretrained": bad("nonsense")},
-        ),
-        (
-            "QueryEncoder.load",
-            lambda folder: query_encoder.QueryEncoder.load(folder, vl),
-            {"folder": WORK / "encoder"},
-            {"folder": where},
-        ),
-        ("Gallery.load", gallery.Gallery.load, {"path": WORK / "gallery.safetensors"}, {"path": where}),
-        (
-            "QueryClient",
-            client.QueryClient,
-            {"folder": WORK / "client", "threads": 1, "vl_model": vl.fingerprint},
-            {"folder": where, "vl_model": bad("nonsense", 3)},
-        ),
-        (
-            "QueryClient.encode",
-            lambda **k: client.QueryClient(WORK / "client", 1).encode(**k),
-            {"images": list(two), "modifiers": ["a", "b"], **k4},
-            {"images": both_pictures, "modifiers": modifiers},
-        ),
-        (
-            "QueryEncoderConfig",
-            lambda **k: query_encoder.QueryEncoder.for_model(vl, **k).sentences(two).tokens,
-            built,
-            {"mean": three, "std": three + bad((0, 0, 0), (-1, 1, 1))} | own,
-        ),
-        (
-            "DistillConfig",
-            lambda **k: distilled(WORK / "targets", **k),
-            with_defaults(distill.DistillConfig, steps=2, batch_size=2, validation=2, warmup=1, dtype="float32"),
-            {},
-        ),
-        (
-            "distill",
-            distilled,
-            {"cache": "cache", "state": "state.safetensors", "shown": pictures(), "checkpoint_minutes": 5.0},
-            {"cache": places[:2], "state": places[:2], "shown": odd_pictures},
-        ),
-        ("PretrainConfig", towers, with_defaults(pretrain.PretrainConfig, **TINY, families=1, singles=1), {}),
-        ("FolderConfig", on_folder, with_defaults(folder_batches.FolderConfig, **TINY, batch_size=8), {}),
-        (
-            "BackboneConfig",
-            lambda **k: learned(WORK / "targets", Path("state.safetensors"), **k),
-            with_defaults(
-                light_backbone.BackboneConfig,
-                steps=2,
-                batch_size=2,
-                warmup=1,
-                num_images=6,
-                backbone=encoder.config.backbone,
-                stride=encoder.config.stride,
-            ),
-            {},
-        ),
-        (
-            "benchmarks.run",
-            on_benchmark,
-            {
-                "methods": ("isa",),
-                "out": "out",
-                "cache": "cache",
-                "data": "x",
-                "split": "val",
-                "template": "{sentence} {modifier}",
-                "dtype": "float32",
-                **k4,
-            },
-            {"methods": bad(["nonsense"], [], None, "isa", 3)},
-        ),
-        ("make_benchmark", evaluate.make_benchmark, {"queries": 2, "gallery": 10, "seed": 0, "size": 32}, {}),
-        ("sample_scenes", scenes.sample_scenes, {"n": 2, "seed": 0}, {}),
-        (
-            "write_tiny",
-            tiny.write_tiny,
-            {"benchmark": "cirr", "root": "tree", "queries": 2, "seed": 0, "size": 32},
-            {"root": places},
-        ),
-        (
-            "write_icons",
-            icons.write_icons,
-            {"folder": "icons", "count": 100, "queries": 2, "seed": 0, "size": 32},
-            {"folder": places},
-        ),
-        (
-            "export",
-            lambda **k: export.export(encoder, vl, **k),
-            {"folder": "client", "template": "{sentence} {modifier}"},
-            {"folder": places},
-        ),
-        ("recall", evaluate.recall, {"rank": np.array([1, 2]), "k": 1}, {"rank": ranks}),
-        (
-            "ranks",
-            lambda **k: evaluate.ranks(gallery=g.embeddings, **k),
-            {"queries": unit[:2], "reference": np.array([0, 1]), "hits": hits},
-            {
-                "queries": asked[:7],
-                "reference": bad(np.array([0]), np.array([n, 0]), np.array([-5, 0])),
-                "hits": bad(hits[:, :3], ~hits, None),
-            },
-        ),
-    ]
-
-
-def counted(name: str, cases: list[Case]) -> Entry:
-    return Entry(name, lambda i, rng: cases[i], len(cases))
-
-
-def names_of(parameter: str, value: object) -> tuple[str, ...]:
-    """The names of which a refusal of the value must give one: its parameter's, or of a path its own."""
-    path = isinstance(value, Path) or isinstance(value, str) and len(value) > 2
-    own = Path(value).name[:60] if path else ""
-    return (parameter, own) if own and "\0" not in own else (parameter,)
-
-
-def function_entries() -> list[Entry]:
-    made = []
-    for name, call, valid, more in functions():
-        cases = []
-        for parameter, default in valid.items():
-            if isinstance(default, bool):  # in a call, anything is true or false
-                continue
-            aliases = {"shown": ("images",), "state": ("checkpoint",), "modifiers": ("modifier",)}.get(parameter, ())
-            for value, expect in more.get(parameter) or bad_value(parameter, default, WORK):
-                work = lambda place, call=call, k=valid | {parameter: value}: call(**k)  # noqa: E731
-                cases.append(Case(f"{name}({parameter}={told(value)})", (*names_of(parameter, value), *aliases), expect, work))
-        made.append(counted(name, cases))
+    add("encode_text", vl.encode_text, {"texts": said}, texts=["a", "b"], **k4)
+    add("encode_images", vl.encode_images, {"images": both_pictures}, images=two, **k4)
+    add("QueryEncoder.sentences", encoder.sentences, {"images": both_pictures}, images=two, **k4)
+    wrong = {"tokens": words, "modifiers": modifiers}
+    prompts = {"tokens": torch.ones(2, 4, 32), "modifiers": ["a", "b"], "template": "{sentence}, {modifier}"}
+    add("compose", partial(query_encoder.compose, vl), wrong, **prompts, **k4)
+    wrong = {"embeddings": rows, "ids": ids, "vl_model": bad(3, None, ["x"])}
+    add("Gallery", saved, wrong, embeddings=some, ids=list("abcd"), vl_model="")
+    add("Gallery.search", g.search, {"queries": asked, "exclude": left}, **search, chunk=8)
+    add("FaissGallery", faiss, {"queries": asked, "exclude": left}, **search, kind="ivf", lists=2, probes=1)
+    wrong = {"files": listed, "cache": places[:2], "num_workers": bad(-1, 1.5, "x", 10**9)}
+    call = partial(embed.embed_files, vl=vl, progress=False)
+    add("embed_files", call, wrong, files=files, cache="cache", shard=4, num_workers=0, dtype="float32", **k4)
+    add("read_captions", partial(own_data.read_captions, images=folder), {"path": where}, path=WORK / "captions.csv")
+    add("read_triplets", partial(own_data.read_triplets, images=folder), {"path": where}, path=WORK / "triplets.json")
+    add("ImageFolder", images.ImageFolder, {"folder": where}, folder=WORK / "images")
+    add("read_image", images.read_image, {"path": where}, path=WORK / "images" / "a.png")
+    wrong = {"name": where, "pretrained": bad("nonsense")}
+    add("load_vl_model", vl_model.load_vl_model, wrong, name=str(WORK / "vl"), pretrained=None, device="cpu")
+    add("QueryEncoder.load", partial(query_encoder.QueryEncoder.load, vl=vl), {"folder": where}, folder=WORK / "encoder")
+    add("client.read_image", client.read_image, {"path": where}, path=WORK / "images" / "a.png")
+    add("client.read_gallery", client.read_gallery, {"path": where}, path=WORK / "gallery.safetensors")
+    add("Gallery.load", gallery.Gallery.load, {"path": where}, path=WORK / "gallery.safetensors")
+    wrong = {"folder": where, "vl_model": bad("nonsense", 3)}
+    exported = WORK / "client"
+    add("QueryClient", client.QueryClient, wrong, folder=exported, threads=1, vl_model=vl.fingerprint)
+    wrong, call = {"images": both_pictures, "modifiers": modifiers}, lambda **k: client.QueryClient(exported, 1).encode(**k)
+    add("QueryClient.encode", call, wrong, images=list(two), modifiers=["a", "b"], **k4)
+    call = lambda **k: query_encoder.QueryEncoder.for_model(vl, **k).sentences(two).tokens  # noqa: E731
+    add("QueryEncoderConfig", call, {"mean": three, "std": three + bad((0, 0, 0), (-1, 1, 1))} | own, **built)
+    few = {"steps": 2, "batch_size": 2, "warmup": 1}
+    small = with_defaults(distill.DistillConfig, **few, validation=2, dtype="float32")
+    add("DistillConfig", partial(distilled, WORK / "targets"), {}, **small)
+    wrong = {"cache": places[:2], "state": places[:2], "shown": [(v, e) for v, e in odd_pictures if v is not None]}
+    add("distill", distilled, wrong, cache="cache", state="state.safetensors", shown=pictures(), checkpoint_minutes=5.0)
+    add("PretrainConfig", towers, {}, **with_defaults(pretrain.PretrainConfig, **TINY, families=1, singles=1))
+    add("FolderConfig", on_folder, {}, **with_defaults(folder_batches.FolderConfig, **TINY, batch_size=8))
+    own = {"backbone": encoder.config.backbone, "stride": encoder.config.stride}
+    small = with_defaults(light_backbone.BackboneConfig, **few, **own, num_images=6)
+    add("BackboneConfig", partial(learned, WORK / "targets", Path("state.safetensors")), {}, **small)
+    wrong = {"methods": bad(["nonsense"], [], None, "isa", 3), "out": places[:2] + bad(3, ["x"]), "cache": places[:2] + bad(3)}
+    told_so = {"data": "x", "split": "val", "dtype": "float32"}
+    prompt = {"template": "{sentence} {modifier}"}
+    add("benchmarks.run", on_benchmark, wrong, methods=("isa",), out="out", cache="cache", **told_so, **prompt, **k4)
+    add("make_benchmark", evaluate.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
+    add("sample_scenes", scenes.sample_scenes, {}, n=2, seed=0)
+    add("write_tiny", tiny.write_tiny, {"root": places}, benchmark="cirr", root="tree", queries=2, seed=0, size=32)
+    add("write_icons", icons.write_icons, {"folder": places}, folder="icons", count=100, queries=2, seed=0, size=32)
+    add("export", partial(export.export, encoder, vl), {"folder": places}, folder="client", **prompt)
+    add("recall", evaluate.recall, {"rank": ranks}, rank=np.array([1, 2]), k=1)
+    wrong = {"queries": asked, "reference": bad("x", None, [0.0, 1.0], np.array([0]), np.array([n, 0]), np.array([-5, 0]))}
+    wrong |= {"hits": bad(hits[:, :3], ~hits, None)}
+    call = partial(evaluate.ranks, gallery=g.embeddings)
+    add("ranks", call, wrong, queries=unit[:2], reference=np.array([0, 1]), hits=hits)
     return made
 
 
@@ -730,7 +641,7 @@ def command_entries() -> list[Entry]:
             rest += [k if v is None else f"{k}={v}" for k, v in line.items() if k.startswith("-") and k != name]
             if dest in ("isa", "symmetric"):
                 rest = [word for word in rest if not word.startswith("--rivals")]
-                rest += [f"--isa={WORK / 'encoder'}"] * (dest == "symmetric")
+                rest += [f"--isa={settings.DATA / settings.SCENES_ENCODER}"] * (dest == "symmetric")
             words = [*command.split(), *rest, *([f"{name}={value}"] if name.startswith("-") else [value] * bool(dest))]
             names = (name, dest or "required", dest.replace("_", "-") or "--nonsense", *names_of(name, value))
             return Case(f"{command} {name}={told(value)}", names, expect, lambda place: ran(words, module, function))

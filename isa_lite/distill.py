@@ -8,7 +8,6 @@ on several GPUs or processes (`ranks`), which share every batch.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from isa_lite import ranks
-from isa_lite.backbones import stem
-from isa_lite.checkpoint import damaged, resume_run, save_run
-from isa_lite.images import Images, batch_loader, check_images, images_key
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.parameters import checked, number, optional, path_name
-from isa_lite.precision import mixed, with_dtype
+from isa_lite.models.backbones import stem
+from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder, known_words, prompt_ids, splice
-from isa_lite.runs import MINUTES, Keeper
-from isa_lite.settings import DistillConfig
+from isa_lite.support import distributed
+from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.images import Images, batch_loader, check_images, images_key
+from isa_lite.support.parameters import checked, number, optional, path_name
+from isa_lite.support.precision import mixed, with_dtype
+from isa_lite.support.runs import MINUTES, Keeper
+from isa_lite.support.settings import DistillConfig
 from isa_lite.targets import targets
-from isa_lite.vl_model import VLModel
 
 
 @dataclass
@@ -71,14 +70,14 @@ class Batches(Sequence):
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int, start: int, stop: int, in_order: bool = False):
         self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, range(start, stop)
         self.in_order = in_order
-        self.place = ranks.rank(), ranks.count()  # a worker process would not know them
+        self.place = distributed.rank(), distributed.count()  # a worker process would not know them
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, i: int) -> np.ndarray:
         chosen = self.rows[batch_indices(len(self.rows), self.batch_size, self.steps[i], self.seed)]
-        return ranks.part(np.sort(chosen) if self.in_order else chosen, *self.place)
+        return distributed.part(np.sort(chosen) if self.in_order else chosen, *self.place)
 
 
 def other_indices(count: int, batch: np.ndarray, negatives: int, step: int, seed: int) -> np.ndarray:
@@ -97,8 +96,11 @@ def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
     """
     if amount == 0:
         return tokens
-    whole = (len(tokens) * ranks.count(), *tokens.shape[1:])  # of the whole batch: the same, however many processes share it
-    noise = ranks.part(torch.randn(whole, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))).to(tokens)
+    whole = (
+        len(tokens) * distributed.count(),
+        *tokens.shape[1:],
+    )  # of the whole batch: the same, however many processes share it
+    noise = distributed.part(torch.randn(whole, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))).to(tokens)
     return tokens + amount * tokens.detach().norm(dim=-1, keepdim=True) / tokens.shape[-1] ** 0.5 * noise
 
 
@@ -184,15 +186,17 @@ def lar_loss(
     if vl.matcher is None:
         count = int(places[0].sum())
         words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
-        loss = late_interaction_loss(ranks.gather(words), ranks.gather(vl.project_patches(patches(rows))), temperature)
+        loss = late_interaction_loss(
+            distributed.gather(words), distributed.gather(vl.project_patches(patches(rows))), temperature
+        )
         return loss, loss.item(), []
     shown = np.concatenate([rows, np.setdiff1d(hardest, rows)])
     place = {image: i for i, image in enumerate(shown)}
     other = torch.tensor([place[image] for image in hardest], device=context.device)
     mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
     loss, matched = matching_loss(vl.matcher, context, mask, patches(shown), other)
-    value, share = (ranks.total(term / ranks.count()).item() for term in (loss, matched))
-    return loss / ranks.count(), value, [share]
+    value, share = (distributed.total(term / distributed.count()).item() for term in (loss, matched))
+    return loss / distributed.count(), value, [share]
 
 
 @checked(cache=optional(path_name()), checkpoint=optional(path_name()), checkpoint_minutes=number(0))
@@ -221,9 +225,11 @@ def distill(
         raise ValueError(
             f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
         )
-    if (size := min(config.batch_size, len(images) - config.validation)) % ranks.count():
+    if (size := min(config.batch_size, len(images) - config.validation)) % distributed.count():
         cut = f", cut to the {size} images that are left to train on," if size < config.batch_size else ""
-        raise ValueError(f"batch_size {config.batch_size}{cut} is not a multiple of {ranks.count()}, the number of processes")
+        raise ValueError(
+            f"batch_size {config.batch_size}{cut} is not a multiple of {distributed.count()}, the number of processes"
+        )
     if config.lar_weight > 0:
         vl.check_lar()
     with Keeper(checkpoint, checkpoint_minutes) as keeper:
@@ -260,8 +266,8 @@ def _distill(
     if keeper.path and (info := resume_run(keeper.path, {"encoder": encoder}, optimizer, identity, steps)):
         start, history = info["step"], _history(keeper.path, info)
     history.recipe, history.dtype = config.recipe, config.dtype
-    ranks.same(start, f"the step that they go on from, by what they see of {keeper.path}")
-    ranks.agree(encoder.state_dict().values())
+    distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
+    distributed.agree(encoder.state_dict().values())
     began -= history.seconds
 
     def patches(rows: np.ndarray) -> Tensor:
@@ -269,7 +275,7 @@ def _distill(
 
     def save(step: int) -> None:
         history.seconds = time.perf_counter() - began
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             save_run(
                 keeper.path, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
             )
@@ -285,7 +291,7 @@ def _distill(
         initial=start,
         desc="distillation",
         mininterval=2,
-        disable=not progress or ranks.rank() > 0,
+        disable=not progress or distributed.rank() > 0,
     )
     for step, (rows, pixels) in enumerate(bar, start):  # b of B images, or all of them where there is one process
         batch = batch_indices(len(train), config.batch_size, step, config.seed)  # B, of `train`
@@ -302,21 +308,21 @@ def _distill(
             tokens = encoder.mapping(features).tokens  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = read_sentences(vl, tokens, config.template, local)  # b x E, n x T x width, n x T
-            query = ranks.gather(query)  # B x E
+            query = distributed.gather(query)  # B x E
             gcd = gcd_loss(query, own, config.temperature, others)
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
-                hardest = ranks.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])[:local]
+                hardest = distributed.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])[:local]
                 lar, value, matched = lar_loss(vl, context, places, patches, rows[:local], hardest, config.temperature)
                 loss = loss + config.lar_weight * lar
                 history.lar.append(value)
                 history.matched += matched
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        ranks.add_gradients(encoder)
+        distributed.add_gradients(encoder)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
-        ranks.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
+        distributed.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
         history.gcd.append(gcd.item())
         validate = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
         if validate:
@@ -357,9 +363,3 @@ def own_image_recall(
     encoder.train(was_training)
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())
-
-
-if __name__ == "__main__":  # the old name of `python -m isa_lite distill`
-    from isa_lite.commands import main
-
-    main(["distill", *sys.argv[1:]])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.models.matching_encoder import MatchingEncoder
 
 
 def gcd_loss(query: Tensor, target: Tensor, temperature: float, others: Tensor | None = None) -> Tensor:

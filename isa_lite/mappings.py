@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from isa_lite.attention import attend
+from isa_lite.models.attention import attend
 from isa_lite.token_learner import AdaptiveTokenLearner, AveragePooling, Sentence, SingleVector, Spatial, sentence
 
 

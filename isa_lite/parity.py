@@ -13,7 +13,6 @@ a word-level one takes their place, which frames and pads a text as they do. Our
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from isa_lite.checkpoint import write_text
+from isa_lite.models.text_tower import text_config
+from isa_lite.models.tokenization import load_tokenizer
+from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import compose, prompt_ids
-from isa_lite.text_tower import text_config
-from isa_lite.vl_model import VLModel
-from isa_lite.words import load_tokenizer
+from isa_lite.support.checkpoint import write_text
 
 LAYERS, VOCABULARY, TOLERANCE = 2, 60_000, 1e-5
 MODIFIERS = ["make it blue", "with a large star at the top left, and without the circle", "zebra"]
@@ -169,9 +168,3 @@ def parity(names: list[str], progress: bool = True) -> pd.DataFrame:
                 row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             found[name] = row | {"equal": not row["reason"]}
     return pd.DataFrame.from_dict(found, orient="index")
-
-
-if __name__ == "__main__":  # the old name of `python -m isa_lite parity`
-    from isa_lite.commands import main
-
-    main(["parity", *sys.argv[1:]])

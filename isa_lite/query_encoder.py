@@ -20,15 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision import transforms as T
 
-from isa_lite.backbones import build_backbone, check_backbone, start_config
-from isa_lite.checkpoint import check_weights, read_json, read_tensors, write_tensors, write_text
-from isa_lite.images import check_images, to_pixels
 from isa_lite.mappings import MAPPINGS
-from isa_lite.parameters import checked, path_name, whole
-from isa_lite.settings import TEMPLATE, QueryEncoderConfig, check_template
-from isa_lite.symmetric import LARGE_TOWER
+from isa_lite.models.backbones import build_backbone, check_backbone, start_config
+from isa_lite.models.symmetric import LARGE_TOWER
+from isa_lite.models.vl_model import VLModel, check_texts
+from isa_lite.support.checkpoint import check_weights, read_json, read_tensors, write_tensors, write_text
+from isa_lite.support.images import check_images, to_pixels
+from isa_lite.support.parameters import checked, path_name, whole
+from isa_lite.support.settings import TEMPLATE, QueryEncoderConfig, check_template
 from isa_lite.token_learner import Sentence
-from isa_lite.vl_model import VLModel, check_texts
 
 #: The sizes that a query encoder may have, least and most: more is a mistake, or a file that asks for all the memory.
 SIZES = {

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from isa_lite import ranks
-from isa_lite.checkpoint import write_bytes
-from isa_lite.images import Images, batch_loader, images_key
-from isa_lite.vl_model import VLModel
+from isa_lite.models.vl_model import VLModel
+from isa_lite.support import distributed
+from isa_lite.support.checkpoint import write_bytes
+from isa_lite.support.images import Images, batch_loader, images_key
 
 SHARD = 128  # images at most: a batch of the large tower, and what is lost when a run is killed
 _KINDS = {"embeddings": np.float32, "patches": np.float16}
@@ -64,7 +64,7 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
     share a cache, and several processes of one run (`ranks`) share the work; these need one, in a folder that all see. Raises
     ValueError where they have none, or `cache` is a file; OSError for a full disk.
     """
-    if ranks.count() > 1 and not cache:
+    if distributed.count() > 1 and not cache:
         raise ValueError("several processes exchange the targets of the large tower through files: give a cache folder")
     if cache and Path(cache).exists() and not Path(cache).is_dir():
         raise ValueError(f"cache= names a folder, and {cache} is a file")
@@ -79,10 +79,10 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
         return all(_whole(file(name, shard), len(batches[shard]), kind) for name, kind in kinds.items())
 
     missing = [shard for shard in range(len(batches)) if not (cache and whole(shard))]
-    ranks.same((digest, len(missing)), f"their images, or in whether they see the targets of these in {cache}")
-    own = ranks.told(missing)[ranks.rank() :: ranks.count()]
+    distributed.same((digest, len(missing)), f"their images, or in whether they see the targets of these in {cache}")
+    own = distributed.told(missing)[distributed.rank() :: distributed.count()]
     done: dict[str, list[np.ndarray]] = {name: [] for name in kinds}  # without a cache
-    bar = tqdm(own, desc="targets of the large tower", mininterval=1, disable=ranks.rank() > 0 or not own)
+    bar = tqdm(own, desc="targets of the large tower", mininterval=1, disable=distributed.rank() > 0 or not own)
     loader = batch_loader(images, [batches[shard] for shard in own], vl.pixels, num_workers)
     with torch.inference_mode():
         for shard, pixels in zip(bar, loader, strict=True):
@@ -97,7 +97,7 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
     if not cache:
         return Targets(*(np.concatenate(done[name]) if name in done else None for name in _KINDS))
     if missing:
-        ranks.wait()  # for the shards of the others
+        distributed.wait()  # for the shards of the others
     known = {name: Rows([file(name, shard) for shard in range(len(batches))]) for name in kinds}
     return Targets(np.asarray(known["embeddings"]), known.get("patches"))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isa_lite.attention import attend
+from isa_lite.models.attention import attend
 
 
 class Sentence(NamedTuple):

@@ -27,7 +27,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 from pygments.formatters import HtmlFormatter
 
-from isa_lite.checkpoint import write_text
+from isa_lite.support.checkpoint import write_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -32,7 +32,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from isa_lite.checkpoint import write_text
+from isa_lite.support.checkpoint import write_text
 
 HERE = Path(__file__).resolve().parent
 SOLUTIONS = HERE / "solutions"

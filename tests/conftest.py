@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.models.matching_encoder import MatchingEncoder
+from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.parity import stand_in_tokenizer
-from isa_lite.pretrain import PretrainConfig, export, fresh_model
-from isa_lite.vl_model import VLModel, load_vl_model
+from isa_lite.pretraining.towers import PretrainConfig, export, fresh_model
 
 
 def write_vl_model(folder: Path) -> Path:

@@ -25,37 +25,18 @@ from fuzz_damage import bad_value, bad_word, damage
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import (
-    cards,
-    checkpoint,
-    client,
-    commands,
-    compare,
-    distill,
-    draw,
-    embed,
-    evaluate,
-    export,
-    failures,
-    folder_batches,
-    gallery,
-    growth,
-    icons,
-    images,
-    light_backbone,
-    own_data,
-    parity,
-    pretrain,
-    pretrain_folder,
-    query_encoder,
-    query_timing,
-    scenes,
-    settings,
-    step_cost,
-    sweep,
-    vl_model,
-)
+from isa_lite import commands, distill, parity, query_encoder
 from isa_lite.benchmarks import common, run, tiny
+from isa_lite.course import figures
+from isa_lite.deploy import client, export, query_timing, step_cost
+from isa_lite.experiments import cards, compare, failures, growth, sweep
+from isa_lite.models import vl_model
+from isa_lite.pretraining import folder as pretrain_folder
+from isa_lite.pretraining import folder_batches, light_backbone
+from isa_lite.pretraining import towers as pretrain
+from isa_lite.retrieval import embed, evaluate, gallery, own_data
+from isa_lite.support import checkpoint, images, settings
+from isa_lite.world import icons, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path()  # the workspace: valid files, written once; `prepare` sets it
@@ -312,7 +293,7 @@ def read_start(root: Path, file: str) -> torch.Tensor:
 def read_stored(root: Path, file: str) -> str:
     """What the notebooks print of stored results: their own cells."""
     tables, said = [], io.StringIO()
-    draw.display = lambda shown: None
+    figures.display = lambda shown: None
     for path in sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb")):
         sources = code_of(path)
         if reads := [source for source in sources if '/ "results" /' in source and Path(file).name in source]:
@@ -590,8 +571,8 @@ def lines() -> dict[str, tuple[dict[str, object], object, str]]:
         **{f"benchmarks {name}": ({"--root": w / name, **bench}, None, "") for name in run.BENCHMARKS},
         "bench cost": (own, query_timing, "cost"),
         "bench step": ({"--rounds": 1}, step_cost, "step_cost"),
-        "bench split": ({}, importlib.import_module("isa_lite.bench"), "random_model"),
-        "bench embed": ({"--rounds": 1}, importlib.import_module("isa_lite.bench"), "random_model"),
+        "bench split": ({}, importlib.import_module("isa_lite.deploy.bench"), "random_model"),
+        "bench embed": ({"--rounds": 1}, importlib.import_module("isa_lite.deploy.bench"), "random_model"),
         "bench backbones": ({"--vl-model": w / "vl", "--rounds": 1}, query_timing, "multiply_adds"),
         "cards": ({"--out": "out"}, cards, "write_cards"),
         "client": (ask, None, ""),

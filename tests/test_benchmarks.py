@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import export
 from isa_lite.benchmarks import circo, cirr, common, fashioniq
 from isa_lite.benchmarks.common import Query, Ranking, Task, average_precision_at, rank, recall_at
 from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
 from isa_lite.commands import main
+from isa_lite.deploy import export
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids
 
 

@@ -10,8 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from isa_lite import checkpoint
-from isa_lite.checkpoint import Between, read_info, read_json, read_shard, read_tensors, write_bytes, write_tensors, write_text
+from isa_lite.support import checkpoint
+from isa_lite.support.checkpoint import (
+    Between,
+    read_info,
+    read_json,
+    read_shard,
+    read_tensors,
+    write_bytes,
+    write_tensors,
+    write_text,
+)
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="modes and limits of POSIX")
 
@@ -71,7 +80,7 @@ def test_a_disk_that_is_full_is_an_oserror_that_names_the_file_and_leaves_the_ol
     write_tensors(tmp_path / "t.safetensors", tensors())
     before = (tmp_path / "t.safetensors").read_bytes()
     code = (
-        "import resource, signal, sys, torch; from pathlib import Path; from isa_lite.checkpoint import write_tensors\n"
+        "import resource, signal, sys, torch; from pathlib import Path; from isa_lite.support.checkpoint import write_tensors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         "try: write_tensors(Path(sys.argv[1]), {'a': torch.zeros(10_000)})\n"
         "except OSError as error: print(error)"

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from isa_lite.checkpoint import write_tensors
-from isa_lite.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum, read_gallery, read_image
 from isa_lite.commands import main
-from isa_lite.gallery import Gallery
+from isa_lite.deploy.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum, read_gallery, read_image
+from isa_lite.retrieval.gallery import Gallery
+from isa_lite.support.checkpoint import write_tensors
 
 WIDTH, TOKENS = 4, 2
 

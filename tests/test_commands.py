@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from isa_lite import commands, settings
+from isa_lite import commands
 from isa_lite.commands import COMMANDS, main, parser_of
 from isa_lite.mappings import MAPPINGS
+from isa_lite.support import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "pandas", "sklearn", "matplotlib", "scipy", "numpy", "onnxruntime", "PIL")
@@ -124,7 +125,7 @@ def test_the_old_names_still_work(tmp_path):
     for name in COMMANDS:
         path = ROOT / "isa_lite" / (f"{name}.py" if name != "benchmarks" else "benchmarks/__main__.py")
         assert f'main(["{name}", *sys.argv[1:]])' in path.read_text(encoding="utf-8")
-    done = python("-m", "isa_lite.client", "--help")
+    done = python("-m", "isa_lite.deploy.client", "--help")
     assert done.returncode == 0 and "python -m isa_lite client" in done.stdout
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from isa_lite import compare, sweep
-from isa_lite.baselines import UNTRAINED, composed
 from isa_lite.commands import main
-from isa_lite.compare import CompareConfig
-from isa_lite.evaluate import benchmark_ranks, make_benchmark, recall
-from isa_lite.fusion import FUSIONS
+from isa_lite.experiments import compare, sweep
+from isa_lite.experiments.compare import CompareConfig
+from isa_lite.methods.baselines import UNTRAINED, composed
+from isa_lite.methods.fusion import FUSIONS
+from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import DATA, load_vl_model
+from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark, recall
 
 TINY = CompareConfig(
     num_images=24, inverted=6, steps=2, batch_size=6, queries=20, gallery=100, chosen_queries=10, chosen_gallery=40

@@ -20,12 +20,13 @@ import torch
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from isa_lite import baselines, evaluate
-from isa_lite.answers import NotAnAnswer, one_number, same_as
-from isa_lite.gallery import Gallery
+from isa_lite.course.answers import NotAnAnswer, one_number, same_as
 from isa_lite.losses import gcd_loss
+from isa_lite.methods import baselines
+from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import DATA, load_vl_model
+from isa_lite.retrieval import evaluate
+from isa_lite.retrieval.gallery import Gallery
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -987,8 +988,8 @@ def test_claims_go_on_over_several_slides_and_a_long_table_is_left_out():
 @pytest.mark.parametrize(
     "link, repository, leads",
     [
-        ("../isa_lite/scenes.py", "", "../../isa_lite/scenes.py"),
-        ("../isa_lite/scenes.py", "https://a.b/c/", "https://a.b/c/isa_lite/scenes.py"),
+        ("../isa_lite/world/scenes.py", "", "../../isa_lite/world/scenes.py"),
+        ("../isa_lite/world/scenes.py", "https://a.b/c/", "https://a.b/c/isa_lite/world/scenes.py"),
         ("02_distillation.ipynb#train", "https://a.b/c", "02_distillation.html#train"),
         ("03_retrieval.ipynb", "", "../../notebooks/03_retrieval.ipynb"),
         ("README.md#marking", "", "index.html#marking"),

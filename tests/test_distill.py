@@ -22,14 +22,14 @@ import torch
 from PIL import Image, features
 
 import isa_lite
-from isa_lite import checkpoint as checkpoint_module
 from isa_lite import distill as distill_module
 from isa_lite.distill import Batches, DistillConfig, batch_indices, blur, distill, learning_rate, other_indices, own_image_recall
-from isa_lite.images import ImageFolder, images_key
+from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.scenes import render_many, sample_scenes
+from isa_lite.support import checkpoint as checkpoint_module
+from isa_lite.support.images import ImageFolder, images_key
 from isa_lite.targets import targets
-from isa_lite.vl_model import VLModel, load_vl_model
+from isa_lite.world.scenes import render_many, sample_scenes
 
 
 def fresh(vl: VLModel, seed: int = 0, **settings) -> QueryEncoder:

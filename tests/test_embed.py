@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from isa_lite.checkpoint import read_tensors, write_tensors
-from isa_lite.embed import ahead, embed_files
-from isa_lite.images import read_image
+from isa_lite.retrieval.embed import ahead, embed_files
+from isa_lite.support.checkpoint import read_tensors, write_tensors
+from isa_lite.support.images import read_image
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_file_name_that_is_not_utf8_is_filed_in_the_cache(files, vl, tmp_path)
 
 def test_the_keys_of_the_cache_are_those_of_earlier_versions(files, vl, tmp_path, monkeypatch):
     monkeypatch.setattr(type(vl), "fingerprint", "0123")
-    monkeypatch.setattr("isa_lite.embed._stamp", lambda path: f"{path.name} é")
+    monkeypatch.setattr("isa_lite.retrieval.embed._stamp", lambda path: f"{path.name} é")
     vl.preprocess = "as ever"  # a picture of the tower's own size needs none
     Image.new("RGB", (vl.image_size, vl.image_size)).save(files[0])
     embed_files(files[:1], vl, tmp_path / "cache", progress=False)

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from torch.nn.functional import normalize
 
-from isa_lite import evaluate
 from isa_lite.commands import main
-from isa_lite.evaluate import (
+from isa_lite.retrieval import evaluate
+from isa_lite.retrieval.evaluate import (
     KS,
     RECALLS,
     benchmark_ranks,

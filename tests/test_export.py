@@ -16,20 +16,20 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import export as exporting
-from isa_lite import images
-from isa_lite.baselines import composed
-from isa_lite.client import IMAGE, SETTINGS, TEXT, QueryClient, read_image, session
 from isa_lite.commands import main
-from isa_lite.evaluate import KS, benchmark_ranks, make_benchmark, recall
-from isa_lite.export import export, measured_recall, to_onnx
-from isa_lite.gallery import Gallery
-from isa_lite.images import ImageFolder
-from isa_lite.latency import end_to_end_onnx, export_pieces, latency, search_times
-from isa_lite.onnx_files import quantize
+from isa_lite.deploy import export as exporting
+from isa_lite.deploy.client import IMAGE, SETTINGS, TEXT, QueryClient, read_image, session
+from isa_lite.deploy.export import export, measured_recall, to_onnx
+from isa_lite.deploy.latency import end_to_end_onnx, export_pieces, latency, search_times
+from isa_lite.deploy.onnx_files import quantize
+from isa_lite.deploy.query_timing import MODIFIER, PARTS, WHOLE, blank, calls, timed
+from isa_lite.methods.baselines import composed
+from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
-from isa_lite.query_timing import MODIFIER, PARTS, WHOLE, blank, calls, timed
-from isa_lite.vl_model import VLModel, load_vl_model
+from isa_lite.retrieval.evaluate import KS, benchmark_ranks, make_benchmark, recall
+from isa_lite.retrieval.gallery import Gallery
+from isa_lite.support import images
+from isa_lite.support.images import ImageFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNED = "{modifier}: this is {sentence} in a picture"
@@ -73,7 +73,7 @@ def timings(monkeypatch) -> dict:
         found.update({name: calls(steps) for name, steps in systems.items()})
         return timed(systems, rounds)
 
-    monkeypatch.setattr("isa_lite.latency.timed", seen)
+    monkeypatch.setattr("isa_lite.deploy.latency.timed", seen)
     return found
 
 
@@ -534,7 +534,7 @@ def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder,
     vl, encoder = pair
     encoder.save(tmp_path / "encoder")
     out = tmp_path / "out"
-    monkeypatch.setattr("isa_lite.evaluate.make_benchmark", lambda size: make_benchmark(12, 60, seed=1, size=size))
+    monkeypatch.setattr("isa_lite.retrieval.evaluate.make_benchmark", lambda size: make_benchmark(12, 60, seed=1, size=size))
     arguments = ["--encoder", str(tmp_path / "encoder"), "--vl-model", str(vl_folder), "--template", TURNED, "--int8"]
     main(["export", *arguments, "--out", str(out)])
     printed = capsys.readouterr().out

@@ -6,9 +6,11 @@ import pytest
 import torch
 from bs4 import BeautifulSoup
 
-from isa_lite import draw, failures, scenes
-from isa_lite.evaluate import make_benchmark
-from isa_lite.sentences import kept_and_followed
+from isa_lite.analysis.sentences import kept_and_followed
+from isa_lite.course import figures
+from isa_lite.experiments import failures
+from isa_lite.retrieval.evaluate import make_benchmark
+from isa_lite.world import scenes
 
 BENCH = make_benchmark(queries=12, gallery=60, seed=3, size=32)
 
@@ -80,7 +82,7 @@ def test_words_of_a_query_cannot_break_the_page(failed):
 
 def test_the_figure_shows_both_numbers(failed):
     table = failures.summary(BENCH, failed)
-    axes = draw.kept_and_followed(table).axes[0]
+    axes = figures.kept_and_followed(table).axes[0]
     kept, followed = (np.asarray(marks.get_offsets())[:, 0] for marks in axes.collections)
     assert np.allclose(kept, table["kept"]) and np.allclose(followed, table["followed"])
     assert axes.get_yticklabels()[0].get_text() == f"{table.index[0]} ({table['wrong'].iloc[0]} wrong)"

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from isa_lite import parity
+from isa_lite.models.text_tower import text_config
+from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import compose, prompt_ids
-from isa_lite.text_tower import text_config
-from isa_lite.vl_model import VLModel
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 
@@ -87,7 +87,7 @@ def test_towers_that_do_not_are_cut_at_the_longest_text(name, tmp_path):
     ],
 )
 def test_a_family_that_cannot_work_is_refused_by_its_settings(text, message, monkeypatch):
-    monkeypatch.setattr("isa_lite.text_tower.repository", lambda *a: pytest.fail("looked for files first"))
+    monkeypatch.setattr("isa_lite.models.text_tower.repository", lambda *a: pytest.fail("looked for files first"))
     with pytest.raises(ValueError, match=message):
         text_config({"text_cfg": text}, "a model")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from isa_lite import baselines
-from isa_lite.evaluate import benchmark_ranks, benchmark_score_ranks, make_benchmark, score_ranks
-from isa_lite.fusion import FUSIONS, calibrated, choose_weight, product, slerp, weighted_sum
+from isa_lite.methods import baselines
+from isa_lite.methods.fusion import FUSIONS, calibrated, choose_weight, product, slerp, weighted_sum
+from isa_lite.retrieval.evaluate import benchmark_ranks, benchmark_score_ranks, make_benchmark, score_ranks
 
 torch.manual_seed(0)
 IMAGE, TEXT, GALLERY, CORPUS = (normalize(torch.randn(n, 8) + 1, dim=1) for n in (5, 5, 30, 12))

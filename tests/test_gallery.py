@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save
 from torch.nn.functional import normalize
 
-from isa_lite.client import read_gallery
-from isa_lite.gallery import FaissGallery, Gallery, agreement
+from isa_lite.deploy.client import read_gallery
+from isa_lite.retrieval.gallery import FaissGallery, Gallery, agreement
 
 
 @pytest.fixture

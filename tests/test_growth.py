@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from isa_lite import growth
-from isa_lite.evaluate import make_benchmark, score_ranks
-from isa_lite.growth import distractors, growth_ranks, growth_table, scene_key
+from isa_lite.experiments import growth
+from isa_lite.experiments.growth import distractors, growth_ranks, growth_table, scene_key
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.scenes import sample_scenes
+from isa_lite.retrieval.evaluate import make_benchmark, score_ranks
+from isa_lite.world.scenes import sample_scenes
 
 
 @pytest.fixture(scope="module")

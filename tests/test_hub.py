@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from open_clip.transformer import QuickGELU
 from safetensors.torch import save
 
-from isa_lite import hub
-from isa_lite.backbones import build_backbone
 from isa_lite.commands import main
-from isa_lite.vl_model import load_vl_model
+from isa_lite.models.backbones import build_backbone
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.support import hub
 
 
 @pytest.fixture(autouse=True)

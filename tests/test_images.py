@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isa_lite import client
-from isa_lite import images as images_module
-from isa_lite.embed import embed_files
-from isa_lite.images import ImageFolder, decode, read_image
+from isa_lite.deploy import client
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.retrieval.embed import embed_files
+from isa_lite.support import images as images_module
+from isa_lite.support.images import ImageFolder, decode, read_image
 
 
 def png_header(width: int, height: int) -> bytes:

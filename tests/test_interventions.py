@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from isa_lite import interventions
-from isa_lite.evaluate import benchmark_ranks, make_benchmark, recall
-from isa_lite.interventions import cover_curves, covered, region_maps, sentences_changed
+from isa_lite.analysis import interventions
+from isa_lite.analysis.interventions import cover_curves, covered, region_maps, sentences_changed
+from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder, compose
-from isa_lite.vl_model import DATA, load_vl_model
+from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark, recall
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from isa_lite import inversion, query_encoder, scenes
-from isa_lite.inversion import keyword_prompt, lincir_like, optimize_words, pic2word_like, searle_like
-from isa_lite.vl_model import load_vl_model
+from isa_lite import query_encoder
+from isa_lite.methods import inversion
+from isa_lite.methods.inversion import keyword_prompt, lincir_like, optimize_words, pic2word_like, searle_like
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.world import scenes
 
 WORLD = scenes.sample_scenes(64, seed=5)
 CAPTIONS = [scenes.caption(s, np.random.default_rng(i)) for i, s in enumerate(WORLD)]

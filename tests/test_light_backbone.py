@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from isa_lite import light_backbone, scenes
-from isa_lite.backbones import SCENES, WEIGHTS
-from isa_lite.checkpoint import read_tensors, write_tensors
 from isa_lite.commands import main
-from isa_lite.light_backbone import BackboneConfig, feature_loss, learn_features
+from isa_lite.models.backbones import SCENES, WEIGHTS
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.pretraining import light_backbone
+from isa_lite.pretraining.light_backbone import BackboneConfig, feature_loss, learn_features
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import load_vl_model
+from isa_lite.support.checkpoint import read_tensors, write_tensors
+from isa_lite.world import scenes
 
 FEW = {"steps": 6, "batch_size": 16, "warmup": 2}
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
-from isa_lite.matching_encoder import MatchingEncoder
+from isa_lite.models.matching_encoder import MatchingEncoder
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

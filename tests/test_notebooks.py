@@ -19,10 +19,10 @@ from papermill.translators import PythonTranslator
 from PIL import Image
 
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
-from isa_lite.gallery import Gallery
-from isa_lite.onnx_files import to_onnx
+from isa_lite.deploy.onnx_files import to_onnx
+from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import load_vl_model
+from isa_lite.retrieval.gallery import Gallery
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -130,8 +130,8 @@ def test_a_notebook_runs_at_smoke_size_from_another_folder_and_again(tmp_path, p
             written[file.name] = file.read_bytes()
         file.write_bytes(written[file.name])
 
-    monkeypatch.setattr("isa_lite.export.to_onnx", traced_once)
-    monkeypatch.setattr("isa_lite.latency.to_onnx", traced_once)
+    monkeypatch.setattr("isa_lite.deploy.export.to_onnx", traced_once)
+    monkeypatch.setattr("isa_lite.deploy.latency.to_onnx", traced_once)
     run_here(path.stem, times=2, seed=3, **SMALL.get(path.stem, {"smoke": True}))
     assert not [w.message for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning, FutureWarning))]
     if path.stem in AFTER:

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import draw, icons
-from isa_lite.images import ImageFolder, images_key
-from isa_lite.own_data import beside, composed, fingerprint, part, read_captions, read_triplets, unseen_words, untrained
+from isa_lite.course import figures
 from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.retrieval.own_data import beside, composed, fingerprint, part, read_captions, read_triplets, unseen_words, untrained
+from isa_lite.support.images import ImageFolder, images_key
+from isa_lite.world import icons
 
 
 @pytest.fixture
@@ -296,7 +297,7 @@ def test_the_example_folder_is_one_that_a_user_could_have_made(tmp_path):
 def test_a_figure_marks_every_target_of_a_query(folder):
     found = triplets(folder, [GOOD])
     shown = np.array([[i for i in range(4) if i != found.reference[0]]])
-    figure = draw.own_retrieval(folder, found, [0], shown)
+    figure = figures.own_retrieval(folder, found, [0], shown)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "reference" and figure.axes[0].get_xlabel() == "“in blue”"
     assert [t.endswith("target") for t in titles[1:]] == [int(i) in found.targets[0] for i in shown[0]]

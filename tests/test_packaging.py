@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from isa_lite.fusion import FUSIONS
+from isa_lite.methods.fusion import FUSIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isa_lite"

@@ -5,8 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isa_lite import parameters
-from isa_lite.parameters import check, checked, device_name, file, flag, folder, naming, number, optional, path_name, text, whole
+from isa_lite.support import parameters
+from isa_lite.support.parameters import (
+    check,
+    checked,
+    device_name,
+    file,
+    flag,
+    folder,
+    naming,
+    number,
+    optional,
+    path_name,
+    text,
+    whole,
+)
 
 RULES = dict(steps=whole(1), weight=number(0), smoke=flag(), device=text("cpu", "cuda"))
 GOOD = dict(steps=5, weight=0.5, smoke=False, device="cpu", In=[], _hidden=3, check=check)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from isa_lite.folder_batches import FolderBatches, FolderConfig
-from isa_lite.images import ImageFolder, batch_loader
-from isa_lite.pretrain import PretrainConfig, SceneBatches
+from isa_lite.pretraining.folder_batches import FolderBatches, FolderConfig
+from isa_lite.pretraining.towers import PretrainConfig, SceneBatches
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.support.images import ImageFolder, batch_loader
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted((ROOT / "isa_lite").rglob("*.py")), *sorted((ROOT / "notebooks").glob("*.py"))]

@@ -6,10 +6,12 @@ import open_clip
 import pytest
 import torch
 
-from isa_lite import cards, pretrain, scenes
-from isa_lite.pretrain import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
-from isa_lite.settings import DATA, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER
-from isa_lite.vl_model import load_vl_model
+from isa_lite.experiments import cards
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.pretraining import towers as pretrain
+from isa_lite.pretraining.towers import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
+from isa_lite.support.settings import DATA, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER
+from isa_lite.world import scenes
 
 TINY = {"image_size": 32, "embed_dim": 16, "vision_width": 4, "text_width": 32, "text_layers": 1, "context_length": 77}
 

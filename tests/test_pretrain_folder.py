@@ -10,13 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
-from isa_lite import icons, pretrain
 from isa_lite.commands import main
-from isa_lite.folder_batches import CHANGES, LOSSES, FolderBatches, FolderConfig, Relatives, clauses_of, jitter, say_change, split
-from isa_lite.images import ImageFolder
-from isa_lite.own_data import read_captions
-from isa_lite.pretrain_folder import _may_say, pretrain_folder
-from isa_lite.vl_model import load_vl_model
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.pretraining import towers as pretrain
+from isa_lite.pretraining.folder import _may_say, pretrain_folder
+from isa_lite.pretraining.folder_batches import (
+    CHANGES,
+    LOSSES,
+    FolderBatches,
+    FolderConfig,
+    Relatives,
+    clauses_of,
+    jitter,
+    say_change,
+    split,
+)
+from isa_lite.retrieval.own_data import read_captions
+from isa_lite.support.images import ImageFolder
+from isa_lite.world import icons
 
 TINY = dict(
     image_size=32, embed_dim=16, vision_width=4, text_width=32, text_layers=1, steps=4, matching_steps=2, batch_size=16, warmup=1

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from isa_lite import backbones
-from isa_lite.backbones import LIGHT, data_config, default_stride, lite0_weights
 from isa_lite.mappings import MAPPINGS
+from isa_lite.models import backbones
+from isa_lite.models.backbones import LIGHT, data_config, default_stride, lite0_weights
+from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids, splice
-from isa_lite.vl_model import VLModel, load_vl_model
 
 TEMPLATES = [
     TEMPLATE,

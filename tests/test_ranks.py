@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import isa_lite
-from isa_lite import distill, ranks
+from isa_lite import distill
 from isa_lite.commands import main
+from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.scenes import render_many, sample_scenes
-from isa_lite.vl_model import load_vl_model
+from isa_lite.support import distributed
+from isa_lite.world.scenes import render_many, sample_scenes
 
 # No batch normalisation in this backbone, and LAR on all images: these would be the differences.
 SETTINGS = "--backbone test_convnext --num-tokens 3 --width 32 --depth 1 --steps 4 --warmup 2 --batch-size 8 --validation 4"
@@ -76,10 +77,10 @@ def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
 def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
     images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
     config = distill.DistillConfig(steps=1, batch_size=8, validation=4)
-    monkeypatch.setattr(ranks, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
     with pytest.raises(ValueError, match="batch_size 8.*multiple of 3"):
         distill.distill(images, vl, encoder, config, progress=False)
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(ValueError, match="give a cache folder"):
         distill.distill(images, vl, encoder, config, progress=False)
     config = distill.DistillConfig(steps=1, batch_size=32, validation=5)
@@ -95,10 +96,10 @@ def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, 
     def gather(values, value):  # another process has neither images nor states
         values[:] = [value, strange.get(type(value), value)]
 
-    monkeypatch.setattr(ranks.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(ranks, "told", lambda value: value)
-    monkeypatch.setattr(ranks, "rank", lambda: 0)
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(distributed, "told", lambda value: value)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     strange = {tuple: ("0123", False)}
     with pytest.raises(ValueError, match="2 processes differ.*targets"):
         distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
@@ -109,19 +110,19 @@ def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, 
 
 def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_the_others(monkeypatch):
     said = []
-    monkeypatch.setattr(ranks.distributed, "init_process_group", lambda _: said.append("joined"))
-    monkeypatch.setattr(ranks.distributed, "destroy_process_group", lambda: said.append("left"))
-    monkeypatch.setattr(ranks.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda _: said.append("joined"))
+    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="process 1.*GPU"), ranks.joined("cuda"):
+    with pytest.raises(ValueError, match="process 1.*GPU"), distributed.joined("cuda"):
         pass
-    with pytest.raises(ValueError, match="'cuda:0'.*device cuda"), ranks.joined("cuda:0"):
+    with pytest.raises(ValueError, match="'cuda:0'.*device cuda"), distributed.joined("cuda:0"):
         pass
-    with pytest.raises(OSError, match="broken"), ranks.joined("cpu"):
+    with pytest.raises(OSError, match="broken"), distributed.joined("cpu"):
         raise OSError("broken")
     assert said == ["joined"]
-    with ranks.joined("cpu"):
+    with distributed.joined("cpu"):
         pass
     assert said == ["joined", "joined", "left"]
 

@@ -9,10 +9,10 @@ import pytest
 from isa_lite.commands import distill as command
 from isa_lite.commands import parser_of
 from isa_lite.distill import distill
+from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.recipes import START_WORDS, Recipe, complete, recipe
-from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig, QueryEncoderConfig
-from isa_lite.vl_model import load_vl_model
+from isa_lite.support.recipes import START_WORDS, Recipe, complete, recipe
+from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig, QueryEncoderConfig
 
 NOTHING = {"start_words": "", "norm_matching": False, "backbone_weights": "", "word_noise": 0.0, "negatives": 0, "lar_share": 1.0}
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import isa_lite
-from isa_lite.checkpoint import read_tensors, resume_run, save_run, write_tensors
-from isa_lite.runs import Keeper, Lock
+from isa_lite.support.checkpoint import read_tensors, resume_run, save_run, write_tensors
+from isa_lite.support.runs import Keeper, Lock
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1])}
@@ -29,7 +29,7 @@ def other_process(code: str, *given) -> subprocess.Popen:
 
 
 HOLD = """
-import sys; from pathlib import Path; from isa_lite.runs import Lock
+import sys; from pathlib import Path; from isa_lite.support.runs import Lock
 with Lock(Path(sys.argv[1])):
     print("ready", flush=True); sys.stdin.read()
 """
@@ -201,7 +201,7 @@ def test_a_state_with_damaged_info_is_named(state, info):
 
 CHILD = """
 import sys, time; from pathlib import Path; import numpy as np, torch; sys.path.insert(0, sys.argv[1])
-import test_distill as t; from isa_lite.vl_model import load_vl_model
+import test_distill as t; from isa_lite.models.vl_model import load_vl_model
 torch.set_num_threads(int(sys.argv[4]))
 folder, vl = Path(sys.argv[3]), load_vl_model(sys.argv[2])
 encoder = t.fresh(vl); pixels = encoder.pixels; print("ready", flush=True)
@@ -218,7 +218,7 @@ def test_a_distillation_that_is_stopped_in_its_first_steps_and_taken_up_again_eq
 ):
     from test_distill import fresh, same, trained
 
-    from isa_lite.scenes import render_many, sample_scenes
+    from isa_lite.world.scenes import render_many, sample_scenes
 
     images = render_many(sample_scenes(20, 0), range(20), 64)
     np.save(tmp_path / "images.npy", images)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_erosion, binary_fill_holes
 
-from isa_lite.scenes import (
+from isa_lite.world.scenes import (
     BACKGROUNDS,
     COLORS,
     HELD_OUT,

@@ -5,10 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from isa_lite import scenes
-from isa_lite.evaluate import benchmark_ranks, make_benchmark
-from isa_lite.query_encoder import QueryEncoder, compose
-from isa_lite.sentences import (
+from isa_lite.analysis.sentences import (
     grounding,
     kept_and_followed,
     look,
@@ -21,7 +18,10 @@ from isa_lite.sentences import (
     word_kinds,
     word_truth,
 )
-from isa_lite.vl_model import load_vl_model
+from isa_lite.models.vl_model import load_vl_model
+from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark
+from isa_lite.world import scenes
 
 
 def test_attention_on_objects_by_hand():

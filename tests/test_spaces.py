@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from isa_lite.scenes import sample_scenes
-from isa_lite.spaces import FACTS, modality_gap, probes, project
+from isa_lite.analysis.spaces import FACTS, modality_gap, probes, project
+from isa_lite.world.scenes import sample_scenes
 
 
 def test_the_gap_is_the_distance_of_the_centres():

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from isa_lite import precision
-from isa_lite.attention import attend
-from isa_lite.checkpoint import write_tensors
+from isa_lite.deploy.step_cost import product_rate, step_cost
 from isa_lite.distill import DistillConfig, History, distill, local_count, read_sentences, sentence_embeddings, sentence_queries
-from isa_lite.precision import training_dtype, with_dtype
+from isa_lite.models.attention import attend
 from isa_lite.query_encoder import TEMPLATE, QueryEncoder
-from isa_lite.step_cost import product_rate, step_cost
+from isa_lite.support import precision
+from isa_lite.support.checkpoint import write_tensors
+from isa_lite.support.precision import training_dtype, with_dtype
 
 
 def test_attention_is_that_of_pytorchs_module_with_and_without_a_mask():

@@ -9,10 +9,11 @@ import time
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from isa_lite import ablations, draw, sweep
 from isa_lite.commands import main
+from isa_lite.course import figures
+from isa_lite.experiments import ablations, sweep
 from isa_lite.mappings import MAPPINGS
-from isa_lite.recipes import RECIPES, complete
+from isa_lite.support.recipes import RECIPES, complete
 
 DEFAULTS = complete(sweep.notebook_defaults())
 
@@ -135,7 +136,7 @@ def test_a_sweep_skips_what_is_done_goes_on_after_a_failure_and_gathers(tmp_path
     assert table.loc[("tokens", "4"), "R@1"].startswith("5.5 [") and table.loc[("tokens", "4"), "seeds"] == 2
     assert table.loc[("tokens", "4"), "of the composition ceiling"] == "11%"
     assert list(table.index) == [("default", "default"), *(("tokens", n) for n in ("1", "2", "4", "8", "12", "16", "24"))]
-    axes = draw.ablations(record).axes[0]
+    axes = figures.ablations(record).axes[0]
     assert axes.get_title(loc="left") == "tokens"
     assert list(axes.lines[0].get_xdata()) == [1, 2, 4, 8, 12, 16, 20, 24]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -287,12 +288,12 @@ def test_names_become_bars_and_the_default_is_said_in_words():
         methods = {"isa": {"R@1": value}, "composition ceiling": {"R@1": 60.0}}
         return {"ablation": "losses", "label": label, "seed": 0, "changed": changed, "methods": methods}
 
-    axes = draw.ablations({"runs": [entry("GCD", 40.0, {}), entry("neither", 3.0, {"gcd_weight": 0})]}).axes[0]
+    axes = figures.ablations({"runs": [entry("GCD", 40.0, {}), entry("neither", 3.0, {"gcd_weight": 0})]}).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [40, 3]
     assert [text.get_text() for text in axes.texts] == ["40.0 default", "3.0"]
     assert axes.patches[0].get_facecolor() != axes.patches[1].get_facecolor()
     runs = [{**entry(label, 40.0, {}), "ablation": name} for name in ("losses", "tokens", "prompt") for label in "12"]
-    shown = draw.ablations({"runs": runs}, only=("prompt", "not run", "losses")).axes
+    shown = figures.ablations({"runs": runs}, only=("prompt", "not run", "losses")).axes
     assert [axes.get_title(loc="left") for axes in shown] == ["prompt", "losses"]
 
 
@@ -301,7 +302,7 @@ def test_a_curve_shows_a_value_of_nothing():
         methods = {"isa": {"R@1": value}, "composition ceiling": {"R@1": 60.0}}
         return {"ablation": "noise on words", "label": label, "seed": 0, "changed": changed, "methods": methods}
 
-    axes = draw.ablations({"runs": [entry("0", 30.0, {"word_noise": 0.0}), entry("1", 40.0, {})]}).axes[0]
+    axes = figures.ablations({"runs": [entry("0", 30.0, {"word_noise": 0.0}), entry("1", 40.0, {})]}).axes[0]
     assert axes.get_xscale() == "linear" and [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
 
 
@@ -318,7 +319,7 @@ def test_long_numbers_do_not_lie_over_one_another():
         }
         for n in sizes
     ]
-    axes = draw.ablations({"runs": runs}).axes[0]
+    axes = figures.ablations({"runs": runs}).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["250", "1000", "", "8000", "", "32000"]
 
 

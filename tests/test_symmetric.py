@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from isa_lite.distill import DistillConfig, distill
+from isa_lite.models.symmetric import LargeTower
+from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.scenes import render_many, sample_scenes
-from isa_lite.symmetric import LargeTower
-from isa_lite.vl_model import VLModel
+from isa_lite.world.scenes import render_many, sample_scenes
 
 
 def symmetric(vl: VLModel, **settings) -> QueryEncoder:

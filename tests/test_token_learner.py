@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from isa_lite import mappings, token_learner
+from isa_lite.deploy.measure import multiply_adds
 from isa_lite.mappings import MAPPINGS
-from isa_lite.measure import multiply_adds
 from isa_lite.token_learner import AdaptiveTokenLearner
 
 

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from isa_lite import pretrain
-from isa_lite.checkpoint import read_tensors, write_tensors
-from isa_lite.measure import multiply_adds
-from isa_lite.open_clip_models import check_settings
-from isa_lite.pretrain import PretrainConfig, export
-from isa_lite.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model
+from isa_lite.deploy.measure import multiply_adds
+from isa_lite.models.open_clip_models import check_settings
+from isa_lite.models.vl_model import DATA, SCENES_CLIP, VLModel, load_vl_model
+from isa_lite.pretraining import towers as pretrain
+from isa_lite.pretraining.towers import PretrainConfig, export
+from isa_lite.support.checkpoint import read_tensors, write_tensors
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -213,7 +213,7 @@ def test_refused_models(what):
 
 @pytest.mark.parametrize("part", ["pool", "embed"])
 def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(part, vl_folder, monkeypatch):
-    monkeypatch.setattr(f"isa_lite.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0])
+    monkeypatch.setattr(f"isa_lite.models.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0])
     with pytest.raises(ValueError, match="word vectors.*ids"):
         load_vl_model(str(vl_folder))
 
@@ -467,7 +467,7 @@ def test_a_setting_that_is_not_known_to_be_harmless_or_cannot_work_is_refused(vl
 def test_a_local_folder_reaches_no_network(vl_folder, tmp_path, no_network, monkeypatch, key):
     pytest.importorskip("transformers")
     asked = []
-    monkeypatch.setattr("isa_lite.hub.no_answer", lambda *a: asked.append(a) or "")
+    monkeypatch.setattr("isa_lite.support.hub.no_answer", lambda *a: asked.append(a) or "")
     folder = changed(vl_folder, tmp_path / "m", put("model_cfg", "text_cfg", key, "somebody/something-unheard-of"))
     with pytest.raises(ConnectionError, match=re.escape(str(folder))):
         load_vl_model(str(folder))

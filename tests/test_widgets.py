@@ -21,13 +21,15 @@ from ipywidgets import HBox
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from isa_lite import baselines, draw, evaluate, widgets
+from isa_lite.analysis.sentences import nearest_words
+from isa_lite.course import figures, panels
 from isa_lite.distill import History
-from isa_lite.gallery import Gallery
-from isa_lite.images import ImageFolder
+from isa_lite.methods import baselines
+from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder, compose
-from isa_lite.sentences import nearest_words
-from isa_lite.vl_model import DATA, load_vl_model
+from isa_lite.retrieval import evaluate
+from isa_lite.retrieval.gallery import Gallery
+from isa_lite.support.images import ImageFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 TOO_LONG = "put a star " * 60
@@ -78,7 +80,7 @@ def world():
 
 def test_a_panel_shows_what_a_direct_search_finds_for_every_query_of_the_benchmark(world):
     bench, vl, encoder, embeddings = world
-    panel = widgets.compose_panel(*world)
+    panel = panels.compose_panel(*world)
     gallery, exclude = Gallery(embeddings, range(40)), torch.from_numpy(bench.reference)
     found = {"ISA": baselines.composed(bench, vl, encoder), "image + text": baselines.image_plus_text(bench, vl, embeddings)}
     marked = 0
@@ -104,7 +106,7 @@ def test_a_panel_shows_what_a_direct_search_finds_for_every_query_of_the_benchma
 
 def test_words_of_ones_own_are_searched_and_nothing_is_marked(world):
     bench, vl, encoder, embeddings = world
-    panel = widgets.compose_panel(*world)
+    panel = panels.compose_panel(*world)
     panel.controls["modifier"].value = "now it snows"
     query = compose(vl, encoder.sentences(bench.images[bench.reference[:1]]).tokens, ["now it snows"])
     direct = Gallery(embeddings, range(40)).search(query, 10, torch.from_numpy(bench.reference[:1]))[1]
@@ -115,7 +117,7 @@ def test_words_of_ones_own_are_searched_and_nothing_is_marked(world):
 
 
 def test_a_suggestion_is_typed_for_you_and_another_reference_is_another(world):
-    panel = widgets.compose_panel(*world)
+    panel = panels.compose_panel(*world)
     offered = [b for b in panel.controls["suggestions"].children if b.layout.display != "none"]
     assert len(offered) >= 6 and len({b.description for b in offered}) == len(offered) and all(b.description for b in offered)
     before, last = panel.picture.value, offered[-1].description
@@ -132,7 +134,7 @@ def test_a_suggestion_is_typed_for_you_and_another_reference_is_another(world):
     "words, complaint", [(TOO_LONG, "too long for the text tower's 77; shorten the modifier"), ("  ", "there are no words")]
 )
 def test_bad_words_are_refused_in_the_panel_and_good_ones_clear_the_error(world, words, complaint):
-    panel = widgets.compose_panel(*world)
+    panel = panels.compose_panel(*world)
     good = panel.picture.value
     panel.controls["modifier"].value = words
     assert failed(panel) and complaint in message(panel) and "truncate" not in message(panel)
@@ -142,7 +144,7 @@ def test_bad_words_are_refused_in_the_panel_and_good_ones_clear_the_error(world,
 
 
 def test_what_a_user_types_is_text_and_no_markup(world):
-    panel = widgets.compose_panel(*world)
+    panel = panels.compose_panel(*world)
     for words in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "<b>" + TOO_LONG):
         panel.controls["modifier"].value = words
         page = Page(panel.status.value + panel.picture.value)
@@ -153,7 +155,7 @@ def test_what_a_user_types_is_text_and_no_markup(world):
 
 def test_the_name_of_a_file_is_text_and_no_markup():
     name = '"><script>alert(1)</script>.png'
-    page = Page(widgets._card("data:", name, name))
+    page = Page(panels._card("data:", name, name))
     assert page.tags == [("figure", {"class": ""}), ("img", {"src": "data:", "alt": name}), ("figcaption", {})]
     assert page.text == name
 
@@ -171,7 +173,7 @@ def folder(world, tmp_path):
 def test_a_folder_is_searched_by_file_name_and_the_reference_is_left_out(world, folder):
     _, vl, encoder, _ = world
     embeddings = vl.encode_images(list(folder))
-    panel = widgets.search_panel(folder, vl, encoder, embeddings)
+    panel = panels.search_panel(folder, vl, encoder, embeddings)
     assert failed(panel) and "there are no words" in message(panel)
     panel.controls["modifier"].value = "in stripes"
     panel.controls["reference"].value = 2
@@ -189,13 +191,13 @@ def test_a_folder_is_searched_by_file_name_and_the_reference_is_left_out(world, 
 def test_what_cannot_be_searched_is_refused(world, folder):
     _, vl, encoder, embeddings = world
     with pytest.raises(ValueError, match="40 embeddings but 4 ids"):
-        widgets.search_panel(folder, vl, encoder, embeddings)
+        panels.search_panel(folder, vl, encoder, embeddings)
     with pytest.raises(ValueError, match="at least two images"):
-        widgets.search_panel([folder[0]], vl, encoder, embeddings[:1])
+        panels.search_panel([folder[0]], vl, encoder, embeddings[:1])
     with pytest.raises(ValueError, match="encoders is empty"):
-        widgets.token_panel([folder[0]], vl, {})
+        panels.token_panel([folder[0]], vl, {})
     with pytest.raises(ValueError, match="a history without steps"):
-        widgets.training_panel(History())
+        panels.training_panel(History())
 
 
 # ------------------------------------------------------------------------------------------------- tokens
@@ -203,7 +205,7 @@ def test_what_cannot_be_searched_is_refused(world, folder):
 
 def test_a_token_shows_its_attention_and_its_nearest_words(world):
     bench, vl, encoder, _ = world
-    panel = widgets.token_panel(bench.images[:5], vl, {"shipped": encoder})
+    panel = panels.token_panel(bench.images[:5], vl, {"shipped": encoder})
     assert panel.controls["encoder"].disabled and "num_tokens" in panel.children[0].value
     sentence = encoder.sentences(bench.images[4:5], reads=True)
     panel.controls["image"].value = 4
@@ -216,8 +218,8 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
         assert torch.allclose(panel.shown["reads"], sentence.reads[0, :, t - 1], atol=1e-5)
         (picture,) = Page(panel.picture.value).all("img")
         titles = ["read 1", "read 2", "read 3"]
-        figure = draw.attention(bench.images[4], sentence.reads[0, :, t - 1].numpy(), titles, columns=4, side=1.8)
-        difference = pixels(picture["src"]).astype(int) - pixels(base64.b64encode(draw.png(figure)).decode())
+        figure = figures.attention(bench.images[4], sentence.reads[0, :, t - 1].numpy(), titles, columns=4, side=1.8)
+        difference = pixels(picture["src"]).astype(int) - pixels(base64.b64encode(figures.png(figure)).decode())
         assert abs(difference).max() <= 2  # a last digit may round to another shade
         assert all(f"read {n}: " in picture["alt"] and f"ead {n}: " in message(panel) for n in (1, 2, 3))
         assert f"token {t}" in picture["alt"] and panel.shown["words"][0][0] in Page(panel.picture.value).text
@@ -226,7 +228,7 @@ def test_a_token_shows_its_attention_and_its_nearest_words(world):
 def test_with_several_encoders_the_tokens_follow_the_length_of_the_sentence(world):
     bench, vl, encoder, _ = world
     single = QueryEncoder.for_model(vl, mapping="single vector").eval()
-    panel = widgets.token_panel(bench.images[:2], vl, {"many": encoder, "one": single})
+    panel = panels.token_panel(bench.images[:2], vl, {"many": encoder, "one": single})
     assert not panel.controls["encoder"].disabled and "encoder “one”" in message(panel)  # the shorter one is the first
     assert panel.controls["token"].max == 1 and "evenly" in message(panel)
     panel.controls["encoder slider"].value = 2
@@ -240,7 +242,7 @@ def test_the_place_of_the_strongest_attention_in_words():
     for cell, place in (((0, 5), "top right"), ((3, 2), "center"), ((5, 0), "bottom left"), ((1, 4), "top right")):
         attention = torch.full((6, 6), 0.01)
         attention[cell] = 0.65
-        assert f"at the {place}, where one of 36 cells gets 65%" in widgets._place(attention)
+        assert f"at the {place}, where one of 36 cells gets 65%" in panels._place(attention)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -248,7 +250,7 @@ def test_the_place_of_the_strongest_attention_in_words():
 
 @pytest.mark.slow
 def test_a_training_is_read_off_at_a_step_by_hand():
-    panel = widgets.training_panel({"a": HISTORY, "b": History(gcd=[6.0, 4.0], recall=[(2, 5.0)])})
+    panel = panels.training_panel({"a": HISTORY, "b": History(gcd=[6.0, 4.0], recall=[(2, 5.0)])})
     panel.controls["smoothing"].value = 2
     panel.controls["step"].value = 2
     assert panel.shown["a"] == {"GCD": 3.0, "LAR": 1.0, "recall": 10.0}
@@ -266,10 +268,10 @@ def test_a_training_is_read_off_at_a_step_by_hand():
 def test_every_control_has_a_tooltip_and_a_label_that_a_screen_reader_finds(world, folder):
     bench, vl, encoder, _ = world
     for panel in (
-        widgets.compose_panel(*world),
-        widgets.search_panel(folder, vl, encoder, vl.encode_images(list(folder))),
-        widgets.token_panel(folder, vl, {"shipped": encoder}),
-        widgets.training_panel(HISTORY),
+        panels.compose_panel(*world),
+        panels.search_panel(folder, vl, encoder, vl.encode_images(list(folder))),
+        panels.token_panel(folder, vl, {"shipped": encoder}),
+        panels.training_panel(HISTORY),
     ):
         named = {k: c for k, c in panel.controls.items() if k != "suggestions"}
         for name, control in named.items():
@@ -325,7 +327,7 @@ import torch
 from isa_lite import evaluate, widgets
 from isa_lite.distill import History
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.vl_model import load_vl_model
+from isa_lite.models.vl_model import load_vl_model
 vl = load_vl_model({str(vl_folder)!r})
 torch.manual_seed(0)
 encoder = QueryEncoder.for_model(vl, num_tokens=3).eval()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer
 
-from isa_lite.words import Words
+from isa_lite.models.tokenization import Words
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install 'isa_lite[blip]'")

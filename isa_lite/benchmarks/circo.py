@@ -5,8 +5,8 @@ Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_u
 
     >>> from isa_lite.benchmarks import circo, run, tiny
     >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.embed import embed_files
-    >>> from isa_lite.vl_model import load_vl_model
+    >>> from isa_lite.retrieval.embed import embed_files
+    >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("circo", "runs/tiny/circo", queries=3)  # or the folder of your copy
     >>> vl = load_vl_model()
     >>> rankings = []
@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 
-from isa_lite import settings
 from isa_lite.benchmarks.common import (
     Query,
     Ranking,
@@ -45,6 +44,7 @@ from isa_lite.benchmarks.common import (
     recall_at,
 )
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+from isa_lite.support import settings
 
 SPLITS = settings.SPLITS["circo"]
 KS = (5, 10, 25, 50)

@@ -5,8 +5,8 @@ the split val lie in `dev/`), the images below the same root, its `img_raw/` or 
 
     >>> from isa_lite.benchmarks import cirr, run, tiny
     >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.embed import embed_files
-    >>> from isa_lite.vl_model import load_vl_model
+    >>> from isa_lite.retrieval.embed import embed_files
+    >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("cirr", "runs/tiny/cirr", queries=3)  # or the folder of your copy
     >>> vl = load_vl_model()
     >>> rankings = []
@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from isa_lite import settings
 from isa_lite.benchmarks.common import (
     Query,
     Ranking,
@@ -40,6 +39,7 @@ from isa_lite.benchmarks.common import (
     recall_at,
 )
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
+from isa_lite.support import settings
 
 SPLITS = settings.SPLITS["cirr"]
 KS = (1, 5, 10, 50)

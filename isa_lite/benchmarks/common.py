@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isa_lite import checkpoint
-from isa_lite.gallery import Gallery, best
+from isa_lite.retrieval.gallery import Gallery, best
+from isa_lite.support import checkpoint
 
 #: What an image is called in the annotations: FashionIQ and CIRR have names, CIRCO has numbers.
 Id = str | int

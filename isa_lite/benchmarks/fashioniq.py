@@ -5,8 +5,8 @@ Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{
 
     >>> from isa_lite.benchmarks import fashioniq, run, tiny
     >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.embed import embed_files
-    >>> from isa_lite.vl_model import load_vl_model
+    >>> from isa_lite.retrieval.embed import embed_files
+    >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or the folder of your copy
     >>> vl = load_vl_model()
     >>> rankings = []
@@ -27,10 +27,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from isa_lite import settings
 from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, check_ids, entries, make_task, one_of, read_json, recall_at
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
-from isa_lite.settings import CAPTIONS, GALLERIES
+from isa_lite.support import settings
+from isa_lite.support.settings import CAPTIONS, GALLERIES
 
 CATEGORIES = ("dress", "shirt", "toptee")
 SPLITS = settings.SPLITS["fashioniq"]

@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from isa_lite.benchmarks import circo, cirr, fashioniq
 from isa_lite.benchmarks.common import Ranking, Task, one_of, rank
-from isa_lite.checkpoint import write_text
-from isa_lite.embed import ahead, embed_files
-from isa_lite.images import read_image
-from isa_lite.parameters import checked, optional, path_name
-from isa_lite.parameters import text as a_text
+from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
-from isa_lite.settings import METHODS, RunConfig, check_template
-from isa_lite.vl_model import VLModel
+from isa_lite.retrieval.embed import ahead, embed_files
+from isa_lite.support.checkpoint import write_text
+from isa_lite.support.images import read_image
+from isa_lite.support.parameters import checked, optional, path_name
+from isa_lite.support.parameters import text as a_text
+from isa_lite.support.settings import METHODS, RunConfig, check_template
 
 BENCHMARKS = {"fashioniq": fashioniq, "cirr": cirr, "circo": circo}
 

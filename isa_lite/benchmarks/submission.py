@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from isa_lite.benchmarks.common import Query, Task, read_json
-from isa_lite.checkpoint import write_text
+from isa_lite.support.checkpoint import write_text
 
 
 def write_submission(path: Path, content: object, check: Callable[[Path, Task], list[str]], task: Task) -> Path:

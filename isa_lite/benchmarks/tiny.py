@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from isa_lite import scenes
 from isa_lite.benchmarks.common import one_of
 from isa_lite.benchmarks.fashioniq import CATEGORIES
-from isa_lite.checkpoint import write_text
-from isa_lite.parameters import checked, path_name, whole
-from isa_lite.scenes import Modification, Scene
+from isa_lite.support.checkpoint import write_text
+from isa_lite.support.parameters import checked, path_name, whole
+from isa_lite.world import scenes
+from isa_lite.world.scenes import Modification, Scene
 
 #: What every figure and table of such a tree has to say.
 LABEL = "tiny tree of rendered scenes, not the benchmark"

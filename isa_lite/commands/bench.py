@@ -6,8 +6,8 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from isa_lite.parameters import add_settings, whole_number
-from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig
+from isa_lite.support.parameters import add_settings, whole_number
+from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,9 +50,9 @@ def run(args: Namespace) -> None:
 
 
 def _cost(args: Namespace) -> None:
+    from isa_lite.deploy.query_timing import cost
+    from isa_lite.models.vl_model import load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.query_timing import cost
-    from isa_lite.vl_model import load_vl_model, machine
 
     vl = load_vl_model(args.vl_model, args.pretrained)
     encoder = QueryEncoder.load(args.encoder, vl)
@@ -63,10 +63,10 @@ def _cost(args: Namespace) -> None:
 
 
 def _step(args: Namespace) -> None:
+    from isa_lite.deploy.step_cost import step_cost
+    from isa_lite.models.vl_model import load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.recipes import recipe
-    from isa_lite.step_cost import step_cost
-    from isa_lite.vl_model import load_vl_model, machine
+    from isa_lite.support.recipes import recipe
 
     config, vl = DistillConfig(**{name: getattr(args, name) for name in STEP}), load_vl_model()
     encoder = QueryEncoder.for_model(vl, stride=16, num_tokens=20, **recipe("default").encoder)
@@ -77,10 +77,10 @@ def _step(args: Namespace) -> None:
 
 
 def _split(args: Namespace) -> None:
-    from isa_lite.bench import random_model
+    from isa_lite.deploy.bench import random_model
+    from isa_lite.deploy.query_timing import split
+    from isa_lite.models.vl_model import load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.query_timing import split
-    from isa_lite.vl_model import load_vl_model, machine
 
     own = load_vl_model()
     trained, large = QueryEncoder.load(args.encoder, own), random_model("ViT-B-32")
@@ -95,12 +95,12 @@ def _split(args: Namespace) -> None:
 def _query(args: Namespace) -> None:
     import torch
 
-    from isa_lite.bench import random_model
-    from isa_lite.export import export
-    from isa_lite.latency import end_to_end_onnx, export_pieces
+    from isa_lite.deploy.bench import random_model
+    from isa_lite.deploy.export import export
+    from isa_lite.deploy.latency import end_to_end_onnx, export_pieces
+    from isa_lite.deploy.query_timing import end_to_end
+    from isa_lite.models.vl_model import load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.query_timing import end_to_end
-    from isa_lite.vl_model import load_vl_model, machine
 
     large, pairs = random_model("ViT-B-32"), {}
     for stride in (32, 16):
@@ -124,8 +124,8 @@ def _print_times(runtime: str, ms: pd.DataFrame, ratios: pd.Series) -> None:
 
 
 def _embed(args: Namespace) -> None:
-    from isa_lite.bench import embedding, random_model
-    from isa_lite.vl_model import load_vl_model, machine
+    from isa_lite.deploy.bench import embedding, random_model
+    from isa_lite.models.vl_model import load_vl_model, machine
 
     for name, vl, images, side in (
         ("the shipped model", load_vl_model(), 2048, 0),
@@ -138,8 +138,8 @@ def _embed(args: Namespace) -> None:
 def _backbones(args: Namespace) -> None:
     import open_clip
 
-    from isa_lite.bench import backbones, random_model
-    from isa_lite.vl_model import load_vl_model, machine
+    from isa_lite.deploy.bench import backbones, random_model
+    from isa_lite.models.vl_model import load_vl_model, machine
 
     untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
     vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)

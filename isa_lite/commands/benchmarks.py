@@ -6,8 +6,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from isa_lite.parameters import folder, output, whole_number
-from isa_lite.settings import CAPTIONS, GALLERIES, METHODS, SCENES_CLIP, SPLITS, TEMPLATE, RunConfig
+from isa_lite.support.parameters import folder, output, whole_number
+from isa_lite.support.settings import CAPTIONS, GALLERIES, METHODS, SCENES_CLIP, SPLITS, TEMPLATE, RunConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,8 +47,8 @@ def run(args: Namespace) -> None:
     import torch
 
     from isa_lite.benchmarks.run import report, run
+    from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import load_vl_model
 
     options = {name: getattr(args, name) for name in ("gallery", "captions", "shared_concept", "partial") if hasattr(args, name)}
     if args.check:

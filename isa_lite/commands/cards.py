@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import folder, output
+from isa_lite.support.parameters import folder, output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,8 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from isa_lite import cards
-    from isa_lite.vl_model import machine
+    from isa_lite.experiments import cards
+    from isa_lite.models.vl_model import machine
 
     print(machine())
     for path in cards.write_cards(args.out):

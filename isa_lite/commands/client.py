@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from isa_lite.parameters import whole_number
+from isa_lite.support.parameters import whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", help="what python -m isa_lite export wrote")
-    parser.add_argument("--gallery", required=True, help="a file of isa_lite.gallery.Gallery.save")
+    parser.add_argument("--gallery", required=True, help="a file of isa_lite.retrieval.gallery.Gallery.save")
     parser.add_argument("--image", required=True, help="the reference image")
     parser.add_argument("--modifier", default="", help="what should be different (default: nothing)")
     parser.add_argument("--k", type=whole_number(1), default=5, help="answers to print")
@@ -19,7 +19,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     import numpy as np
 
-    from isa_lite.client import QueryClient, read_gallery, read_image
+    from isa_lite.deploy.client import QueryClient, read_gallery, read_image
 
     embeddings, ids, model = read_gallery(args.gallery)
     if not model:

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import file, folder, output, whole_number
+from isa_lite.support.parameters import file, folder, output, whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,10 +39,10 @@ def run(args: Namespace) -> None:
     if bool(args.isa) == bool(args.rivals):
         raise ValueError("give either --isa with folders of query encoders, or --rivals with seeds")
 
-    from isa_lite import compare
-    from isa_lite.checkpoint import write_text
-    from isa_lite.evaluate import runs_table, seed_interval
-    from isa_lite.vl_model import commit, load_vl_model, machine
+    from isa_lite.experiments import compare
+    from isa_lite.models.vl_model import commit, load_vl_model, machine
+    from isa_lite.retrieval.evaluate import runs_table, seed_interval
+    from isa_lite.support.checkpoint import write_text
 
     config, vl = compare.CompareConfig(), load_vl_model()
     for seed in args.rivals:

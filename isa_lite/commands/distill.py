@@ -7,9 +7,9 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, folder, number, option, output, settings_from
-from isa_lite.recipes import RECIPES, recipe
-from isa_lite.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
+from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
+from isa_lite.support.recipes import RECIPES, recipe
+from isa_lite.support.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
 ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens", "width", "depth")
@@ -45,21 +45,21 @@ def run(args: Namespace) -> None:
 
     import torch
 
-    from isa_lite import ranks
-    from isa_lite.checkpoint import write_text
     from isa_lite.distill import distill
-    from isa_lite.images import ImageFolder
+    from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import commit, load_vl_model, machine
+    from isa_lite.support import distributed
+    from isa_lite.support.checkpoint import write_text
+    from isa_lite.support.images import ImageFolder
 
-    with ranks.joined(config.device):
+    with distributed.joined(config.device):
         images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)
         torch.manual_seed(config.seed)
         encoder = QueryEncoder.for_model(vl, **encoder_settings(args))
         run = args.out / "run"
         history = distill(images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
-            encoder.cpu().save(args.out, info | {"seconds": round(history.seconds, 1), "processes": ranks.count()})
+            encoder.cpu().save(args.out, info | {"seconds": round(history.seconds, 1), "processes": distributed.count()})
             write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")
             print(f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back; QueryEncoder.load reads it")

@@ -6,7 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import file, output
+from isa_lite.support.parameters import file, output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,8 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     import pandas as pd
 
-    from isa_lite.checkpoint import write_text
-    from isa_lite.evaluate import KS, gather, read_metrics, runs_table
+    from isa_lite.retrieval.evaluate import KS, gather, read_metrics, runs_table
+    from isa_lite.support.checkpoint import write_text
 
     if args.gather:
         record = gather(args.metrics)

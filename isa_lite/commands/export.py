@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from isa_lite.parameters import folder, output
-from isa_lite.settings import DATA, SCENES_CLIP, SCENES_ENCODER, TEMPLATE, check_template
+from isa_lite.support.parameters import folder, output
+from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, TEMPLATE, check_template
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,12 +23,12 @@ def run(args: Namespace) -> None:
     import pandas as pd
     import timm
 
-    from isa_lite.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient
-    from isa_lite.evaluate import make_benchmark
-    from isa_lite.export import export, measured_recall
-    from isa_lite.onnx_files import quantize
+    from isa_lite.deploy.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient
+    from isa_lite.deploy.export import export, measured_recall
+    from isa_lite.deploy.onnx_files import quantize
+    from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import load_vl_model
+    from isa_lite.retrieval.evaluate import make_benchmark
 
     vl = load_vl_model(args.vl_model, args.pretrained)
     with timm.layers.set_exportable(True):  # some backbones have layers that are made for tracing, and others that are not

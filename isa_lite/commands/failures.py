@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import file, output, whole_number
-from isa_lite.settings import DATA, SCENES_ENCODER
+from isa_lite.support.parameters import file, output, whole_number
+from isa_lite.support.settings import DATA, SCENES_ENCODER
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,12 +21,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from isa_lite.baselines import composed
-    from isa_lite.checkpoint import write_text
-    from isa_lite.evaluate import make_benchmark
-    from isa_lite.failures import failures, page, summary
+    from isa_lite.experiments.failures import failures, page, summary
+    from isa_lite.methods.baselines import composed
+    from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import load_vl_model
+    from isa_lite.retrieval.evaluate import make_benchmark
+    from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
     encoder = QueryEncoder.load(args.encoder, vl)

@@ -7,8 +7,8 @@ from argparse import ArgumentParser, Namespace
 from datetime import date
 from pathlib import Path
 
-from isa_lite.parameters import file, folder, output, whole_number
-from isa_lite.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
+from isa_lite.support.parameters import file, folder, output, whole_number
+from isa_lite.support.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,10 +22,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     sizes = [size for size in GROWTH_SIZES if size <= args.to]
 
-    from isa_lite.checkpoint import write_text
-    from isa_lite.growth import growth, growth_table
+    from isa_lite.experiments.growth import growth, growth_table
+    from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import commit, load_vl_model, machine
+    from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
     found = growth(vl, QueryEncoder.load(args.encoder, vl), args.cache, sizes, seed=args.seed)

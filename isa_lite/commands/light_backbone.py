@@ -8,8 +8,8 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, command_line, folder, number, option, output, settings_from
-from isa_lite.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
+from isa_lite.support.parameters import add_settings, command_line, folder, number, option, output, settings_from
+from isa_lite.support.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,11 +29,11 @@ def run(args: Namespace) -> None:
     import numpy as np
     import torch
 
-    from isa_lite import scenes
-    from isa_lite.checkpoint import write_tensors, write_text
-    from isa_lite.light_backbone import learn_features
+    from isa_lite.models.vl_model import commit, load_vl_model, machine
+    from isa_lite.pretraining.light_backbone import learn_features
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.vl_model import commit, load_vl_model, machine
+    from isa_lite.support.checkpoint import write_tensors, write_text
+    from isa_lite.world import scenes
 
     made_by = commit()
     vl = load_vl_model(device=config.device)

@@ -13,8 +13,8 @@ def run(args: Namespace) -> None:
     import open_clip
     import torch
 
+    from isa_lite.models.vl_model import machine
     from isa_lite.parity import LAYERS, TOLERANCE, parity
-    from isa_lite.vl_model import machine
 
     names = args.models or open_clip.list_models()
     if unknown := sorted(set(names) - set(open_clip.list_models())):

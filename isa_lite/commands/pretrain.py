@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, folder, number, option, output, settings_from
-from isa_lite.settings import MINUTES, SCENES_CLIP, PretrainConfig
+from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
+from isa_lite.support.settings import MINUTES, SCENES_CLIP, PretrainConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     config = settings_from(args, PretrainConfig)
 
-    from isa_lite.pretrain import pretrain
+    from isa_lite.pretraining.towers import pretrain
 
     pretrain(config, args.out, args.run, args.checkpoint_minutes)
     print(f"{args.out}: load_vl_model({str(args.out)!r}) loads it")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import add_settings, folder, number, option, output, settings_from
-from isa_lite.settings import MINUTES, FolderConfig
+from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
+from isa_lite.support.settings import MINUTES, FolderConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -23,9 +23,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     config = settings_from(args, FolderConfig)
 
-    from isa_lite.images import ImageFolder
-    from isa_lite.own_data import read_captions
-    from isa_lite.pretrain_folder import pretrain_folder
+    from isa_lite.pretraining.folder import pretrain_folder
+    from isa_lite.retrieval.own_data import read_captions
+    from isa_lite.support.images import ImageFolder
 
     images = ImageFolder(args.images)
     captions, run = read_captions(args.captions, images), args.run or args.out / "run"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from isa_lite.parameters import device_name, file, folder, option, output, whole, whole_number
-from isa_lite.recipes import RECIPES
-from isa_lite.settings import NOTEBOOK, WITHOUT_CHANGE
+from isa_lite.support.parameters import device_name, file, folder, option, output, whole, whole_number
+from isa_lite.support.recipes import RECIPES
+from isa_lite.support.settings import NOTEBOOK, WITHOUT_CHANGE
 
 
 def _seeds(text: str) -> list[int]:
@@ -50,6 +50,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    from isa_lite.sweep import sweep
+    from isa_lite.experiments.sweep import sweep
 
     sweep(args)

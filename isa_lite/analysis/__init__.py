@@ -1,0 +1,1 @@
+"""What a sentence holds, and what it depends on."""

@@ -1,0 +1,1 @@
+"""The query side as files, and what it costs."""

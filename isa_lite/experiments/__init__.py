@@ -1,0 +1,1 @@
+"""Many runs: ablations, comparisons, growth, failures, cards."""

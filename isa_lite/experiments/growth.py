@@ -1,0 +1,165 @@
+"""Recall and search time as the gallery grows: `python -m isa_lite growth` (a reviewer's question on the paper).
+
+Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may happen to show
+the very scene that a query asks for; then it is a hit, as everywhere in this project, and not a mistake.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from isa_lite.methods.baselines import composed, composition_ceiling, image_plus_text
+from isa_lite.models.vl_model import VLModel
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.retrieval.evaluate import KS, Benchmark, make_benchmark, recall, recall_interval
+from isa_lite.retrieval.gallery import Gallery
+from isa_lite.support.checkpoint import Between, read_info, read_shard, write_tensors
+from isa_lite.support.settings import GROWTH_SIZES
+from isa_lite.world.scenes import Scene, render_many, sample_scene
+
+SHARD = 10_000
+_RECALL = {f"R@{k}": (Between(0, 100),) * 3 for k in KS}
+_METHODS = {str: _RECALL} | dict.fromkeys(("isa", "image + text", "composition ceiling"), _RECALL)
+#: What the file of a growth curve holds (`checkpoint.misfit`).
+GROWN = {"queries": int, "machine": str, "date": str, "embedding_seconds": float}
+GROWN |= {"points": [{"gallery": Between(1, 1e12), "search_ms": float, "methods": _METHODS}, ...]}
+
+
+def scene_key(scene: Scene) -> int:
+    """64 bits that are equal for equal scenes."""
+    return int.from_bytes(hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _shard(vl: VLModel, seed: int, cache: str | Path, start: int, shard: int) -> Path:
+    return Path(cache) / f"{vl.fingerprint}-{seed}-{start}-{shard}.safetensors"
+
+
+def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: int = SHARD, progress: bool = True) -> Iterator:
+    """Shards of rendered random scenes: embeddings n x E (float16) and `scene_key`s n. Finished ones are read from `cache`."""
+    with tqdm(total=count, desc="distractors", unit="image", mininterval=2, disable=not progress) as bar:
+        for start in range(0, count, shard):
+            path = _shard(vl, seed, cache, start, shard)
+            stored = read_shard(path)
+            if stored is None:
+                began = time.perf_counter()
+                rng = np.random.default_rng((seed, 9, start))
+                world = [sample_scene(rng, held_out=True) for _ in range(shard)]
+                keys = torch.tensor([scene_key(scene) for scene in world])
+                jitter, parts = rng.integers(2**31, size=shard), []
+                for s in range(0, shard, 500):
+                    parts.append(vl.encode_images(render_many(world[s : s + 500], jitter[s : s + 500], vl.image_size)).half())
+                seconds = time.perf_counter() - began
+                stored = {"embeddings": torch.cat(parts), "keys": keys}
+                write_tensors(path, stored, {"seconds": seconds})
+            here = min(shard, count - start)
+            bar.update(here)
+            yield stored["embeddings"][:here], stored["keys"][:here]
+
+
+def growth_ranks(
+    bench: Benchmark, queries: Mapping[str, Tensor], gallery: Tensor, shards: Sequence, sizes: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Ranks of each method's queries (B x E) in the benchmark's gallery (G x E) with the first `sizes` distractors: sizes x B.
+
+    shards: pairs of embeddings and scene keys, in order. As `evaluate.score_ranks`: the best hit counts, ties count against.
+    """
+    targets = torch.tensor([scene_key(bench.scenes[t]) for t in bench.target])
+    own = torch.tensor([scene_key(scene) for scene in bench.scenes])
+    rows = torch.arange(len(bench))
+
+    def pieces(query: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(where the piece begins, scores B x n, hits B x n); the benchmark's own gallery comes first, at minus one."""
+        scores = query @ gallery.T
+        hits = own == targets[:, None]
+        scores[rows, torch.from_numpy(bench.reference)] = float("-inf")
+        hits[rows, torch.from_numpy(bench.reference)] = False
+        yield -1, scores, hits
+        start = 0
+        for embeddings, keys in shards:
+            yield start, query @ embeddings.float().T, keys == targets[:, None]
+            start += len(keys)
+
+    ranks = {}
+    for name, query in queries.items():
+        best = torch.full((len(sizes), len(bench)), float("-inf"))  # the best hit's score, per size
+        better = torch.zeros(len(sizes), len(bench), dtype=torch.long)
+        for count in (False, True):  # first the best hit at every size, then what is above it
+            for start, scores, hits in pieces(query):
+                for i, size in enumerate(sizes):
+                    n = scores.shape[1] if start < 0 else max(0, min(size - start, scores.shape[1]))
+                    if n and count:
+                        better[i] += ((scores[:, :n] >= best[i][:, None]) & ~hits[:, :n]).sum(1)
+                    elif n and hits[:, :n].any():
+                        best[i] = torch.maximum(best[i], scores[:, :n].masked_fill(~hits[:, :n], float("-inf")).amax(1))
+        ranks[name] = (better + 1).numpy()
+    return ranks
+
+
+def search_time(embeddings: Tensor, query: Tensor, rounds: int = 15) -> float:
+    """Median milliseconds of one exact search (query 1 x E, the ten best)."""
+    gallery, times = Gallery(embeddings, range(len(embeddings))), []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        gallery.search(query, 10)
+        times.append(1000 * (time.perf_counter() - began))
+    return float(np.median(times))
+
+
+def growth(
+    vl: VLModel,
+    encoder: QueryEncoder,
+    cache: str | Path,
+    sizes: Sequence[int] = GROWTH_SIZES,
+    queries: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """At every size: Recall@1/5/10 with 95% Wilson intervals of ISA, image + text and the composition ceiling; search time."""
+    bench = make_benchmark(queries, 4 * queries, seed, vl.image_size)
+    gallery = vl.encode_images(bench.images)
+    shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
+    # What every shard took when it was made, in this call or an earlier one.
+    embedding = sum(read_info(_shard(vl, seed, cache, start, SHARD))["seconds"] for start in range(0, max(sizes), SHARD))
+    methods = {
+        "isa": composed(bench, vl, encoder),
+        "image + text": image_plus_text(bench, vl, gallery),
+        "composition ceiling": composition_ceiling(bench, vl, gallery),
+    }
+    ranks = growth_ranks(bench, methods, gallery, shards, sizes)
+    everything = torch.cat([gallery, *(embeddings.float() for embeddings, _ in shards)])
+    points = []
+    for i, size in enumerate(sizes):
+        recalls = {
+            name: {f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *recall_interval(r[i], k))] for k in KS}
+            for name, r in ranks.items()
+        }
+        times = search_time(everything[: len(gallery) + size], methods["isa"][:1])
+        points.append({"distractors": size, "gallery": len(gallery) + size, "methods": recalls, "search_ms": round(times, 3)})
+    return {
+        "data": "rendered scenes",
+        "queries": queries,
+        "seed": seed,
+        "points": points,
+        "embedding_seconds": round(embedding, 3),
+    }
+
+
+def growth_table(found: Mapping, k: int = 1) -> pd.DataFrame:
+    """A row a gallery size: Recall@K of every method with its interval, and the milliseconds of one exact search."""
+    rows = {
+        f"{point['gallery']:,}": {
+            **{name: "{:.1f} [{:.1f}, {:.1f}]".format(*values[f"R@{k}"]) for name, values in point["methods"].items()},
+            "exact search, ms": point["search_ms"],
+        }
+        for point in found["points"]
+    }
+    return pd.DataFrame.from_dict(rows, "index")

@@ -1,0 +1,1 @@
+"""Other ways to compose a query, for comparison: baselines, ceilings, late fusion, one pseudo-word."""

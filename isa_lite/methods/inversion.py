@@ -1,0 +1,285 @@
+"""Zero-shot composed retrieval with one pseudo-word: three well-known recipes in short, for comparison with ISA.
+
+All of them keep the large image tower on the query side: a mapping network turns its *embedding* into one vector of the
+word-embedding space, and the prompt "a photo of <word>, <modifier>" goes through the frozen text tower. They differ in what
+they learn from:
+
+- `pic2word_like`, after Pic2Word (Saito et al., CVPR 2023). Images: a prompt's embedding must find its own image in the batch.
+- `searle_like`, after SEARLE (Baldrati et al., ICCV 2023). Images: a word is optimised for each, then guessed by the mapping.
+- `lincir_like`, after LinCIR (Gu et al., CVPR 2024). Texts: a caption's embedding must replace that caption's own key words.
+
+"Like" means: our own short version, with the differences named in the docstring; no figure of theirs is to be expected of it.
+
+With the defaults of its arguments each function is the recipe alone, with norm-matched words. The other aids of ISA's own encoder
+(`recipes`) it takes where it has a place for them: `start_words`, a text whose first word the pseudo-word is before training (all
+three); `word_noise`, noise on words on their way to the text tower (all three); `negatives`, images outside the batch (the two
+that contrast). The backbone's learned start has no place here: the large tower is the backbone. All aids are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from isa_lite.distill import blur, other_indices
+from isa_lite.losses import gcd_loss
+from isa_lite.models.vl_model import VLModel
+from isa_lite.query_encoder import TEMPLATE, compose, known_words, prompt_ids, splice, start_vectors
+from isa_lite.token_learner import ToWords
+
+#: Words that LinCIR-like training leaves in place, because they name nothing that one can see.
+FUNCTION_WORDS = frozenset("a an the of on in at and with to is it its that this photo picture image drawing background".split())
+
+
+class Inversion(nn.Module):
+    """Mapping network: image (or text) embeddings B x E -> one pseudo-word each, B x D, about as long as a real word's vector."""
+
+    def __init__(self, embed_dim: int, word_width: int, word_norm: float, width: int = 512):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.to_word = ToWords(width, word_width, word_norm)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.to_word(self.mlp(embeddings))
+
+    @torch.no_grad()
+    def compose(self, vl: VLModel, images: Tensor, modifiers: Sequence[str], template: str = TEMPLATE) -> Tensor:
+        """Query embeddings B x E: the pseudo-words of image embeddings B x E, each with its modifier, through the text tower."""
+        device = next(self.parameters()).device
+        return compose(vl, self(images.to(device)).unsqueeze(1), modifiers, template)
+
+
+def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inversion:
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(
+            f"at least two embeddings, N x E, are needed to contrast with one another, not {tuple(embeddings.shape)}"
+        )
+    torch.manual_seed(seed)
+    mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
+    if start_words:
+        mapping.to_word.start_from(start_vectors(vl, start_words))
+    return mapping.to(vl.device)
+
+
+def _others(embeddings: Tensor, batch: Tensor, negatives: int, step: int, seed: int) -> Tensor:
+    """Rows of `embeddings` outside a batch of B indices, up to `negatives` x E, drawn from the seed and the step."""
+    return embeddings[torch.from_numpy(other_indices(len(embeddings), batch.numpy(), negatives, step, seed))]
+
+
+def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
+    """Pseudo-words B x D alone in the prompt -> text embeddings B x E."""
+    ids, places = (x.expand(len(words), -1) for x in prompt_ids(vl, 1, [""], template))
+    return vl.encode_vectors(splice(vl, words.unsqueeze(1), ids, places), ids, known_words(vl, template))
+
+
+def _fit(
+    name: str,
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[Tensor, int], Tensor],
+    count: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    progress: bool,
+) -> None:
+    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by epoch) and the step."""
+    if steps < 1 or batch_size < 2:
+        raise ValueError(f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}")
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for step in trange(steps, desc=name, disable=not progress, mininterval=5):
+        if len(order) < min(batch_size, count):
+            order = torch.randperm(count, generator=generator)
+        batch, order = order[:batch_size], order[batch_size:]
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(batch, step).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def pic2word_like(
+    vl: VLModel,
+    images: Tensor,
+    steps: int = 600,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    temperature: float = 0.05,
+    template: str = TEMPLATE,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    negatives: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Inversion:
+    """Contrastive inversion from unlabeled images, given as embeddings N x E of the large tower.
+
+    The prompt with an image's word must be nearer to that image than to the batch's others, and the other way round.
+    Differs from Pic2Word in: temperature (a constant, CLIP's learned one there), two hidden layers, norm-matched words,
+    rendered scenes for three million web images. Aids, none of them Pic2Word's: start_words, word_noise, negatives.
+    """
+    mapping = _fresh(vl, images, seed, start_words)
+
+    def loss_of(batch: Tensor, step: int) -> Tensor:
+        image = images[batch].to(vl.device)
+        query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
+        return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
+
+    _fit("Pic2Word-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
+    return mapping.eval()
+
+
+def optimize_words(
+    vl: VLModel,
+    images: Tensor,
+    steps: int = 60,
+    lr: float = 0.05,
+    gravity: float = 0.1,
+    template: str = TEMPLATE,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Tensor:
+    """Textual inversion: for each image embedding (N x E) its own best pseudo-word, N x D, found by gradient descent.
+
+    The loss is one minus the cosine of prompt and image; a word has the length of real words. `gravity` weighs one minus the
+    cosine of the word with the nearest real word, which keeps it among words that the text tower knows. Ours, for SEARLE's
+    pull towards phrases that GPT wrote. Aids, neither of them SEARLE's: all words start from the first of start_words instead of
+    from random directions, and each step reads them with word_noise (`distill.blur`), drawn batch by batch.
+    """
+    table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()
+    known = F.normalize(table[table.norm(dim=1) > 0].float(), dim=-1)  # W x D
+    torch.manual_seed(seed)
+    start = F.normalize(torch.randn(len(images), vl.word_width), dim=-1)
+    if start_words:
+        start = F.normalize(start_vectors(vl, start_words)[:1], dim=-1).repeat(len(images), 1)
+    found = []
+    for s in trange(0, len(images), batch_size, desc="words for images", disable=not progress, mininterval=5):
+        target = images[s : s + batch_size].to(vl.device)
+        free = start[s : s + batch_size].to(vl.device).requires_grad_(True)
+        optimizer = torch.optim.Adam([free], lr=lr)
+        for step in range(steps):
+            words = F.normalize(free, dim=-1)  # B x D
+            read = blur(words, word_noise, step * len(images) + s, seed) * vl.word_norm
+            far = 1 - (_prompt(vl, read, template) * target).sum(-1)  # B
+            unlike = 1 - (words @ known.T).amax(-1)  # B
+            optimizer.zero_grad(set_to_none=True)
+            (far + gravity * unlike).sum().backward()  # a sum: no image's word depends on what else is in its batch
+            optimizer.step()
+        found.append(F.normalize(free.detach(), dim=-1).cpu() * vl.word_norm)
+    return torch.cat(found)
+
+
+def searle_like(
+    vl: VLModel,
+    images: Tensor,
+    words: Tensor | None = None,
+    steps: int = 600,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    temperature: float = 0.25,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    negatives: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Inversion:
+    """A mapping that guesses, in one pass, the word that `optimize_words` finds for an image.
+
+    images: N x E, words: N x D (made with `optimize_words` where not given). The guess must be nearer, by cosine, to its
+    own image's word than to the others of the batch, and the other way round. Differs from SEARLE in: the pull is towards
+    words instead of GPT's phrases, in `optimize_words` alone; norm-matched words; no dropout. Aids, none of them SEARLE's:
+    start_words (of the words and of the mapping), word_noise (of the words, which alone are read by the text tower), negatives
+    (other images' words).
+    """
+    mapping = _fresh(vl, images, seed, start_words)
+    if words is None:
+        words = optimize_words(vl, images, start_words=start_words, word_noise=word_noise, seed=seed, progress=progress)
+    if len(words) != len(images):
+        raise ValueError(f"{len(images)} images but {len(words)} words")
+
+    def loss_of(batch: Tensor, step: int) -> Tensor:
+        others = _others(words, batch, negatives, step, seed)
+        guess, word, others = (
+            F.normalize(x.to(vl.device), dim=-1) for x in (mapping(images[batch].to(vl.device)), words[batch], others)
+        )
+        return gcd_loss(guess, word, temperature, others)
+
+    _fit("SEARLE-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
+    return mapping.eval()
+
+
+def keyword_prompt(vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WORDS) -> tuple[list[int], list[bool]]:
+    """Token ids of a caption in which every run of key words has become one placeholder, and where the placeholders are.
+
+    Without the special tokens. Key words are all that are neither in `keep` nor punctuation.
+    "a photo of two red stars, on grass" -> "a photo of *, on *".
+    """
+    ids: list[int] = []
+    marks: list[bool] = []
+    for piece in vl.words.ids(caption):
+        word = vl.words.word(piece)
+        if word in keep or not any(c.isalnum() for c in word):
+            ids.append(piece), marks.append(False)
+        elif not (marks and marks[-1]):
+            ids.append(piece), marks.append(True)
+    return ids, marks
+
+
+def lincir_like(
+    vl: VLModel,
+    captions: Sequence[str],
+    steps: int = 600,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    noise: float = 0.5,
+    start_words: str = "",
+    word_noise: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Inversion:
+    """Self-masking projection from texts alone: no image is seen in training.
+
+    A caption's embedding, plus noise, is mapped to a word; that word takes the place of the caption's key words, and the
+    text tower must give the embedding of the whole caption. The noise (normal, its length up to `noise` times the
+    embedding's, drawn evenly) bridges the gap between text and image embeddings. Differs from LinCIR in: key words are all but
+    a list of function words, there nouns and adjectives; the loss is one minus the cosine, there the squared error.
+    Aids, neither of them LinCIR's: start_words, and word_noise on the word itself. Its loss contrasts nothing, so no negatives.
+    """
+    embedded = vl.encode_text(captions)
+    mapping = _fresh(vl, embedded, seed, start_words)
+    start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
+    prompts = [keyword_prompt(vl, caption) for caption in captions]
+    without = next((c for c, (_, marks) in zip(captions, prompts, strict=True) if not any(marks)), None)
+    if without is not None:
+        raise ValueError(f"the caption {without!r} holds no key word to replace")
+    ids = torch.zeros(len(captions), vl.context_length, dtype=torch.long)
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (tokens, marks) in enumerate(prompts):
+        tokens, marks = tokens[: vl.context_length - 2], marks[: vl.context_length - 2]
+        ids[row, : len(tokens) + 2] = torch.tensor([start, *tokens, end])
+        places[row, 1 : len(tokens) + 1] = torch.tensor(marks)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def loss_of(batch: Tensor, step: int) -> Tensor:
+        latent = embedded[batch]
+        size = noise * torch.rand(len(batch), 1, generator=generator)
+        latent = latent + size * torch.randn(latent.shape, generator=generator) / float(np.sqrt(latent.shape[1]))
+        rows = vl.cut(ids[batch].to(vl.device))
+        marks = places[batch, : rows.shape[1]].to(vl.device)
+        words = blur(mapping(latent.to(vl.device)), word_noise, step, seed)
+        words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
+        vectors = splice(vl, words, rows, marks)
+        return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()
+
+    _fit("LinCIR-like", list(mapping.parameters()), loss_of, len(captions), steps, batch_size, lr, seed, progress)
+    return mapping.eval()

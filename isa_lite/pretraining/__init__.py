@@ -1,0 +1,1 @@
+"""How the shipped models came about, and the same for a folder of your own."""

@@ -1,0 +1,113 @@
+"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite light_backbone`.
+
+A light backbone usually starts from weights that were learned on photographs. Of rendered scenes these know little, and a
+laptop without a network has none. So the backbone first learns to say what the large image tower says about each part of an
+image (feature distillation, Romero et al., "FitNets", ICLR 2015). It sees images alone. `QueryEncoderConfig.backbone_weights`
+names the result: "scenes" for the one that is shipped. Ours.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from isa_lite.distill import Batches, learning_rate
+from isa_lite.models.vl_model import VLModel
+from isa_lite.query_encoder import QueryEncoder
+from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.images import Images, batch_loader, images_key
+from isa_lite.support.runs import MINUTES, Keeper
+from isa_lite.support.settings import BackboneConfig
+from isa_lite.targets import targets
+
+
+def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean squared error between predicted and true local features, each channel in units of its standard deviation.
+
+    features: B x C x h x w, of the light backbone behind a linear layer; patches: B x N x C of the large tower, on a square
+    grid; mean, std: C. Where the grids differ, the light one is averaged or interpolated to the other's. 1 is what the mean
+    feature alone achieves.
+    """
+    side = round(patches.shape[1] ** 0.5)
+    features = F.interpolate(features, (side, side), mode="area")  # B x C x side x side
+    wanted = (patches - mean) / std  # B x N x C
+    return F.mse_loss(features.flatten(2).transpose(1, 2), wanted)
+
+
+def learn_features(
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: BackboneConfig,
+    cache: Path,
+    checkpoint: Path | None = None,
+    checkpoint_minutes: float = MINUTES,
+) -> tuple[float, float]:
+    """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
+
+    checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises ValueError for one of another
+    run, a damaged one, and one that another process works on, and where `config` tells of another backbone than the encoder's.
+    """
+    for name in ("backbone", "stride"):
+        wanted, there = getattr(config, name), getattr(encoder.config, name)
+        if wanted != there:
+            raise ValueError(f"config names the {name} {wanted!r}, and the encoder's is {there!r}")
+    with Keeper(checkpoint, checkpoint_minutes) as keeper:
+        return _learn_features(images, vl, encoder, config, cache, keeper)
+
+
+def _learn_features(
+    images: Images, vl: VLModel, encoder: QueryEncoder, config: BackboneConfig, cache: Path, keeper: Keeper
+) -> tuple[float, float]:
+    known = targets(images, vl, True, cache, config.num_workers).patches  # N x P x C, float16
+    some = torch.from_numpy(known[:4000].astype(np.float32))
+    mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3  # C each; a channel that never moves is not divided by nothing
+    channels = encoder.backbone.eval()(encoder.pixels(images[:1]))[0].shape[1]
+    torch.manual_seed(config.seed)
+    modules = {"backbone": encoder.backbone, "head": nn.Conv2d(channels, len(mean), 1)}
+    for module in modules.values():
+        module.to(config.device, memory_format=torch.channels_last).train()
+    weights = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
+    mean, std = mean.to(config.device), std.to(config.device)
+
+    identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
+    start, losses, seconds = 0, [], 0.0
+    if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity, config.steps)):
+        start, losses, seconds = info["step"], info.get("losses"), info.get("seconds")
+        numbers = [seconds, *losses] if isinstance(losses, list) and len(losses) == start else [None]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise damaged(keeper.path, "its losses or seconds are not those of its steps")
+    began = time.perf_counter() - seconds
+
+    def save(step: int) -> None:
+        state = {"identity": identity, "step": step, "losses": losses, "seconds": time.perf_counter() - began}
+        save_run(keeper.path, modules, optimizer, state)
+
+    if start < config.steps:
+        keeper.begin(save, start)
+    batches = Batches(np.arange(len(images)), config.batch_size, config.seed, start, config.steps, in_order=True)
+    loader = batch_loader(images, batches, encoder.pixels, config.num_workers)
+    bar = tqdm(zip(batches, loader, strict=True), total=config.steps, initial=start, desc="light backbone", mininterval=2)
+    for step, (rows, pixels) in enumerate(bar, start):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[0]  # B x c x h x w
+        patches = torch.from_numpy(known[rows].astype(np.float32)).to(config.device)  # B x P x C
+        loss = feature_loss(modules["head"](features), patches, mean, std)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
+        keeper.after(step + 1, last=step + 1 == config.steps)
+    encoder.backbone.eval()
+    return float(np.mean(losses[-100:])), time.perf_counter() - began

@@ -1,0 +1,1 @@
+"""Galleries, queries, ranks and metrics."""

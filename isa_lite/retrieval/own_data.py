@@ -1,0 +1,304 @@
+"""Your own data: what is said about the images of a folder, and queries with their answers. Ours.
+
+Two files, both optional, beside or inside a folder of images:
+
+- `captions.csv`, a table with the columns `image` (a path in the folder) and `caption`; a row a caption.
+- `triplets.json`, a list of {"reference": file, "modifier": text, "targets": [files]}, for evaluation only.
+
+Whatever is wrong with them is said at once, with the file and the row, before any work is done.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import html
+import io
+import json
+import os
+import unicodedata
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from isa_lite.methods import baselines
+from isa_lite.models.vl_model import VLModel
+from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.retrieval import evaluate
+from isa_lite.support.checkpoint import read_json
+from isa_lite.support.images import ImageFolder
+from isa_lite.support.parameters import checked, path_name
+
+DELIMITERS = ",;\t|"
+SHOWN = 5  # problems of a file that a message lists
+NEAR = 500  # names on either side, in the alphabet, among which one that is nearly right is looked for
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+class _Names:
+    """Finds the images of a folder by the names that a table gives them."""
+
+    def __init__(self, images: ImageFolder):
+        self.folder = images.folder.resolve()
+        number = {f: i for i, f in enumerate(images.files)}
+        copies = {copy: number[first] for copy, first in images.duplicates.items() if first in number}  # of what was kept
+        self.number = {self._key(f.relative_to(images.folder).as_posix()): i for f, i in (copies | number).items()}
+        self.broken = {self._key(f.relative_to(images.folder).as_posix()): why for f, why in images.broken.items()}
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.number)
+
+    #: What people change in a name or leave out: large and small letters, the folder, the ending.
+    _loosened = (str.casefold, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem.casefold())
+
+    @cached_property
+    def _loose(self) -> list[dict[str, str]]:
+        """For each of `_loosened`, the first name of the folder by what is left of it."""
+        return [{loosen(name): name for name in reversed(self._sorted)} for loosen in self._loosened]
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return unicodedata.normalize("NFC", name)  # macOS stores an accent apart from its letter
+
+    def _near(self, key: str) -> str | None:
+        """The name that was probably meant. Comparing letters is slow: it is done with the neighbours in the alphabet alone."""
+        for loosen, known in zip(self._loosened, self._loose, strict=True):
+            if loosen(key) in known:
+                return known[loosen(key)]
+        place = bisect(self._sorted, key)
+        alike = difflib.get_close_matches(key, self._sorted[max(0, place - NEAR) : place + NEAR], n=50)
+        # Of names that differ in a digit, one that begins alike.
+        return max(alike, key=lambda known: len(commonprefix([known, key])), default=None)
+
+    def find(self, name: str, hint: bool = True) -> int:
+        """The number of the image in its folder. Raises ValueError saying what is wrong with the name and what to do.
+
+        hint: look for the name that was probably meant; a message shows a few errors, and need not do so for all the others.
+        """
+        if not name.strip():
+            raise ValueError("names no image; write its path in the folder, or delete the entry")
+        for path in (name, name.strip(), name.strip().replace("\\", "/")):
+            path = PurePosixPath(path)
+            if path.is_absolute() or ".." in path.parts:
+                whole = (self.folder / path).resolve()
+                if not whole.is_relative_to(self.folder):
+                    raise ValueError(f"{name!r} lies outside the folder {self.folder.name}; copy it into the folder")
+                path = PurePosixPath(whole.relative_to(self.folder).as_posix())
+            key = self._key(str(path))
+            if key in self.number:
+                return self.number[key]
+            if key in self.broken:
+                raise ValueError(f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or delete the entry")
+        if os.path.exists(self.folder / name.strip()):  # False also for what no file can be called, such as a long caption
+            raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
+        near = self._near(key) if hint else None
+        advice = f"did you mean {near!r}?" if near else "put it there, or delete the entry"
+        raise ValueError(f"{name!r} is not in the folder {self.folder.name}; {advice}")
+
+
+def _refuse(path: Path, problems: Sequence[str], what: str) -> None:
+    if problems:
+        more = f" ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError(f"{path}: {len(problems)} {what} cannot be used: " + "; ".join(problems[:SHOWN]) + more)
+
+
+def _text_of(path: Path, name: str) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; {name}= names one, or leave it empty")
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8 (Excel: 'CSV UTF-8')") from None
+
+
+def plain(caption: str) -> str:
+    """A caption with single spaces, and so that open_clip's tokenizer cannot take a part of it for the end of the text."""
+    caption = html.unescape(html.unescape(caption)).replace("<start_of_text>", "< start_of_text>")
+    return " ".join(caption.replace("<end_of_text>", "< end_of_text>").split())
+
+
+@checked(path=path_name())
+def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
+    """The captions of each image of the folder, in the table's order; an empty list for an image that has none.
+
+    The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored. Any Unicode is a caption,
+    an image may have several, and a row that is there twice counts once. The captions of a copy that was left out go to the image
+    that it is a copy of. Rows count like a spreadsheet's: the header is 1.
+    Raises FileNotFoundError, or ValueError naming the file, the first rows that cannot be used, and what to do.
+    """
+    path, names = Path(path), _Names(images)
+    content = _text_of(path, "captions")
+    head = next(iter(content.splitlines()), "")
+    columns: list[str] = []
+    for delimiter in DELIMITERS:
+        try:
+            columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}: the first row cannot be read ({error}); save the table as CSV again") from None
+        if {"image", "caption"} <= set(columns):
+            break
+    else:
+        raise ValueError(f"{path}: the first row must name the columns image and caption; it is {head[:80]!r}")
+    if columns.count("image") > 1 or columns.count("caption") > 1:
+        raise ValueError(f"{path}: the first row names a column twice ({head[:80]!r}); several captions are several rows")
+    try:  # without a header for pandas, which would take the first column for an index where a row is too long
+        table = pd.read_csv(
+            io.StringIO(content), sep=delimiter, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False
+        )
+    except pd.errors.ParserError as error:
+        detail = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        raise ValueError(f"{path}: {detail}; put a text that contains {delimiter!r} or a line break in double quotes") from None
+    rows = table.fillna("")[[columns.index("image"), columns.index("caption")]].to_numpy()[1:]
+    captions: list[list[str]] = [[] for _ in images.files]
+    problems = []
+    for number, (image, caption) in enumerate(rows, 2):
+        if not image.strip() and not caption.strip():
+            continue  # an empty line
+        try:
+            owner, caption = names.find(image, len(problems) < SHOWN), plain(caption)
+            if not caption:
+                raise ValueError(f"{image!r} has an empty caption; write one, or delete the row")
+        except ValueError as error:
+            problems.append(f"row {number}: {error}")
+            continue
+        if caption not in captions[owner]:
+            captions[owner].append(caption)
+    _refuse(path, problems, f"of {len(rows)} rows")
+    if not any(captions):
+        raise ValueError(f"{path} holds no caption; write a row an image, or leave captions= empty")
+    return captions
+
+
+def beside(images: ImageFolder, name: str) -> Path | None:
+    """The file `name` in a folder of images or, where there is none, right beside the folder; None where there is neither."""
+    return next((p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()), None)
+
+
+@dataclass
+class Triplets:
+    """Composed queries over the images of a folder: query i is (reference[i], texts[i]), and any of targets[i] is right.
+
+    reference: B gallery indices; targets: for each query the indices of its right answers, without the reference.
+    """
+
+    reference: np.ndarray
+    texts: list[str]
+    targets: list[list[int]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def ranks(self, queries: Tensor, gallery: Tensor) -> np.ndarray:
+        """The rank of each query's best target among the gallery G x E, with the reference left out; queries B x E."""
+        hits = torch.zeros(len(self), len(gallery), dtype=torch.bool)
+        for row, right in zip(hits, self.targets, strict=True):
+            row[right] = True
+        return evaluate.ranks(queries, gallery, self.reference, hits)
+
+
+@checked(path=path_name())
+def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
+    """Queries with their answers, checked against the folder. Entries count from 1.
+
+    Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used, and what to do.
+    """
+    path, names = Path(path), _Names(images)
+    entries = read_json(path, "triplets", object)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}}, and not empty')
+    reference, texts, targets, problems = [], [], [], []
+    for number, entry in enumerate(entries, 1):
+        try:
+            start, words, answers = _entry(entry, names, len(problems) < SHOWN)
+        except ValueError as error:
+            problems.append(f"entry {number}: {error}")
+            continue
+        reference.append(start), texts.append(words), targets.append(answers)
+    _refuse(path, problems, f"of {len(entries)} entries")
+    return Triplets(np.array(reference), texts, targets)
+
+
+def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"is {str(entry)[:40]!r}; it must be an object with reference, modifier and targets")
+    missing = [key for key in ("reference", "modifier", "targets") if key not in entry]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if not isinstance(entry["reference"], str) or not isinstance(entry["modifier"], str):
+        raise ValueError("reference and modifier must be texts")
+    if not isinstance(entry["targets"], list) or not all(isinstance(t, str) for t in entry["targets"]):
+        raise ValueError("targets must be a list of files, also where there is only one")
+    if not entry["modifier"].strip():
+        raise ValueError("has an empty modifier; say what should be different")
+    start = names.find(entry["reference"], hint)
+    found = sorted({names.find(t, hint) for t in entry["targets"]} - {start})
+    if not found:
+        raise ValueError("has no target but its own reference, which a ranking leaves out; name another image")
+    return start, " ".join(entry["modifier"].split()), found
+
+
+def fingerprint(images: ImageFolder, captions: Sequence[Sequence[str]]) -> str:
+    """A digest of the images and all that is said about them."""
+    return hashlib.sha256(json.dumps([images.key, [list(c) for c in captions]]).encode()).hexdigest()[:16]
+
+
+def part(images: ImageFolder, rows: Sequence[int]) -> ImageFolder:
+    """Some images of a folder, by their numbers, as a folder."""
+    made = copy(images)
+    made.files = [images.files[i] for i in rows]
+    made.key = hashlib.sha256(f"{images.key} {[int(i) for i in rows]}".encode()).hexdigest()
+    return made
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def unseen_words(vl: VLModel, texts: Sequence[str]) -> list[str]:
+    """Words of the texts that a model of `pretrain_folder` has never met: the vectors of their pieces are zero, all of them.
+
+    Of another model, whose every vector is something, no word is named.
+    """
+    norms = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).norm(dim=-1)
+    words = sorted({word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()} - {""})
+    return [word for word in words if not norms[vl.words.ids(word)].any()]
+
+
+def untrained(queries: Triplets, vl: VLModel, gallery: Tensor, captions: Sequence[Sequence[str]] | None) -> dict[str, Tensor]:
+    """The queries by simpler means, B x E each, named as in `baselines.UNTRAINED`, and the ceilings where captions allow them.
+
+    composition ceiling: the reference's first caption and the modifier, in words; target ceiling: the first caption of the
+    first target. Both need a caption of every image that they speak of, and are left out otherwise.
+    """
+    simple = ("image only", "text only", "image + text")  # of a benchmark, they read reference and texts alone
+    found = {name: baselines.UNTRAINED[name](queries, vl, gallery) for name in simple}
+    firsts = [right[0] for right in queries.targets]
+    if captions and all(captions[i] for i in queries.reference):
+        said = [f"{captions[i][0]}, {text}" for i, text in zip(queries.reference, queries.texts, strict=True)]
+        found["composition ceiling"] = vl.encode_text(said)
+    if captions and all(captions[i] for i in firsts):
+        found["target ceiling"] = vl.encode_text([captions[i][0] for i in firsts])
+    return found
+
+
+def composed(queries: Triplets, images: ImageFolder, vl: VLModel, encoder: QueryEncoder, template: str) -> Tensor:
+    """The queries by a trained query encoder, B x E: the reference's sentence and the modifier through the frozen text tower.
+
+    Raises ValueError for a modifier that does not fit the text tower.
+    """
+    used, place = np.unique(queries.reference, return_inverse=True)
+    parts = np.array_split(used, len(used) // 256 + 1)  # not all pictures in memory at once
+    tokens = torch.cat([encoder.sentences([images[int(i)] for i in part]).tokens for part in parts])
+    return compose(vl, tokens[place], queries.texts, template)

@@ -1,0 +1,72 @@
+"""In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or what you ask for.
+
+A CPU without instructions for bfloat16 (AVX2 alone, which is most laptops) emulates it, and takes many times as long. The weights
+stay float32 in any case, and evaluation always computes in float32. Ours.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import AbstractContextManager
+from copy import copy
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+from isa_lite.support.checkpoint import read_info
+from isa_lite.support.settings import DistillConfig, PretrainConfig, check_dtype
+
+Config = TypeVar("Config", DistillConfig, PretrainConfig)
+
+
+def training_dtype(wanted: str, device: torch.device | str, recorded: str | None = None) -> str:
+    """ "float32" or "bfloat16": `wanted`, or for "auto" what an earlier part of the run `recorded`, else what suits the device.
+
+    An explicit bfloat16 on a CPU is obeyed; where it is slower there, a warning gives the measured ratio.
+    """
+    check_dtype(wanted)
+    device = torch.device(device)
+    if wanted == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return recorded or ("bfloat16" if fast else "float32")
+    if wanted == "bfloat16" and device.type == "cpu" and (ratio := bfloat16_cost()) > 1:
+        warnings.warn(
+            f"dtype='bfloat16': a matrix product on this CPU takes {ratio:.1f} times as long as in float32; 'auto' takes float32",
+            stacklevel=4,
+        )
+    return wanted
+
+
+def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
+    """Settings whose `dtype` is no longer "auto": that of the run whose state lies in `checkpoint`, else the device's."""
+    recorded = None
+    if checkpoint is not None and checkpoint.is_file():
+        info = read_info(checkpoint)
+        run = info.get("identity", info)
+        settings = run.get("config") if isinstance(run, dict) else None
+        found = settings.get("dtype") if isinstance(settings, dict) else None
+        recorded = found if found in ("float32", "bfloat16") else None  # damage is named by who resumes
+    config = copy(config)  # `replace` would forget the fields that are filled in later
+    config.dtype = training_dtype(config.dtype, config.device, recorded)
+    return config
+
+
+def bfloat16_cost(size: int = 256, rounds: int = 5) -> float:
+    """How many times as long a product of two size x size matrices takes in bfloat16 as in float32, on the CPU; medians."""
+    medians = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, times = torch.ones(size, size, dtype=dtype), []
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            torch.mm(a, a)
+            times.append(time.perf_counter() - began)
+        medians.append(median(times[1:]))
+    return medians[0] / medians[1]
+
+
+def mixed(device: torch.device | str, dtype: str) -> AbstractContextManager:
+    """Inside, products of a training are computed in `dtype`."""
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity import stand_in_tokenizer
 from torch import nn
 
 from isa_lite.models.matching_encoder import MatchingEncoder
 from isa_lite.models.vl_model import VLModel, load_vl_model
-from isa_lite.parity import stand_in_tokenizer
 from isa_lite.pretraining.towers import PretrainConfig, export, fresh_model
 
 

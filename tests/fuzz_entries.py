@@ -25,7 +25,7 @@ from fuzz_damage import bad_value, bad_word, damage
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import commands, distill, parity, query_encoder
+from isa_lite import commands, distill, query_encoder
 from isa_lite.benchmarks import common, run, tiny
 from isa_lite.course import figures
 from isa_lite.deploy import client, export, query_timing, step_cost
@@ -581,7 +581,6 @@ def lines() -> dict[str, tuple[dict[str, object], object, str]]:
         "export": ({**own, "--out": "out"}, export, "export"),
         "failures": ({"--queries": 4, "--gallery": 20, "--out": "out.html"}, failures, "failures"),
         "growth": ({"--to": 20000, "--cache": "cache", "--out": "out.json"}, growth, "growth"),
-        "parity": ({"models": "RN50"}, parity, "differences"),
         "sweep": ({"--dry-run": None, "--only": "tokens", "--runs": "runs"}, sweep, "execute_all"),
     }
 

@@ -120,15 +120,6 @@ def test_a_run_that_is_stopped_ends_with_130(monkeypatch, capsys, how):
     assert capsys.readouterr().err.count("\n") == 1 and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_old_names_still_work(tmp_path):
-    """Each module that had a command still has it."""
-    for name in COMMANDS:
-        path = ROOT / "isa_lite" / (f"{name}.py" if name != "benchmarks" else "benchmarks/__main__.py")
-        assert f'main(["{name}", *sys.argv[1:]])' in path.read_text(encoding="utf-8")
-    done = python("-m", "isa_lite.deploy.client", "--help")
-    assert done.returncode == 0 and "python -m isa_lite client" in done.stdout
-
-
 def test_names_that_parsers_need_are_those_of_the_modules():
     assert settings.MAPPING_NAMES == tuple(MAPPINGS)
 
@@ -196,7 +187,6 @@ def test_where_results_cannot_go_is_refused_before_any_work(capsys, monkeypatch,
         (["evaluate", "picture.png"], "picture.png"),
         (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "other.json"], "other.json"),
         (["sweep", "--only", "tokens", "--add", "--dry-run", "--out", "list.json"], "list.json"),
-        (["parity", "ViT-B-23"], "ViT-B-23"),
         (["sweep", "--dry-run", "--notebook", "other.json"], "other.json"),
         (["sweep", "--dry-run", "--device", "cdua"], "--device"),
         (["sweep", "--dry-run", "--jobs", "1000000000"], "--jobs"),

@@ -3,18 +3,18 @@
 import sys
 
 import open_clip
+import parity
 import pytest
 import torch
 from torch.nn import functional as F
 
-from isa_lite import parity
 from isa_lite.models.text_tower import text_config
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import compose, prompt_ids
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 
-#: One model of each family, those with small text towers; the whole list is `python -m isa_lite parity`.
+#: One model of each family, those with small text towers; the whole list is `python tests/parity.py`.
 MODELS = ["ViT-S-32", "MobileCLIP-B", "MobileCLIP2-S0", "EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "coca_ViT-B-32"]
 MODELS += ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "coca_roberta-ViT-B-32"]
 MODELS += ["roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32", "nllb-clip-base"]

@@ -1,4 +1,4 @@
-"""The files around the package: requirements, README, the order of the modules, and nothing private in the repository."""
+"""The files around the package: requirements, README, what imports what, and nothing private in the repository."""
 
 import ast
 import importlib.metadata as packages
@@ -18,18 +18,10 @@ from isa_lite.methods.fusion import FUSIONS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isa_lite"
 
-# The order in which data flows. A module imports only modules above it.
-ORDER = """
-    parameters recipes settings answers checkpoint ranks runs images scenes icons hub words text_tower attention
-    matching_encoder open_clip_models blip vl_model symmetric token_learner mappings backbones query_encoder fold parity
-    losses targets precision distill light_backbone gallery embed evaluate baselines fusion inversion sentences
-    interventions spaces benchmarks.common benchmarks.submission benchmarks.fashioniq benchmarks.cirr benchmarks.circo
-    benchmarks.tiny benchmarks.run benchmarks.__main__ ablations growth compare own_data pretrain folder_batches
-    pretrain_folder measure step_cost query_timing client onnx_files export latency bench draw cards sweep failures
-    widgets commands.distill commands.evaluate commands.compare commands.benchmarks commands.export commands.client
-    commands.pretrain_folder commands.sweep commands.growth commands.failures commands.bench commands.parity
-    commands.pretrain commands.light_backbone commands.cards __main__
-""".split()
+# From the ground up, as in the README. A folder imports only from floors above its own in this list, never from below.
+PAPER = ("token_learner", "mappings", "query_encoder", "losses", "targets", "distill")
+FLOORS = [{"support"}, {"models", "world"}, set(PAPER), {"retrieval"}, {"methods"}]
+FLOORS += [{"pretraining", "benchmarks", "analysis", "deploy"}, {"course"}, {"experiments"}, {"commands"}, {"__main__"}]
 
 # Where the name that is imported differs from the name that is installed.
 DISTRIBUTION = {"PIL": "pillow", "open_clip": "open_clip_torch", "sklearn": "scikit-learn", "IPython": "ipython"}
@@ -61,13 +53,9 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Dotted names that a module imports, inside functions too; `from a import b` gives a.b.
-
-    Not what it imports when it is run under its old name, `python -m isa_lite.distill`.
-    """
+    """Dotted names that a module imports, inside functions too; `from a import b` gives a.b."""
     names = set()
-    body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'")]
-    for node in ast.walk(ast.Module(body, [])):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -121,20 +109,40 @@ def test_what_the_package_imports_is_required():
         assert not missing, f"isa_lite/{name}.py imports {missing}, which requirements.txt does not list"
 
 
-def test_a_module_imports_only_modules_above_it():
+def inside(name: str, tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of this package that a module imports."""
+    names = {i.removeprefix("isa_lite.") for i in imported(tree) if i.startswith("isa_lite.")}
+    return {n if n in known else n.rpartition(".")[0] for n in names} - {name, ""}
+
+
+def test_nothing_imports_upwards():
+    """Folder by folder; the paper's own files, beside the folders, are one floor."""
     found = {name: tree for name, tree in modules().items() if not name.endswith("__init__")}
-    assert sorted(found) == sorted(ORDER), "give each module its place in ORDER"
+    floor = {place: number for number, places in enumerate(FLOORS) for place in places}
+    assert {name.split(".")[0] for name in found} == set(floor), "give each folder its place in FLOORS"
     for name, tree in found.items():
-        names = {i.removeprefix("isa_lite.") + "." for i in imported(tree) if i.startswith("isa_lite.")}
-        own = {other for other in ORDER for i in names if i.startswith(other + ".")}
-        below = [other for other in own if ORDER.index(other) >= ORDER.index(name)]
-        assert not below, f"isa_lite/{name}.py imports {below}, which do not stand above it"
+        own = name.split(".")[0]
+        for other in inside(name, tree, set(modules())):
+            place = other.split(".")[0]
+            level = place == own or (place in PAPER and own in PAPER)
+            assert level or floor[place] < floor[own], (
+                f"isa_lite/{name} imports {other}, which does not stand on a floor below it"
+            )
 
 
-def test_the_readme_lists_the_modules_in_that_order():
-    listed = [found[1] for line in lines("README.md") if (found := re.match(r"    (\w+)(?:\.py|/) ", line))]
-    order = dict.fromkeys(name.split(".")[0] for name in ORDER)
-    assert listed[: len(order)] == list(order)
+def test_no_modules_import_one_another_in_a_circle():
+    found = modules()
+    left = {name: inside(name, tree, set(found)) for name, tree in found.items()}
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left, f"a circle among {sorted(left)}"
+
+
+def test_the_readme_lists_what_is_there():
+    """Every folder of the package and every file beside them, once each."""
+    listed = [found[1] for line in lines("README.md") if (found := re.match(r"    (\w+(?:\.py|/)) ", line))]
+    there = {p.name + "/" * p.is_dir() for p in PACKAGE.iterdir() if p.name not in ("__init__.py", "__pycache__")}
+    assert sorted(n for n in listed if n in there) == sorted(there)
 
 
 @pytest.mark.parametrize("heading", ["Run it", "Test it"])

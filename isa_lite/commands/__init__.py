@@ -30,7 +30,6 @@ COMMANDS = {
     "growth": "recall and search time as the gallery grows",
     "failures": "the worst queries as a page to browse",
     "bench": "speed and cost of queries, galleries and backbones",
-    "parity": "compare every text tower of open_clip, entered with word vectors, with open_clip's own result",
     "pretrain": "train the VL model of rendered scenes that is shipped",
     "light_backbone": "train the backbone weights that are shipped",
     "cards": "measure the shipped models and write their cards",

@@ -1,7 +1,7 @@
 """Into the middle of a text tower: word vectors in, text embedding out, for each family of open_clip.
 
 open_clip encodes token *ids*. A pseudo-word has none, so what follows the look-up in the word table is done here:
-positions, mask, transformer, pooling, projection. The families differ in each of these. `parity.py` compares every
+positions, mask, transformer, pooling, projection. The families differ in each of these. `tests/parity.py` compares every
 one of them with open_clip's own result. Ours.
 
 A causal tower that is pooled at the end of text need not compute all of it (`OpenClipText.embed`), with the same result.

@@ -1,4 +1,4 @@
-"""Does every text tower give from word vectors what open_clip gives from ids? `python -m isa_lite parity` prints the answer.
+"""Does every text tower give from word vectors what open_clip gives from ids? `python tests/parity.py` prints the answer.
 
 Every model that open_clip knows by name is built with random weights and compared twice with open_clip's own
 `encode_text`: a prompt's own words (once the whole row, once cut), and a prompt with pseudo-words, which a forward
@@ -12,6 +12,7 @@ a word-level one takes their place, which frames and pads a text as they do. Our
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import warnings
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from isa_lite.models.text_tower import text_config
 from isa_lite.models.tokenization import load_tokenizer
-from isa_lite.models.vl_model import VLModel
+from isa_lite.models.vl_model import VLModel, machine
 from isa_lite.query_encoder import compose, prompt_ids
 from isa_lite.support.checkpoint import write_text
 
@@ -168,3 +169,24 @@ def parity(names: list[str], progress: bool = True) -> pd.DataFrame:
                 row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             found[name] = row | {"equal": not row["reason"]}
     return pd.DataFrame.from_dict(found, orient="index")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare text towers, entered with word vectors, with open_clip's own result.")
+    parser.add_argument("models", nargs="*", help="names of open_clip models (default: all of them)")
+    names = parser.parse_args().models or open_clip.list_models()
+    if unknown := sorted(set(names) - set(open_clip.list_models())):
+        parser.error(f"open_clip has no model {', '.join(unknown)}")
+    table = parity(names)
+    print(f"{machine()}; open_clip {open_clip.__version__}, torch {torch.__version__}")
+    print("largest differences of normalised embeddings\n")
+    columns = {c: (c, "max") for c in ("words", "cut", "pseudo-words")} | {"moved, least": ("moved", "min")}
+    by_family = table.groupby("family").agg(models=("equal", "size"), equal=("equal", "sum"), **columns)
+    print(by_family.to_string(float_format="{:.1e}".format))
+    print(f"\n{table['equal'].sum()} of {len(table)} models equal to {TOLERANCE:g} (at most {LAYERS} layers, random weights)")
+    for name, reason in table.loc[~table["equal"], "reason"].items():
+        print(f"  {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from isa_lite.losses import gcd_loss, hardest_other, late_interaction_loss, matching_loss
 from isa_lite.models.backbones import stem
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import QueryEncoder, known_words, prompt_ids, splice
+from isa_lite.prompt import read_sentences, sentence_queries
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import distributed
 from isa_lite.support.checkpoint import damaged, resume_run, save_run
 from isa_lite.support.images import Images, batch_loader, check_images, images_key
@@ -133,38 +134,6 @@ def train_mode(encoder: QueryEncoder, frozen: Sequence[nn.Module]) -> None:
     encoder.train()
     for layer in frozen:
         layer.eval()
-
-
-def _prompts(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor]:
-    """Ids and places, B x T each, of the prompt of sentences B x L x D without a modifier."""
-    return tuple(row.expand(len(tokens), -1) for row in prompt_ids(vl, tokens.shape[1], [""], template))
-
-
-def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Sentences B x L x D without a modifier -> embeddings B x E, what LAR reads B x T x width, places B x T.
-
-    LAR reads contextual tokens, except where the VL model's matching encoder wants the word vectors (BLIP's).
-    """
-    ids, places = _prompts(vl, tokens, template)
-    vectors = splice(vl, tokens, ids, places)
-    context = vl.text_tokens(vectors, ids)
-    return vl.pool(context, ids), vectors if vl.matcher_reads_words else context[:, : ids.shape[1]], places
-
-
-def sentence_queries(vl: VLModel, tokens: Tensor, template: str) -> Tensor:
-    """The embeddings of `sentence_embeddings` alone, B x E. Nobody reads other positions, so the tower need not finish them."""
-    ids, places = _prompts(vl, tokens, template)
-    return vl.encode_vectors(splice(vl, tokens, ids, places), ids, known_words(vl, template))
-
-
-def read_sentences(vl: VLModel, tokens: Tensor, template: str, local: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sentences B x L x D -> embeddings B x E; and of the first n = `local`, what LAR reads and places: n x T x width, n x T."""
-    if local == 0:
-        return sentence_queries(vl, tokens, template), None, None
-    query, context, places = sentence_embeddings(vl, tokens[:local], template)
-    if local < len(tokens):
-        query = torch.cat([query, sentence_queries(vl, tokens[local:], template)])
-    return query, context, places
 
 
 def lar_loss(

@@ -1,4 +1,4 @@
-"""The query side: a light image encoder and a token learner give a sentence, which is composed with the modifier.
+"""The query side: a light image encoder and a token learner turn an image into a sentence; `prompt` composes it.
 
 Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
@@ -23,11 +22,12 @@ from torchvision import transforms as T
 from isa_lite.mappings import MAPPINGS
 from isa_lite.models.backbones import build_backbone, check_backbone, start_config
 from isa_lite.models.symmetric import LARGE_TOWER
-from isa_lite.models.vl_model import VLModel, check_texts
+from isa_lite.models.vl_model import VLModel
+from isa_lite.prompt import start_vectors
 from isa_lite.support.checkpoint import check_weights, read_json, read_tensors, write_tensors, write_text
 from isa_lite.support.images import check_images, to_pixels
 from isa_lite.support.parameters import checked, path_name, whole
-from isa_lite.support.settings import TEMPLATE, QueryEncoderConfig, check_template
+from isa_lite.support.settings import QueryEncoderConfig
 from isa_lite.token_learner import Sentence
 
 #: The sizes that a query encoder may have, least and most: more is a mistake, or a file that asks for all the memory.
@@ -224,98 +224,3 @@ def _check_shapes(module: nn.Module, shapes: Mapping[str, Sequence[int]], prefix
     for key, tensor in module.state_dict(prefix=prefix).items():
         if list(tensor.shape) != list(shapes.get(key, ())):
             raise ValueError(f"{key} would be {list(tensor.shape)}, and is {list(shapes[key]) if key in shapes else 'not there'}")
-
-
-def start_vectors(vl: VLModel, start_words: str) -> Tensor:
-    """The word vectors of a text, N x D, on the CPU. Raises ValueError where `vl` has never seen one of its tokens."""
-    words = vl.word_vectors(torch.tensor(vl.words.ids(start_words), device=vl.device)).detach().float().cpu()
-    if unknown := int((words.norm(dim=1) == 0).sum()):
-        raise ValueError(f"start_words: {vl.name} has never seen {unknown} of the tokens of {start_words!r}")
-    return words
-
-
-# ------------------------------------------------------------------------------------------ composition
-
-
-def prompt_ids(
-    vl: VLModel, num_tokens: int, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Token ids of one prompt a modifier, B x T, and where the pseudo-words go, B x T bool (`num_tokens` true a row).
-
-    The ids are put together piece by piece, so no character of a modifier can be taken for a placeholder.
-    With an empty modifier the template ends behind the sentence. Raises ValueError for a template without its
-    two fields, and for a modifier that does not fit, unless `truncate` allows cutting its end.
-    """
-    check_template(template)
-    modifiers = check_texts(modifiers, "modifiers")
-    if not 0 <= num_tokens <= vl.words.room:
-        raise ValueError(f"num_tokens must be from 0 to {vl.words.room}, what the text tower reads, not {num_tokens}")
-    words = vl.words
-    rows, marks = [], []
-    for modifier in modifiers:
-        wanted = template if modifier.strip() else template.replace("{modifier}", "").rstrip(" ,.;:")
-        pieces = [p for p in re.split(r"(\{sentence\}|\{modifier\})", wanted) if p]
-        parts, before = {}, ""  # what stands before a piece: nothing, a space, or a word that it is glued to
-        for p in pieces:
-            text = modifier if p == "{modifier}" else "*" if p == "{sentence}" else p
-            before = "space" if before and text[:1].isspace() else before
-            parts[p] = [words.placeholder] * num_tokens if p == "{sentence}" else words.ids(text, before)
-            before = "space" if text[-1:].isspace() else "word"
-        over = sum(len(parts[p]) for p in pieces) - words.room
-        if over > 0:
-            said = len(parts.get("{modifier}", []))
-            if not truncate or over > said:
-                raise ValueError(
-                    f"the prompt is {over} token(s) too long for the text tower's {vl.context_length}; "
-                    f"shorten the modifier {modifier[:60]!r} ({said} tokens) or pass truncate=True"
-                )
-            parts["{modifier}"] = parts["{modifier}"][: said - over]
-        row = words.frame([i for p in pieces for i in parts[p]])
-        mark = [False] * len(words.prefix) + [p == "{sentence}" for p in pieces for _ in parts[p]]
-        rows.append(row)
-        marks.append(mark + [False] * (len(row) - len(mark)))
-    ids = vl.cut(torch.tensor(rows, device=vl.device))
-    return ids, torch.tensor(marks, device=vl.device)[:, : ids.shape[1]]
-
-
-def known_words(vl: VLModel, template: str = TEMPLATE) -> int:
-    """How many positions at the start of a prompt hold the template's own words, the same for every query.
-
-    Signs that are glued to the first field do not count: where a modifier is empty, "(" and ")" around it are one token, "()".
-    """
-    return len(vl.words.prefix) + len(vl.words.ids(re.sub(r"\S+$", "", template.partition("{")[0])))
-
-
-def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
-    """Word vectors of the prompts with the pseudo-words in their places: tokens B x L x D, ids and places B x T -> B x T x D."""
-    vectors = vl.word_vectors(ids)
-    return vectors.masked_scatter(places.unsqueeze(-1), tokens.to(vectors.dtype))
-
-
-@checked(batch_size=whole(1))
-@torch.no_grad()
-def compose(
-    vl: VLModel, tokens: Tensor, modifiers: Sequence[str], template: str = TEMPLATE, truncate: bool = False, batch_size: int = 64
-) -> Tensor:
-    """Sentences B x L x D and one modifier each -> L2-normalised query embeddings B x E, on the CPU.
-
-    Raises ValueError for sentences of another shape or width than the model's words, or not finite; for modifiers that are no
-    list of as many texts ("" asks for no change); and for a modifier that does not fit, unless `truncate` cuts its end.
-    """
-    check_template(template)
-    modifiers = check_texts(modifiers, "modifiers")
-    if isinstance(tokens, np.ndarray):
-        tokens = torch.from_numpy(np.ascontiguousarray(tokens))
-    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise ValueError(f"tokens must be a tensor of floats, B x L x {vl.word_width}, not a {type(tokens).__name__}")
-    if tokens.ndim != 3 or tokens.shape[2] != vl.word_width:
-        raise ValueError(f"tokens must have the shape B x L x {vl.word_width}, not {tuple(tokens.shape)}")
-    if len(tokens) != len(modifiers):
-        raise ValueError(f"{len(tokens)} sentences but {len(modifiers)} modifiers")
-    if not tokens.isfinite().all():
-        raise ValueError(f"tokens must be finite, and sentence {int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])} is not")
-    parts, known = [], known_words(vl, template)
-    for s in range(0, len(modifiers), batch_size):
-        ids, places = prompt_ids(vl, tokens.shape[1], modifiers[s : s + batch_size], template, truncate)
-        parts.append(vl.encode_vectors(splice(vl, tokens[s : s + batch_size].to(vl.device), ids, places), ids, known).cpu())
-    return torch.cat(parts)

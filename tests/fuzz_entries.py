@@ -25,7 +25,7 @@ from fuzz_damage import bad_value, bad_word, damage
 from PIL import Image
 from torch.nn import functional as F
 
-from isa_lite import commands, distill, query_encoder
+from isa_lite import commands, distill, prompt, query_encoder
 from isa_lite.benchmarks import common, run, tiny
 from isa_lite.course import figures
 from isa_lite.deploy import client, export, query_timing, step_cost
@@ -253,7 +253,7 @@ def read_vl(root: Path, file: str) -> dict:
 
 def read_encoder(root: Path, file: str) -> dict:
     tokens = query_encoder.QueryEncoder.load(root / "encoder", HELD["vl"]).sentences(pictures(2, 40)).tokens
-    return {"tokens": tokens, "queries": query_encoder.compose(HELD["vl"], tokens, ["", "more blue"])}
+    return {"tokens": tokens, "queries": prompt.compose(HELD["vl"], tokens, ["", "more blue"])}
 
 
 def read_gallery(root: Path, file: str) -> dict:
@@ -491,7 +491,7 @@ def function_entries() -> list[Entry]:
     add("QueryEncoder.sentences", encoder.sentences, {"images": both_pictures}, images=two, **k4)
     wrong = {"tokens": words, "modifiers": modifiers}
     prompts = {"tokens": torch.ones(2, 4, 32), "modifiers": ["a", "b"], "template": "{sentence}, {modifier}"}
-    add("compose", partial(query_encoder.compose, vl), wrong, **prompts, **k4)
+    add("compose", partial(prompt.compose, vl), wrong, **prompts, **k4)
     wrong = {"embeddings": rows, "ids": ids, "vl_model": bad(3, None, ["x"])}
     add("Gallery", saved, wrong, embeddings=some, ids=list("abcd"), vl_model="")
     add("Gallery.search", g.search, {"queries": asked, "exclude": left}, **search, chunk=8)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from isa_lite.models.text_tower import text_config
 from isa_lite.models.tokenization import load_tokenizer
 from isa_lite.models.vl_model import VLModel, machine
-from isa_lite.query_encoder import compose, prompt_ids
+from isa_lite.prompt import compose, prompt_ids
 from isa_lite.support.checkpoint import write_text
 
 LAYERS, VOCABULARY, TOLERANCE = 2, 60_000, 1e-5

@@ -11,7 +11,8 @@ from isa_lite.deploy.bench import backbones, random_model
 from isa_lite.deploy.fold import _pairs, folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.deploy.query_timing import PARTS, WHOLE, calls, cost, end_to_end, fusion_steps, sentence_steps, split
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 
 
 def test_multiply_adds_of_layers_that_one_can_count_by_hand():

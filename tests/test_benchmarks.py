@@ -18,7 +18,8 @@ from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
 from isa_lite.commands import main
 from isa_lite.deploy import export
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids
+from isa_lite.prompt import TEMPLATE, compose, prompt_ids
+from isa_lite.query_encoder import QueryEncoder
 
 
 def put(path: Path, content=None, color=(0, 0, 0)) -> None:

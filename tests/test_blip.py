@@ -10,10 +10,11 @@ from conftest import write_blip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from isa_lite.distill import DistillConfig, distill, sentence_embeddings
+from isa_lite.distill import DistillConfig, distill
 from isa_lite.models.blip import load_blip
 from isa_lite.models.vl_model import load_vl_model
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose, prompt_ids, splice
+from isa_lite.prompt import TEMPLATE, compose, prompt_ids, sentence_embeddings, splice
+from isa_lite.query_encoder import QueryEncoder
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 TEXTS = ["a photo of a red cat", "a picture , make it blue at the top left"]

@@ -25,7 +25,8 @@ from isa_lite.deploy.onnx_files import quantize
 from isa_lite.deploy.query_timing import MODIFIER, PARTS, WHOLE, blank, calls, timed
 from isa_lite.methods.baselines import composed
 from isa_lite.models.vl_model import VLModel, load_vl_model
-from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.prompt import compose, prompt_ids
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support import images

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from isa_lite.models.text_tower import text_config
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import compose, prompt_ids
+from isa_lite.prompt import compose, prompt_ids
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
 

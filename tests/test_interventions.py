@@ -7,7 +7,8 @@ import torch
 from isa_lite.analysis import interventions
 from isa_lite.analysis.interventions import cover_curves, covered, region_maps, sentences_changed
 from isa_lite.models.vl_model import DATA, load_vl_model
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark, recall
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from isa_lite import query_encoder
+from isa_lite import prompt
 from isa_lite.methods import inversion
 from isa_lite.methods.inversion import keyword_prompt, lincir_like, optimize_words, pic2word_like, searle_like
 from isa_lite.models.vl_model import load_vl_model
@@ -26,7 +26,7 @@ def images(vl):
 
 
 def found_by(vl, words, images):
-    scores = query_encoder.compose(vl, words.unsqueeze(1), [""] * len(words)) @ images.T
+    scores = prompt.compose(vl, words.unsqueeze(1), [""] * len(words)) @ images.T
     return (scores.argmax(1) == torch.arange(len(images))).float().mean().item()
 
 
@@ -155,5 +155,5 @@ def test_a_query_is_the_word_and_the_modifier_in_the_prompt(vl, images):
     mapping = pic2word_like(vl, images, steps=1, batch_size=3, progress=False)
     texts = ["make it blue", "", "add a star"]
     with torch.no_grad():
-        expected = query_encoder.compose(vl, mapping(images)[:, None], texts)
+        expected = prompt.compose(vl, mapping(images)[:, None], texts)
     assert torch.allclose(mapping.compose(vl, images, texts), expected, atol=1e-6)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from isa_lite.course import figures
 from isa_lite.methods.own_queries import composed, untrained
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.own_data import beside, fingerprint, part, read_captions, read_triplets, unseen_words
 from isa_lite.support.images import ImageFolder, images_key
 from isa_lite.world import icons

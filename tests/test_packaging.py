@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isa_lite"
 
 # From the ground up, as in the README. A folder imports only from floors above its own in this list, never from below.
-PAPER = ("token_learner", "mappings", "query_encoder", "losses", "targets", "distill")
+PAPER = ("token_learner", "mappings", "prompt", "query_encoder", "losses", "targets", "distill")
 FLOORS = [{"support"}, {"models", "world"}, set(PAPER), {"retrieval"}, {"methods"}]
 FLOORS += [{"pretraining", "benchmarks", "analysis", "deploy"}, {"course"}, {"experiments"}, {"commands"}, {"__main__"}]
 

@@ -19,7 +19,8 @@ from isa_lite.mappings import MAPPINGS
 from isa_lite.models import backbones
 from isa_lite.models.backbones import LIGHT, data_config, default_stride, lite0_weights
 from isa_lite.models.vl_model import VLModel, load_vl_model
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, QueryEncoderConfig, compose, prompt_ids, splice
+from isa_lite.prompt import TEMPLATE, compose, prompt_ids, splice
+from isa_lite.query_encoder import QueryEncoder, QueryEncoderConfig
 
 TEMPLATES = [
     TEMPLATE,

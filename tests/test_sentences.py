@@ -19,7 +19,8 @@ from isa_lite.analysis.sentences import (
     word_truth,
 )
 from isa_lite.models.vl_model import load_vl_model
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark
 from isa_lite.world import scenes
 

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from isa_lite.deploy.step_cost import product_rate, step_cost
-from isa_lite.distill import DistillConfig, History, distill, local_count, read_sentences, sentence_embeddings, sentence_queries
+from isa_lite.distill import DistillConfig, History, distill, local_count
 from isa_lite.models.attention import attend
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder
+from isa_lite.prompt import TEMPLATE, read_sentences, sentence_embeddings, sentence_queries
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import precision
 from isa_lite.support.checkpoint import write_tensors
 from isa_lite.support.precision import training_dtype, with_dtype

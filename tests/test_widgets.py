@@ -26,7 +26,8 @@ from isa_lite.course import figures, panels
 from isa_lite.distill import History
 from isa_lite.methods import baselines
 from isa_lite.models.vl_model import DATA, load_vl_model
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval import evaluate
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support.images import ImageFolder

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, compose
+from isa_lite.prompt import TEMPLATE, compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import Benchmark, benchmark_ranks
 from isa_lite.world.scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, STYLES, Scene, object_masks, render_many, sample_scenes
 

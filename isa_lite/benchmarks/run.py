@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from isa_lite.benchmarks import circo, cirr, fashioniq
 from isa_lite.benchmarks.common import Ranking, Task, one_of, rank
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.prompt import compose, prompt_ids
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.embed import ahead, embed_files
 from isa_lite.support.checkpoint import write_text
 from isa_lite.support.images import read_image

@@ -33,7 +33,8 @@ from isa_lite.analysis.sentences import nearest_words
 from isa_lite.course import figures
 from isa_lite.distill import History
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval import evaluate
 from isa_lite.retrieval.evaluate import Benchmark
 from isa_lite.retrieval.gallery import Gallery

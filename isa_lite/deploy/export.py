@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from isa_lite.deploy.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
 from isa_lite.deploy.onnx_files import to_onnx
 from isa_lite.models.vl_model import VLModel, commit
-from isa_lite.query_encoder import QueryEncoder, compose, prompt_ids
+from isa_lite.prompt import compose, prompt_ids
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import KS, Benchmark, benchmark_ranks, recall
 from isa_lite.support.checkpoint import write_bytes, write_text
 from isa_lite.support.parameters import checked, number, path_name

@@ -18,7 +18,8 @@ from isa_lite.deploy.fold import folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.models.symmetric import LARGE_TOWER
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import TEMPLATE, QueryEncoder, known_words, prompt_ids, splice
+from isa_lite.prompt import TEMPLATE, known_words, prompt_ids, splice
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 
 #: The parts of a query, in order, and all of them together. Late fusion has no token learner.

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from isa_lite import distill
+from isa_lite import distill, prompt
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support.settings import DistillConfig
@@ -104,7 +104,7 @@ def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds:
         features = parts.run("backbone", lambda x: encoder.backbone(x)[0], pixels)
         tokens = parts.run("token learner", lambda x: encoder.mapping(x).tokens, features)
         tokens = distill.blur(tokens, config.word_noise, 0, config.seed)
-        query, context, places = parts.run("text tower", lambda x: distill.read_sentences(vl, x, config.template, local), tokens)
+        query, context, places = parts.run("text tower", lambda x: prompt.read_sentences(vl, x, config.template, local), tokens)
         parts.run("GCD", lambda x: distill.gcd_loss(x, own, config.temperature, others), query)
         (to_query,), to_context = parts.back("GCD", torch.tensor(config.gcd_weight)), None
         if local:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import Benchmark
 from isa_lite.world import scenes
 

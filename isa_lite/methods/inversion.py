@@ -29,7 +29,7 @@ from tqdm.auto import trange
 from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import TEMPLATE, compose, known_words, prompt_ids, splice, start_vectors
+from isa_lite.prompt import TEMPLATE, compose, known_words, prompt_ids, splice, start_vectors
 from isa_lite.token_learner import ToWords
 
 #: Words that LinCIR-like training leaves in place, because they name nothing that one can see.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from isa_lite.methods import baselines
 from isa_lite.models.vl_model import VLModel
-from isa_lite.query_encoder import QueryEncoder, compose
+from isa_lite.prompt import compose
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.own_data import Triplets
 from isa_lite.support.images import ImageFolder
 

@@ -229,19 +229,25 @@ def test_images_are_all_that_comes_in():
     assert list(inspect.signature(distill).parameters) == [
         *("images", "vl", "encoder", "config", "cache", "checkpoint", "checkpoint_minutes", "progress")
     ]
-    folder, seen, todo = Path(isa_lite.__file__).parent, set(), ["distill"]
+    root, seen, todo = Path(isa_lite.__file__).parents[1], set(), ["isa_lite.distill"]
     while todo:
         name = todo.pop()
         if name in seen:
             continue
         seen.add(name)
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+        for node in ast.walk(ast.parse(root.joinpath(*name.split(".")).with_suffix(".py").read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), "the search below takes imports for absolute ones"
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                parts = [f"{getattr(node, 'module', '')}.{a.name}".strip(".").split(".") for a in node.names]
-                todo += [m[1] for m in parts if m[0] == "isa_lite" and len(m) > 1 and (folder / f"{m[1]}.py").is_file()]
-    assert {"distill", "losses", "query_encoder", "token_learner", "vl_model", "checkpoint"} <= seen
-    assert not seen & {"scenes", "evaluate", "pretrain"}
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            else:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            todo += [n for n in names if root.joinpath(*n.split(".")).with_suffix(".py").is_file()]
+    places = {name.split(".")[1] for name in seen}
+    assert {"distill", "losses", "prompt", "query_encoder", "token_learner", "models", "support"} == places - {
+        "mappings",
+        "targets",
+    }
+    assert {"isa_lite.models.vl_model", "isa_lite.support.checkpoint"} <= seen
 
 
 def test_training_lowers_the_loss_below_chance(vl, images):

@@ -13,7 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import isa_lite
 from isa_lite.methods.fusion import FUSIONS
+from isa_lite.world.scenes import render, sample_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "isa_lite"
@@ -136,6 +138,27 @@ def test_no_modules_import_one_another_in_a_circle():
     while free := [name for name, needs in left.items() if not needs & set(left)]:
         left = {name: needs for name, needs in left.items() if name not in free}
     assert not left, f"a circle among {sorted(left)}"
+
+
+def test_public_names_are_those_of_their_modules_and_hide_none():
+    for name in isa_lite.__all__:
+        assert getattr(isa_lite, name).__name__ == name
+        assert not (PACKAGE / name).exists() and not (PACKAGE / f"{name}.py").exists()
+    assert set(isa_lite.__all__) <= set(dir(isa_lite))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = isa_lite.nothing
+
+
+def test_the_readme_answers_a_query_from_python(tmp_path, capsys):
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for file, scene in zip(files, sample_scenes(12, seed=0), strict=True):
+        render(scene).save(file)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## One query from Python\n")[1]
+    lines = re.search(r"^```python\n(.*?)^```$", section, re.M | re.S)[1]
+    assert len(lines.strip().splitlines()) <= 11
+    exec(lines.replace("FOLDER", str(tmp_path)).replace("MINE.png", str(files[0])).replace('"data/', f'"{ROOT}/data/'), {})
+    answers = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert len(answers) == 5 and set(answers) <= {path.name for path in files}
 
 
 def test_the_readme_lists_what_is_there():

@@ -9,9 +9,9 @@ on several GPUs or processes (`ranks`), which share every batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,13 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import read_sentences, sentence_queries
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import distributed
-from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.checkpoint import damaged
 from isa_lite.support.images import Images, batch_loader, check_images, images_key
 from isa_lite.support.parameters import checked, number, optional, path_name
 from isa_lite.support.precision import mixed, with_dtype
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import DistillConfig
+from isa_lite.support.training import fit
 from isa_lite.targets import targets
 
 
@@ -228,57 +229,36 @@ def _distill(
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=device.type == "cpu")  # a GPU gains little
 
-    history, start = History(), 0
+    history = History(recipe=config.recipe, dtype=config.dtype)
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
     identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
     steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
-    if keeper.path and (info := resume_run(keeper.path, {"encoder": encoder}, optimizer, identity, steps)):
-        start, history = info["step"], _history(keeper.path, info)
-    history.recipe, history.dtype = config.recipe, config.dtype
-    distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
-    distributed.agree(encoder.state_dict().values())
-    began -= history.seconds
+    bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
 
     def patches(rows: np.ndarray) -> Tensor:
         return torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # n x P x width
 
-    def save(step: int) -> None:
-        history.seconds = time.perf_counter() - began
-        if distributed.rank() == 0:
-            save_run(
-                keeper.path, {"encoder": encoder}, optimizer, {"identity": identity, "step": step, "history": asdict(history)}
-            )
+    def batches(start: int) -> Iterable:
+        chosen = Batches(train, config.batch_size, config.seed, start, steps)
+        return zip(chosen, batch_loader(images, chosen, encoder.pixels, config.num_workers), strict=True)
 
-    if start < steps:
-        keeper.begin(save, start)
-    chosen = Batches(train, config.batch_size, config.seed, start, steps)
-    bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
-    loader = batch_loader(images, chosen, encoder.pixels, config.num_workers)
-    bar = tqdm(
-        zip(chosen, loader, strict=True),
-        total=steps,
-        initial=start,
-        desc="distillation",
-        mininterval=2,
-        disable=not progress or distributed.rank() > 0,
-    )
-    for step, (rows, pixels) in enumerate(bar, start):  # b of B images, or all of them where there is one process
+    def loss_of(of_process: tuple[np.ndarray, Tensor], step: int) -> Tensor:
+        rows, pixels = of_process  # b of B images, or all of them where there is one process
         batch = batch_indices(len(train), config.batch_size, step, config.seed)  # B, of `train`
         train_mode(encoder, frozen)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
         own = bank[torch.from_numpy(batch)]  # B x E
         others = bank[torch.from_numpy(other_indices(len(train), batch, config.negatives, step, config.seed))]  # M x E
-        pixels = pixels.to(device, memory_format=torch.channels_last)
         local = local_count(len(rows), config)  # n
         with mixed(device, "float32" if device.type == "cpu" else config.dtype):
-            features = encoder.backbone(pixels)[0]  # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
+            # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
+            features = encoder.backbone(pixels.to(device, memory_format=torch.channels_last))[0]
         with mixed(device, config.dtype):
             tokens = encoder.mapping(features).tokens  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
             query, context, places = read_sentences(vl, tokens, config.template, local)  # b x E, n x T x width, n x T
             query = distributed.gather(query)  # B x E
             gcd = gcd_loss(query, own, config.temperature, others)
+            history.gcd.append(gcd.item())
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
                 hardest = distributed.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])[:local]
@@ -286,21 +266,42 @@ def _distill(
                 loss = loss + config.lar_weight * lar
                 history.lar.append(value)
                 history.matched += matched
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        distributed.add_gradients(encoder)
-        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
+        return loss
+
+    def look(done: int) -> None:
+        history.recall.append((done, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
+
+    def after(done: int, bar: tqdm) -> None:
         distributed.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
-        history.gcd.append(gcd.item())
-        validate = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
-        if validate:
-            history.recall.append((step + 1, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
+        if done % config.validate_every == 0 or done == config.steps:
+            look(done)
             bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
-        keeper.after(step + 1, last=step + 1 == steps)
+
+    def state(seconds: float) -> dict:
+        return {"history": asdict(history) | {"seconds": seconds}}
+
+    def restore(info: dict) -> None:
+        vars(history).update(vars(_history(keeper.path, info)), recipe=config.recipe, dtype=config.dtype)
+
+    history.seconds = fit(
+        "distillation",
+        steps,
+        loss_of,
+        batches,
+        {"encoder": encoder},
+        optimizer,
+        partial(learning_rate, config=config),
+        keeper,
+        identity,
+        state,
+        restore,
+        after,
+        clip=1.0,
+        spent=time.perf_counter() - began,
+        progress=progress,
+    )
     if not steps:
-        history.recall = [(0, own_image_recall(images, held_back, known.embeddings, vl, encoder, config))]
-    history.seconds = time.perf_counter() - began
+        look(0)
     encoder.eval()
     return history
 

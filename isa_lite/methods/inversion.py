@@ -18,7 +18,7 @@ that contrast). The backbone's learned start has no place here: the large tower 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
 from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import TEMPLATE, compose, known_words, prompt_ids, splice, start_vectors
+from isa_lite.support.training import fit
 from isa_lite.token_learner import ToWords
 
 #: Words that LinCIR-like training leaves in place, because they name nothing that one can see.
@@ -79,7 +80,7 @@ def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
 
 def _fit(
     name: str,
-    parameters: Sequence[Tensor],
+    mapping: Inversion,
     loss_of: Callable[[Tensor, int], Tensor],
     count: int,
     steps: int,
@@ -87,22 +88,23 @@ def _fit(
     lr: float,
     seed: int,
     progress: bool,
-) -> None:
-    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by epoch) and the step."""
+) -> Inversion:
+    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by epoch) and the step. Returns the mapping."""
     if steps < 1 or batch_size < 2:
         raise ValueError(f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}")
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(mapping.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for step in trange(steps, desc=name, disable=not progress, mininterval=5):
-        if len(order) < min(batch_size, count):
-            order = torch.randperm(count, generator=generator)
-        batch, order = order[:batch_size], order[batch_size:]
-        optimizer.zero_grad(set_to_none=True)
-        loss_of(batch, step).backward()
-        optimizer.step()
-        schedule.step()
+
+    def batches(start: int) -> Iterator[Tensor]:
+        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+        for _ in range(start, steps):
+            if len(order) < min(batch_size, count):
+                order = torch.randperm(count, generator=generator)
+            batch, order = order[:batch_size], order[batch_size:]
+            yield batch
+
+    fit(name, steps, loss_of, batches, {"mapping": mapping}, optimizer, after=lambda *_: schedule.step(), progress=progress)
+    return mapping.eval()
 
 
 def pic2word_like(
@@ -132,8 +134,7 @@ def pic2word_like(
         query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
         return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
 
-    _fit("Pic2Word-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
-    return mapping.eval()
+    return _fit("Pic2Word-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress)
 
 
 def optimize_words(
@@ -214,8 +215,7 @@ def searle_like(
         )
         return gcd_loss(guess, word, temperature, others)
 
-    _fit("SEARLE-like", list(mapping.parameters()), loss_of, len(images), steps, batch_size, lr, seed, progress)
-    return mapping.eval()
+    return _fit("SEARLE-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress)
 
 
 def keyword_prompt(vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WORDS) -> tuple[list[int], list[bool]]:
@@ -281,5 +281,4 @@ def lincir_like(
         vectors = splice(vl, words, rows, marks)
         return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()
 
-    _fit("LinCIR-like", list(mapping.parameters()), loss_of, len(captions), steps, batch_size, lr, seed, progress)
-    return mapping.eval()
+    return _fit("LinCIR-like", mapping, loss_of, len(captions), steps, batch_size, lr, seed, progress)

@@ -8,8 +8,9 @@ names the result: "scenes" for the one that is shipped. Ours.
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from tqdm.auto import tqdm
 from isa_lite.distill import Batches, learning_rate
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.checkpoint import damaged
 from isa_lite.support.images import Images, batch_loader, images_key
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import BackboneConfig
+from isa_lite.support.training import fit
 from isa_lite.targets import targets
 
 
@@ -76,38 +78,33 @@ def _learn_features(
         module.to(config.device, memory_format=torch.channels_last).train()
     weights = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-    mean, std = mean.to(config.device), std.to(config.device)
+    mean, std, losses = mean.to(config.device), std.to(config.device), []
 
-    identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
-    start, losses, seconds = 0, [], 0.0
-    if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity, config.steps)):
-        start, losses, seconds = info["step"], info.get("losses"), info.get("seconds")
-        numbers = [seconds, *losses] if isinstance(losses, list) and len(losses) == start else [None]
-        if not all(isinstance(number, (int, float)) for number in numbers):
-            raise damaged(keeper.path, "its losses or seconds are not those of its steps")
-    began = time.perf_counter() - seconds
+    def batches(start: int) -> Iterable:
+        rows = Batches(np.arange(len(images)), config.batch_size, config.seed, start, config.steps, in_order=True)
+        return zip(rows, batch_loader(images, rows, encoder.pixels, config.num_workers), strict=True)
 
-    def save(step: int) -> None:
-        state = {"identity": identity, "step": step, "losses": losses, "seconds": time.perf_counter() - began}
-        save_run(keeper.path, modules, optimizer, state)
-
-    if start < config.steps:
-        keeper.begin(save, start)
-    batches = Batches(np.arange(len(images)), config.batch_size, config.seed, start, config.steps, in_order=True)
-    loader = batch_loader(images, batches, encoder.pixels, config.num_workers)
-    bar = tqdm(zip(batches, loader, strict=True), total=config.steps, initial=start, desc="light backbone", mininterval=2)
-    for step, (rows, pixels) in enumerate(bar, start):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+    def loss_of(batch: tuple[np.ndarray, Tensor], step: int) -> Tensor:
+        rows, pixels = batch
         features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[0]  # B x c x h x w
         patches = torch.from_numpy(known[rows].astype(np.float32)).to(config.device)  # B x P x C
         loss = feature_loss(modules["head"](features), patches, mean, std)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % 100 == 0:
+        return loss
+
+    def restore(info: dict) -> None:
+        found = info.get("losses")
+        if not isinstance(found, list) or len(found) != info["step"] or not all(isinstance(x, (int, float)) for x in found):
+            raise damaged(keeper.path, "its losses are not those of its steps")
+        losses[:] = found
+
+    def after(done: int, bar: tqdm) -> None:
+        if done % 100 == 0:
             bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
-        keeper.after(step + 1, last=step + 1 == config.steps)
+
+    identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
+    kept = {"identity": identity, "state": lambda seconds: {"losses": losses}, "restore": restore}
+    rate = partial(learning_rate, config=config)
+    seconds = fit("light backbone", config.steps, loss_of, batches, modules, optimizer, rate, keeper, after=after, **kept)
     encoder.backbone.eval()
-    return float(np.mean(losses[-100:])), time.perf_counter() - began
+    return float(np.mean(losses[-100:])), seconds

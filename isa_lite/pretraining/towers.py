@@ -31,11 +31,12 @@ from tqdm.auto import tqdm
 
 from isa_lite.models.matching_encoder import MatchingEncoder
 from isa_lite.models.vl_model import VLModel, commit, machine
-from isa_lite.support.checkpoint import damaged, resume_run, save_run, write_tensors, write_text
+from isa_lite.support.checkpoint import write_tensors, write_text
 from isa_lite.support.parameters import command_line
 from isa_lite.support.precision import mixed, with_dtype
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import PretrainConfig
+from isa_lite.support.training import fit
 from isa_lite.world import scenes
 
 POSITION_STD = 0.5
@@ -181,16 +182,6 @@ def _optimizer(modules: dict[str, torch.nn.Module], config: PretrainConfig) -> t
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
 
-def _step(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-
-
 def fresh_model(config: PretrainConfig) -> VLModel:
     """The VL model before training, from the seed."""
     torch.manual_seed(config.seed)
@@ -218,29 +209,27 @@ def _train(
 
     Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for one of other settings.
     """
-    optimizer, start, before, began = _optimizer(modules, config), 0, 0.0, time.time()
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
     settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
+    found: list[tuple[Tensor, Tensor]] = []  # of the step: loss, and share of right answers
 
-    def save(step: int) -> None:
-        info = {"identity": settings, "step": step, "seconds": before + time.time() - began}
-        save_run(keeper.path, modules, optimizer, info)
+    def loss_alone(batch: tuple, step: int) -> Tensor:
+        found[:] = [loss_of(batch)]
+        return found[0][0]
+
+    def after(done: int, bar: tqdm) -> None:
+        if done % 100 == 0:
+            loss, right = found[0]
+            log(f"{name}, step {done}: loss {loss.item():.3f}, right {100 * right:.0f}%")
+
+    def batches(start: int) -> DataLoader:
+        return _stream(source(purpose, start, steps), config.num_workers)
 
     with Keeper(checkpoint, checkpoint_minutes) as keeper:
-        if keeper.path and (info := resume_run(keeper.path, modules, optimizer, settings, steps)):
-            start, before = info["step"], info.get("seconds")
-            if not isinstance(before, (int, float)):
-                raise damaged(keeper.path, "its seconds are no number")
-        if start < steps:
-            keeper.begin(save, start)
-        bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-        for step, batch in zip(bar, _stream(source(purpose, start, steps), config.num_workers), strict=True):
-            loss, right = loss_of(batch)
-            _step(loss, optimizer, _lr(step, steps, config))
-            if (step + 1) % 100 == 0:
-                log(f"{name}, step {step + 1}: loss {loss.item():.3f}, right {100 * right:.0f}%")
-            keeper.after(step + 1, last=step + 1 == steps)
-    return before + time.time() - began
+        how = {"rate": lambda step: _lr(step, steps, config), "after": after, "clip": 1.0}
+        return fit(
+            name, steps, loss_alone, batches, modules, _optimizer(modules, config), keeper=keeper, identity=settings, **how
+        )
 
 
 def train_towers(

@@ -1,0 +1,79 @@
+"""One training loop. Distillation, both pre-trainings, the light backbone and inversion differ in what they hand to `fit`. Ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from tqdm.auto import tqdm
+
+from isa_lite.support import distributed
+from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.runs import Keeper
+
+
+def fit(
+    name: str,
+    steps: int,
+    loss_of: Callable[[Any, int], Tensor],
+    batches: Callable[[int], Iterable],
+    modules: Mapping[str, nn.Module],
+    optimizer: Optimizer,
+    rate: Callable[[int], float] | None = None,
+    keeper: Keeper | None = None,
+    identity: Mapping | None = None,
+    state: Callable[[float], Mapping] = lambda seconds: {},
+    restore: Callable[[dict], None] = lambda info: None,
+    after: Callable[[int, tqdm], object] = lambda done, bar: None,
+    clip: float | None = None,
+    spent: float = 0.0,
+    progress: bool = True,
+) -> float:
+    """Train `modules` for so many steps, or for those that are left. Returns the seconds that all of them took, and `spent`.
+
+    loss_of: a batch and its step -> the loss that is to fall; batches: those from a step on; rate: of a step, the learning rate
+    (None: the optimizer's); clip: the largest norm of all gradients together; after: called with the number of steps done.
+
+    keeper: of the file that the run is saved in and taken up from; identity: what tells one run from another; state: of
+    the seconds so far, what else to save; restore: takes it back, and raises ValueError where it is damaged. spent: seconds of
+    this process before the call. Several processes (`distributed`) take every step together. Raises what `resume_run` raises.
+    """
+    keeper, began, start = keeper or Keeper(None), time.perf_counter() - spent, 0
+    if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity or {}, steps)):
+        if not isinstance(seconds := info.get("seconds"), (int, float)):
+            raise damaged(keeper.path, "its seconds are no number")
+        restore(info)
+        start, began = info["step"], began - seconds
+    distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def save(step: int) -> None:
+        seconds = time.perf_counter() - began
+        if distributed.rank() == 0:
+            info = {"identity": identity, "step": step, "seconds": seconds, **state(seconds)}
+            save_run(keeper.path, modules, optimizer, info)
+
+    for module in modules.values():
+        distributed.agree(module.state_dict().values())
+    if start < steps:
+        keeper.begin(save, start)
+    hidden = not progress or distributed.rank() > 0
+    bar = tqdm(batches(start), desc=name, total=steps, initial=start, mininterval=2, disable=hidden)
+    for step, batch in enumerate(bar, start):
+        for group in optimizer.param_groups if rate else ():
+            group["lr"] = rate(step)
+        loss = loss_of(batch, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for module in modules.values():
+            distributed.add_gradients(module)
+        if clip:
+            clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        after(step + 1, bar)
+        keeper.after(step + 1, last=step + 1 == steps)
+    return time.perf_counter() - began

@@ -35,7 +35,7 @@ from isa_lite.pretraining import folder as pretrain_folder
 from isa_lite.pretraining import folder_batches, light_backbone
 from isa_lite.pretraining import towers as pretrain
 from isa_lite.retrieval import embed, evaluate, gallery, own_data
-from isa_lite.support import checkpoint, images, settings
+from isa_lite.support import checkpoint, images, settings, training
 from isa_lite.world import icons, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,19 +107,19 @@ def learned(cache: Path, state: Path, **settings) -> dict:
     return {"weights": encoder.state_dict(), "loss": loss}
 
 
-def halfway(work: Callable[[], object], module: object, state: Path) -> None:
+def halfway(work: Callable[[], object], state: Path) -> None:
     """`work`, until the first state that is not its start is on disk, and no further."""
-    save = module.save_run
+    save = training.save_run
 
     def stop(path, modules, optimizer, info):
         save(path, modules, optimizer, info)
         if info["step"]:
             raise KeyboardInterrupt
 
-    module.save_run = stop
+    training.save_run = stop
     with contextlib.suppress(KeyboardInterrupt):
         work()
-    module.save_run = save
+    training.save_run = save
     assert state.is_file(), f"there is no state {state}"
 
 
@@ -148,11 +148,11 @@ def write_valid() -> None:
 
     distilled(WORK / "targets")
     state = WORK / "distill" / "state.safetensors"
-    halfway(lambda: distilled(WORK / "targets", state, checkpoint_minutes=0), distill, state)
+    halfway(lambda: distilled(WORK / "targets", state, checkpoint_minutes=0), state)
     state = WORK / "pretrain" / "towers.safetensors"
-    halfway(lambda: towers(state, checkpoint_minutes=0), pretrain, state)
+    halfway(lambda: towers(state, checkpoint_minutes=0), state)
     state = WORK / "backbone" / "state.safetensors"
-    halfway(lambda: learned(WORK / "targets", state, checkpoint_minutes=0), light_backbone, state)
+    halfway(lambda: learned(WORK / "targets", state, checkpoint_minutes=0), state)
     checkpoint.write_tensors(WORK / "start" / "backbone.safetensors", encoder.backbone.model.state_dict())
     config = encoder.config
     record = {"backbone": config.backbone, "stride": config.stride, "image_size": 64, "vl_model": vl.fingerprint, "config": {}}

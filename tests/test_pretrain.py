@@ -8,8 +8,8 @@ import torch
 
 from isa_lite.experiments import cards
 from isa_lite.models.vl_model import load_vl_model
-from isa_lite.pretraining import towers as pretrain
 from isa_lite.pretraining.towers import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
+from isa_lite.support import training
 from isa_lite.support.settings import DATA, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER
 from isa_lite.world import scenes
 
@@ -97,9 +97,9 @@ def test_a_run_that_resumes_ends_with_the_same_weights(tmp_path):
         if info["step"] == 2:
             raise Stop
 
-    save_run, checkpoint = pretrain.save_run, tmp_path / "towers.safetensors"
+    save_run, checkpoint = training.save_run, tmp_path / "towers.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "save_run", stop_after_two)
+        patch.setattr(training, "save_run", stop_after_two)
         with pytest.raises(Stop):
             train_towers(tiny(steps=4), checkpoint, log=lambda s: None, checkpoint_minutes=0)
     resumed = train_towers(tiny(steps=4), checkpoint, log=lambda s: None)[0].state_dict()

@@ -12,7 +12,6 @@ from PIL import Image
 
 from isa_lite.commands import main
 from isa_lite.models.vl_model import load_vl_model
-from isa_lite.pretraining import towers as pretrain
 from isa_lite.pretraining.folder import _may_say, pretrain_folder
 from isa_lite.pretraining.folder_batches import (
     CHANGES,
@@ -26,6 +25,7 @@ from isa_lite.pretraining.folder_batches import (
     split,
 )
 from isa_lite.retrieval.own_data import read_captions
+from isa_lite.support import training
 from isa_lite.support.images import ImageFolder
 from isa_lite.world import icons
 
@@ -253,9 +253,9 @@ def test_a_run_resumes_and_refuses_other_data_and_other_settings(data, tmp_path,
         if info["step"] == 2:
             raise Stop
 
-    save_run = pretrain.save_run
+    save_run = training.save_run
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_run", stop)
+        patch.setattr(training, "save_run", stop)
         with pytest.raises(Stop):
             pretrain_folder(*data, tiny(), tmp_path / "b", tmp_path / "run", quiet, 0)
     assert pretrain_folder(*data, tiny(), tmp_path / "b", tmp_path / "run", quiet).fingerprint == whole.fingerprint

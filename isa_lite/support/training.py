@@ -49,7 +49,7 @@ def fit(
         restore(info)
         start, began = info["step"], began - seconds
     distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for module in modules.values() for p in module.parameters()]
 
     def save(step: int) -> None:
         seconds = time.perf_counter() - began

@@ -3,7 +3,7 @@
 The images are the only data here. There is no argument through which a caption or a triplet could come in.
 What the large image tower says about each image does not change during training, so it is computed once and kept
 on disk (`targets`). A run can be killed at any moment and taken up again with the same result. `torchrun` starts one run
-on several GPUs or processes (`ranks`), which share every batch.
+on several GPUs or processes (`distributed`), which share every batch.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def distill(
     then is KeyboardInterrupt. If it exists, the run goes on from there (ValueError if it belongs to other settings or images,
     is damaged, or in use by another process). Returns the history of losses and validation recall.
 
-    Several processes (`ranks`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
+    Several processes (`distributed`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
     are the same files for all. Raises ValueError where they cannot share a batch evenly.
     """
     check_images(images)

@@ -61,7 +61,7 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
 
     They are filed under a digest of the model, its preprocessing and every image, so a change of any of these is a new entry.
     With a cache, patches are read from the disk when they are asked for, and so need not fit into memory. Several runs may
-    share a cache, and several processes of one run (`ranks`) share the work; these need one, in a folder that all see. Raises
+    share a cache, and several processes of one run (`distributed`) share the work; these need one, in a folder that all see. Raises
     ValueError where they have none, or `cache` is a file; OSError for a full disk.
     """
     if distributed.count() > 1 and not cache:

@@ -135,7 +135,7 @@ def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndar
 
 
 class FolderBatches(Dataset):
-    """Batch number `i`, as `pretrain.SceneBatches` gives it: uint8 images B x S x S x 3, captions, owners.
+    """Batch number `i`, as `towers.SceneBatches` gives it: uint8 images B x S x S x 3, captions, owners.
 
     No two images of a batch share the caption that was drawn for them: neither could tell its own text from the other's; so B
     is smaller where there are few different captions. A batch depends on the seed, the purpose and its number alone.
@@ -155,7 +155,7 @@ class FolderBatches(Dataset):
         self.purpose = self.start = self.stop = 0
 
     def source(self, purpose: int, start: int, stop: int) -> FolderBatches:
-        """These batches from `start` to `stop`: a `pretrain.Source`."""
+        """These batches from `start` to `stop`: a `towers.Source`."""
         made = copy(self)  # shallow: the pictures that are kept stay shared
         made.purpose, made.start, made.stop = purpose, start, stop
         return made

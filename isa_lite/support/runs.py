@@ -33,7 +33,7 @@ class Lock:
     """Inside, no other process works on `path`. ValueError, naming that process, where one does.
 
     The system keeps the lock, on the file `.NAME.lock` beside `path`, and lets it go when the process ends, however it ends.
-    Of several processes of one run (`ranks`) number 0 holds it for all.
+    Of several processes of one run (`distributed`) number 0 holds it for all.
     """
 
     def __init__(self, path: Path):

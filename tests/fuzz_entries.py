@@ -528,13 +528,13 @@ def function_entries() -> list[Entry]:
     add("BackboneConfig", partial(learned, WORK / "targets", Path("state.safetensors")), {}, **small)
     wrong = {"methods": bad(["nonsense"], [], None, "isa", 3), "out": places[:2] + bad(3, ["x"]), "cache": places[:2] + bad(3)}
     told_so = {"data": "x", "split": "val", "dtype": "float32"}
-    prompt = {"template": "{sentence} {modifier}"}
-    add("benchmarks.run", on_benchmark, wrong, methods=("isa",), out="out", cache="cache", **told_so, **prompt, **k4)
+    form = {"template": "{sentence} {modifier}"}
+    add("benchmarks.run", on_benchmark, wrong, methods=("isa",), out="out", cache="cache", **told_so, **form, **k4)
     add("make_benchmark", evaluate.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
     add("sample_scenes", scenes.sample_scenes, {}, n=2, seed=0)
     add("write_tiny", tiny.write_tiny, {"root": places}, benchmark="cirr", root="tree", queries=2, seed=0, size=32)
     add("write_icons", icons.write_icons, {"folder": places}, folder="icons", count=100, queries=2, seed=0, size=32)
-    add("export", partial(export.export, encoder, vl), {"folder": places}, folder="client", **prompt)
+    add("export", partial(export.export, encoder, vl), {"folder": places}, folder="client", **form)
     add("recall", evaluate.recall, {"rank": ranks}, rank=np.array([1, 2]), k=1)
     wrong = {"queries": asked, "reference": bad("x", None, [0.0, 1.0], np.array([0]), np.array([n, 0]), np.array([-5, 0]))}
     wrong |= {"hits": bad(hits[:, :3], ~hits, None)}

@@ -1,10 +1,17 @@
 """What was made cheaper gives the same: attention, the text tower's short cuts, LAR on a share of a batch; and dtypes."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import isa_lite
 from isa_lite.deploy.step_cost import product_rate, step_cost
 from isa_lite.distill import DistillConfig, History, distill, local_count
 from isa_lite.models.attention import attend
@@ -112,3 +119,26 @@ def test_the_parts_of_a_step_add_up_and_bring_the_gradients_of_a_whole_one(vl):
     assert np.allclose(table["s x rate"], table["s"] * table.attrs["rate"])
     assert "LAR forward" not in step_cost(vl, encoder, DistillConfig(batch_size=6, lar_weight=0.0), rounds=1).index
     assert product_rate(((64, 64, 64),), rounds=3) > 0
+
+
+FAULTS = """
+import resource, sys, torch
+from isa_lite.support.training import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(10_000_000)  # 40 MB: more than malloc would ever keep by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to")
+def test_freed_memory_is_kept_for_the_next_step():
+    environment = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1])}
+
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < faults("leave") / 4

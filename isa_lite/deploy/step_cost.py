@@ -23,6 +23,7 @@ from isa_lite import distill, prompt
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support.settings import DistillConfig
+from isa_lite.support.training import keep_freed_memory
 from isa_lite.world import scenes
 
 #: Rows, inner and outer width of the products that `product_rate` times: some of a step with the shipped models, and a large one.
@@ -125,6 +126,7 @@ def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds:
     flops: dict[str, float] = {}
     times: dict[str, list[float]] = {}
     step(lambda part, call: _counted(part, call, flops))
+    keep_freed_memory()
     rates = [product_rate()]
     for _ in range(rounds + 1):  # the first is a warm-up
         step(lambda part, call: _timed(part, call, times))

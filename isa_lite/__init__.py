@@ -9,7 +9,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-#: The public names, and the modules that hold them. None of them is also the name of a module or folder here.
+#: The public names, and the modules that hold them. None of them is also the name of a module or
+#: folder here.
 _HOME = {
     "load_vl_model": "models.vl_model",
     "VLModel": "models.vl_model",

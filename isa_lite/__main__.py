@@ -1,4 +1,6 @@
-"""`python -m isa_lite` lists the commands, `python -m isa_lite NAME ...` runs one; see `isa_lite.commands`."""
+"""`python -m isa_lite` lists the commands, `python -m isa_lite NAME ...` runs one; see
+`isa_lite.commands`.
+"""
 
 from isa_lite.commands import main
 

@@ -1,9 +1,10 @@
 """Distillation: a light query encoder learns from the frozen VL model on unlabeled images alone.
 
-The images are the only data here. There is no argument through which a caption or a triplet could come in.
-What the large image tower says about each image does not change during training, so it is computed once and kept
-on disk (`targets`). A run can be killed at any moment and taken up again with the same result. `torchrun` starts one run
-on several GPUs or processes (`distributed`), which share every batch.
+The images are the only data here. There is no argument through which a caption or a triplet could
+come in. What the large image tower says about each image does not change during training, so it is
+computed once and kept on disk (`targets`). A run can be killed at any moment and taken up again
+with the same result. `torchrun` starts one run on several GPUs or processes (`distributed`), which
+share every batch.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from isa_lite.targets import targets
 
 @dataclass
 class History:
-    """One entry a step: loss terms in nats, and the share of sentences that the matching encoder puts with their own image
-    (none where LAR is late interaction); validation points: (step, Recall@1 in percent of own image among those held back).
+    """One entry a step: loss terms in nats, and the share of sentences that the matching encoder
+    puts with their own image (none where LAR is late interaction); validation points: (step,
+    Recall@1 in percent of own image among those held back).
     recipe, dtype: of the run's settings."""
 
     gcd: list[float] = field(default_factory=list)
@@ -51,7 +53,9 @@ class History:
 
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """The images of one step: a new permutation every epoch, a function of the seed and the step alone."""
+    """The images of one step: a new permutation every epoch, a function of the seed and the step
+    alone.
+    """
     batch_size = min(batch_size, count)
     per_epoch = count // batch_size
     place = step % per_epoch * batch_size
@@ -64,13 +68,27 @@ def _order(count: int, epoch: int, seed: int) -> np.ndarray:
 
 
 class Batches(Sequence):
-    """This process's images of every step from `start` to `stop`, drawn when they are asked for: b of `rows` each.
+    """This process's images of every step from `start` to `stop`, drawn when they are asked for: b
+    of `rows` each.
 
     in_order: each batch sorted.
     """
 
-    def __init__(self, rows: np.ndarray, batch_size: int, seed: int, start: int, stop: int, in_order: bool = False):
-        self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, range(start, stop)
+    def __init__(
+        self,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        in_order: bool = False,
+    ):
+        self.rows, self.batch_size, self.seed, self.steps = (
+            rows,
+            batch_size,
+            seed,
+            range(start, stop),
+        )
         self.in_order = in_order
         self.place = distributed.rank(), distributed.count()  # a worker process would not know them
 
@@ -82,8 +100,12 @@ class Batches(Sequence):
         return distributed.part(np.sort(chosen) if self.in_order else chosen, *self.place)
 
 
-def other_indices(count: int, batch: np.ndarray, negatives: int, step: int, seed: int) -> np.ndarray:
-    """Up to `negatives` of `count` images that are not in `batch`: all there are, or drawn from the seed and the step."""
+def other_indices(
+    count: int, batch: np.ndarray, negatives: int, step: int, seed: int
+) -> np.ndarray:
+    """Up to `negatives` of `count` images that are not in `batch`: all there are, or drawn from the
+    seed and the step.
+    """
     others = np.setdiff1d(np.arange(count), batch, assume_unique=True)
     if len(others) <= negatives:
         return others
@@ -91,10 +113,11 @@ def other_indices(count: int, batch: np.ndarray, negatives: int, step: int, seed
 
 
 def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
-    """Pseudo-words B x L x D with Gaussian noise, about `amount` times as long as each of them; drawn from the seed and the step.
+    """Pseudo-words B x L x D with Gaussian noise, about `amount` times as long as each of them;
+    drawn from the seed and the step.
 
-    Ours, after the noise on word vectors of LinCIR (Gu et al., CVPR 2024): a sentence that is read the same from nearby
-    should also be read when a modifier follows it.
+    Ours, after the noise on word vectors of LinCIR (Gu et al., CVPR 2024): a sentence that is read
+    the same from nearby should also be read when a modifier follows it.
     """
     if amount == 0:
         return tokens
@@ -102,8 +125,13 @@ def blur(tokens: Tensor, amount: float, step: int, seed: int) -> Tensor:
         len(tokens) * distributed.count(),
         *tokens.shape[1:],
     )  # of the whole batch: the same, however many processes share it
-    noise = distributed.part(torch.randn(whole, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))).to(tokens)
-    return tokens + amount * tokens.detach().norm(dim=-1, keepdim=True) / tokens.shape[-1] ** 0.5 * noise
+    noise = distributed.part(
+        torch.randn(whole, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+    ).to(tokens)
+    return (
+        tokens
+        + amount * tokens.detach().norm(dim=-1, keepdim=True) / tokens.shape[-1] ** 0.5 * noise
+    )
 
 
 def learning_rate(step: int, config: DistillConfig) -> float:
@@ -113,14 +141,18 @@ def learning_rate(step: int, config: DistillConfig) -> float:
 
 
 def local_count(images: int, config: DistillConfig) -> int:
-    """How many of the images of a step LAR is computed on; two at least, as it needs something to compare with."""
+    """How many of the images of a step LAR is computed on; two at least, as it needs something to
+    compare with.
+    """
     return min(images, max(2, round(config.lar_share * images))) if config.lar_weight > 0 else 0
 
 
 def frozen_stem(encoder: QueryEncoder, config: DistillConfig) -> list[nn.Module]:
-    """The layers of the backbone that this run does not train; without gradients, they also keep their running means.
+    """The layers of the backbone that this run does not train; without gradients, they also keep
+    their running means.
 
-    A stem that starts from learned weights has little left to learn, and its maps are the largest. Common practice in detection.
+    A stem that starts from learned weights has little left to learn, and its maps are the largest.
+    Common practice in detection.
     """
     learned = encoder.config.pretrained or encoder.config.backbone_weights
     layers = stem(encoder.backbone)
@@ -146,18 +178,23 @@ def lar_loss(
     hardest: np.ndarray,
     temperature: float,
 ) -> tuple[Tensor, float, list[float]]:
-    """The LAR that the VL model allows, its matching encoder or late interaction: loss, its value, share of matched images.
+    """The LAR that the VL model allows, its matching encoder or late interaction: loss, its value,
+    share of matched images.
 
-    The share is a list of one number, or of none with late interaction, which judges no single image.
+    The share is a list of one number, or of none with late interaction, which judges no single
+    image.
 
-    patches: of images, by their indices; rows: the images of this process; hardest: the hardest other of each, which may be
-    another process's. Of several processes each gets its share of the loss, so that their gradients add up.
+    patches: of images, by their indices; rows: the images of this process; hardest: the hardest
+    other of each, which may be another process's. Of several processes each gets its share of the
+    loss, so that their gradients add up.
     """
     if vl.matcher is None:
         count = int(places[0].sum())
         words = vl.project_tokens(context[places].unflatten(0, (-1, count)))
         loss = late_interaction_loss(
-            distributed.gather(words), distributed.gather(vl.project_patches(patches(rows))), temperature
+            distributed.gather(words),
+            distributed.gather(vl.project_patches(patches(rows))),
+            temperature,
         )
         return loss, loss.item(), []
     shown = np.concatenate([rows, np.setdiff1d(hardest, rows)])
@@ -165,11 +202,15 @@ def lar_loss(
     other = torch.tensor([place[image] for image in hardest], device=context.device)
     mask = torch.ones_like(places)  # without a modifier every position is a word of the prompt
     loss, matched = matching_loss(vl.matcher, context, mask, patches(shown), other)
-    value, share = (distributed.total(term / distributed.count()).item() for term in (loss, matched))
+    value, share = (
+        distributed.total(term / distributed.count()).item() for term in (loss, matched)
+    )
     return loss / distributed.count(), value, [share]
 
 
-@checked(cache=optional(path_name()), checkpoint=optional(path_name()), checkpoint_minutes=number(0))
+@checked(
+    cache=optional(path_name()), checkpoint=optional(path_name()), checkpoint_minutes=number(0)
+)
 def distill(
     images: Images,
     vl: VLModel,
@@ -182,23 +223,32 @@ def distill(
 ) -> History:
     """Train `encoder` in place, on `images` alone, against the frozen `vl`.
 
-    images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the targets.
-    checkpoint: a file of this run's state, written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C, which
-    then is KeyboardInterrupt. If it exists, the run goes on from there (ValueError if it belongs to other settings or images,
-    is damaged, or in use by another process). Returns the history of losses and validation recall.
+    images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the
+    targets.
+    checkpoint: a file of this run's state, written at the start, every `checkpoint_minutes`, at the
+    end, and on Ctrl-C, which then is KeyboardInterrupt. If it exists, the run goes on from there
+    (ValueError if it belongs to other settings or images, is damaged, or in use by another
+    process). Returns the history of losses and validation recall.
 
-    Several processes (`distributed`): each calls this with the same arguments and ends with the same weights; `cache` and `checkpoint`
-    are the same files for all. Raises ValueError where they cannot share a batch evenly.
+    Several processes (`distributed`): each calls this with the same arguments and ends with the
+    same weights; `cache` and `checkpoint` are the same files for all. Raises ValueError where they
+    cannot share a batch evenly.
     """
     check_images(images)
     if len(images) < config.validation + 2:
         raise ValueError(
-            f"{len(images)} images are too few to hold back {config.validation} for validation; give more, or lower validation"
+            f"{len(images)} images are too few to hold back {config.validation} for validation;"
+            " give more, or lower validation"
         )
     if (size := min(config.batch_size, len(images) - config.validation)) % distributed.count():
-        cut = f", cut to the {size} images that are left to train on," if size < config.batch_size else ""
+        cut = (
+            f", cut to the {size} images that are left to train on,"
+            if size < config.batch_size
+            else ""
+        )
         raise ValueError(
-            f"batch_size {config.batch_size}{cut} is not a multiple of {distributed.count()}, the number of processes"
+            f"batch_size {config.batch_size}{cut} is not a multiple of {distributed.count()}, the"
+            " number of processes"
         )
     if config.lar_weight > 0:
         vl.check_lar()
@@ -221,33 +271,54 @@ def _distill(
     vl.to(device), encoder.to(device, memory_format=torch.channels_last)
     known = targets(images, vl, config.lar_weight > 0, cache, config.num_workers)
     shuffled = np.random.default_rng((config.seed, 4)).permutation(len(images))
-    held_back, train = np.sort(shuffled[: config.validation]), np.sort(shuffled[config.validation :])
+    held_back, train = (
+        np.sort(shuffled[: config.validation]),
+        np.sort(shuffled[config.validation :]),
+    )
 
     frozen = frozen_stem(encoder, config)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     weights, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=device.type == "cpu")  # a GPU gains little
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    # a GPU gains little
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.98), fused=device.type == "cpu"
+    )
 
     history = History(recipe=config.recipe, dtype=config.dtype)
     settings = {k: v for k, v in asdict(config).items() if k not in ("device", "num_workers")}
-    identity = {"config": settings, "encoder": asdict(encoder.config), "images": images_key(images), "vl_model": vl.fingerprint}
-    steps = config.steps if config.gcd_weight or config.lar_weight else 0  # without a loss the encoder stays untrained
-    bank = torch.from_numpy(known.embeddings[train]).to(device)  # N x E: what every sentence is told apart from
+    identity = {
+        "config": settings,
+        "encoder": asdict(encoder.config),
+        "images": images_key(images),
+        "vl_model": vl.fingerprint,
+    }
+    # without a loss the encoder stays untrained
+    steps = config.steps if config.gcd_weight or config.lar_weight else 0
+    # N x E: what every sentence is told apart from
+    bank = torch.from_numpy(known.embeddings[train]).to(device)
 
     def patches(rows: np.ndarray) -> Tensor:
         return torch.from_numpy(known.patches[rows]).to(device, torch.float32)  # n x P x width
 
     def batches(start: int) -> Iterable:
         chosen = Batches(train, config.batch_size, config.seed, start, steps)
-        return zip(chosen, batch_loader(images, chosen, encoder.pixels, config.num_workers), strict=True)
+        return zip(
+            chosen, batch_loader(images, chosen, encoder.pixels, config.num_workers), strict=True
+        )
 
     def loss_of(of_process: tuple[np.ndarray, Tensor], step: int) -> Tensor:
         rows, pixels = of_process  # b of B images, or all of them where there is one process
         batch = batch_indices(len(train), config.batch_size, step, config.seed)  # B, of `train`
         train_mode(encoder, frozen)
         own = bank[torch.from_numpy(batch)]  # B x E
-        others = bank[torch.from_numpy(other_indices(len(train), batch, config.negatives, step, config.seed))]  # M x E
+        # M x E
+        others = bank[
+            torch.from_numpy(other_indices(len(train), batch, config.negatives, step, config.seed))
+        ]
         local = local_count(len(rows), config)  # n
         with mixed(device, "float32" if device.type == "cpu" else config.dtype):
             # B x C x h x w; a CPU is slow at depthwise convolutions in bfloat16
@@ -255,33 +326,49 @@ def _distill(
         with mixed(device, config.dtype):
             tokens = encoder.mapping(features).tokens  # b x L x D
             tokens = blur(tokens, config.word_noise, step, config.seed)
-            query, context, places = read_sentences(vl, tokens, config.template, local)  # b x E, n x T x width, n x T
+            # b x E, n x T x width, n x T
+            query, context, places = read_sentences(vl, tokens, config.template, local)
             query = distributed.gather(query)  # B x E
             gcd = gcd_loss(query, own, config.temperature, others)
             history.gcd.append(gcd.item())
             loss = config.gcd_weight * gcd
             if config.lar_weight > 0:
-                hardest = distributed.part(train[batch][hardest_other(query @ own.T).cpu().numpy()])[:local]
-                lar, value, matched = lar_loss(vl, context, places, patches, rows[:local], hardest, config.temperature)
+                hardest = distributed.part(
+                    train[batch][hardest_other(query @ own.T).cpu().numpy()]
+                )[:local]
+                lar, value, matched = lar_loss(
+                    vl, context, places, patches, rows[:local], hardest, config.temperature
+                )
                 loss = loss + config.lar_weight * lar
                 history.lar.append(value)
                 history.matched += matched
         return loss
 
     def look(done: int) -> None:
-        history.recall.append((done, own_image_recall(images, held_back, known.embeddings, vl, encoder, config)))
+        history.recall.append(
+            (done, own_image_recall(images, held_back, known.embeddings, vl, encoder, config))
+        )
 
     def after(done: int, bar: tqdm) -> None:
-        distributed.average(buffer for name, buffer in encoder.named_buffers() if "running_" in name)
+        distributed.average(
+            buffer for name, buffer in encoder.named_buffers() if "running_" in name
+        )
         if done % config.validate_every == 0 or done == config.steps:
             look(done)
-            bar.set_postfix({"GCD": f"{np.mean(history.gcd[-50:]):.2f}", "validation R@1": f"{history.recall[-1][1]:.0f}%"})
+            bar.set_postfix(
+                {
+                    "GCD": f"{np.mean(history.gcd[-50:]):.2f}",
+                    "validation R@1": f"{history.recall[-1][1]:.0f}%",
+                }
+            )
 
     def state(seconds: float) -> dict:
         return {"history": asdict(history) | {"seconds": seconds}}
 
     def restore(info: dict) -> None:
-        vars(history).update(vars(_history(keeper.path, info)), recipe=config.recipe, dtype=config.dtype)
+        vars(history).update(
+            vars(_history(keeper.path, info)), recipe=config.recipe, dtype=config.dtype
+        )
 
     history.seconds = fit(
         "distillation",
@@ -314,22 +401,34 @@ def _history(path: Path, info: dict) -> History:
         numbers = [history.seconds, *history.gcd, *history.lar, *history.matched]
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"its history is none ({error})") from error
-    if len(history.gcd) != info["step"] or not all(isinstance(number, (int, float)) for number in numbers):
+    if len(history.gcd) != info["step"] or not all(
+        isinstance(number, (int, float)) for number in numbers
+    ):
         raise damaged(path, "its history is not that of its steps")
     return history
 
 
 def own_image_recall(
-    images: Images, rows: np.ndarray, known: np.ndarray, vl: VLModel, encoder: QueryEncoder, config: DistillConfig
+    images: Images,
+    rows: np.ndarray,
+    known: np.ndarray,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: DistillConfig,
 ) -> float:
-    """Recall@1 in percent: does the sentence of a held-back image find that image among all held-back ones?"""
+    """Recall@1 in percent: does the sentence of a held-back image find that image among all
+    held-back ones?
+    """
     chunks = [rows[s : s + 128] for s in range(0, len(rows), 128)]
     was_training = encoder.training
     encoder.eval()
     with torch.inference_mode():
-        loader = batch_loader(images, chunks, encoder.pixels, config.num_workers)  # pictures of any size come and go
+        # pictures of any size come and go
+        loader = batch_loader(images, chunks, encoder.pixels, config.num_workers)
         tokens = torch.cat([encoder(pixels).tokens for pixels in loader]).to(vl.device)
-        found = torch.cat([sentence_queries(vl, part, config.template) for part in tokens.split(256)])
+        found = torch.cat(
+            [sentence_queries(vl, part, config.template) for part in tokens.split(256)]
+        )
     encoder.train(was_training)
     best = (found.cpu() @ torch.from_numpy(np.array(known[rows])).T).argmax(1)
     return 100 * float((best == torch.arange(len(rows))).float().mean())

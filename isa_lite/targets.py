@@ -1,4 +1,6 @@
-"""What the frozen large tower says of each training image: computed once, kept on disk in shards, and read from there."""
+"""What the frozen large tower says of each training image: computed once, kept on disk in shards,
+and read from there.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +25,34 @@ _KINDS = {"embeddings": np.float32, "patches": np.float16}
 
 
 class Rows:
-    """An array N x ... whose rows lie in several files, in order: `rows[indices]` reads those that are asked for."""
+    """An array N x ... whose rows lie in several files, in order: `rows[indices]` reads those that
+    are asked for.
+    """
 
     def __init__(self, files: Sequence[Path]):
         parts = [_mapped(file) for file in files]
         self.files, self.dtype = list(files), parts[0].dtype
         self.starts = np.cumsum([0, *map(len, parts)])  # of each file, and the end
         self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
-        self._open = lru_cache(64)(_mapped)  # a mapped file is an open file, and a process may have few hundreds
+        # a mapped file is an open file, and a process may have few hundreds
+        self._open = lru_cache(64)(_mapped)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         rows = np.arange(len(self))[rows]
-        found, shard = np.empty((len(rows), *self.shape[1:]), self.dtype), np.searchsorted(self.starts, rows, "right") - 1
+        found, shard = (
+            np.empty((len(rows), *self.shape[1:]), self.dtype),
+            np.searchsorted(self.starts, rows, "right") - 1,
+        )
         for s in np.unique(shard):
             found[shard == s] = part = self._open(self.files[s])[rows[shard == s] - self.starts[s]]
             if not np.isfinite(part).all():
-                raise ValueError(f"{self.files[s]} is damaged: it holds values that are no numbers; delete it, to make it again")
+                raise ValueError(
+                    f"{self.files[s]} is damaged: it holds values that are no numbers; delete it,"
+                    " to make it again"
+                )
         return found
 
     def __array__(self, dtype: type | None = None, copy: bool | None = None) -> np.ndarray:
@@ -50,25 +61,40 @@ class Rows:
 
 @dataclass
 class Targets:
-    """What the large image tower says: embeddings N x E (float32) and, for LAR, patch tokens N x P x width (float16)."""
+    """What the large image tower says: embeddings N x E (float32) and, for LAR, patch tokens N x P
+    x width (float16).
+    """
 
     embeddings: np.ndarray
     patches: np.ndarray | Rows | None
 
 
-def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None = None, num_workers: int = 0) -> Targets:
-    """The large tower's targets, computed once: later calls read them from `cache`, which also holds what a killed run had done.
+def targets(
+    images: Images,
+    vl: VLModel,
+    patches: bool,
+    cache: str | Path | None = None,
+    num_workers: int = 0,
+) -> Targets:
+    """The large tower's targets, computed once: later calls read them from `cache`, which also
+    holds what a killed run had done.
 
-    They are filed under a digest of the model, its preprocessing and every image, so a change of any of these is a new entry.
-    With a cache, patches are read from the disk when they are asked for, and so need not fit into memory. Several runs may
-    share a cache, and several processes of one run (`distributed`) share the work; these need one, in a folder that all see. Raises
+    They are filed under a digest of the model, its preprocessing and every image, so a change of
+    any of these is a new entry. With a cache, patches are read from the disk when they are asked
+    for, and so need not fit into memory. Several runs may share a cache, and several processes of
+    one run (`distributed`) share the work; these need one, in a folder that all see. Raises
     ValueError where they have none, or `cache` is a file; OSError for a full disk.
     """
     if distributed.count() > 1 and not cache:
-        raise ValueError("several processes exchange the targets of the large tower through files: give a cache folder")
+        raise ValueError(
+            "several processes exchange the targets of the large tower through files: give a cache"
+            " folder"
+        )
     if cache and Path(cache).exists() and not Path(cache).is_dir():
         raise ValueError(f"cache= names a folder, and {cache} is a file")
-    digest = hashlib.sha256(f"{vl.fingerprint} {images_key(images)} {vl.preprocess}".encode()).hexdigest()[:24]
+    digest = hashlib.sha256(
+        f"{vl.fingerprint} {images_key(images)} {vl.preprocess}".encode()
+    ).hexdigest()[:24]
     kinds = {name: _KINDS[name] for name in ("embeddings", "patches")[: 1 + patches]}
     batches = np.array_split(np.arange(len(images)), -(-len(images) // SHARD))
 
@@ -76,18 +102,30 @@ def targets(images: Images, vl: VLModel, patches: bool, cache: str | Path | None
         return Path(cache) / digest / f"{shard:06}.{name}.npy"
 
     def whole(shard: int) -> bool:
-        return all(_whole(file(name, shard), len(batches[shard]), kind) for name, kind in kinds.items())
+        return all(
+            _whole(file(name, shard), len(batches[shard]), kind) for name, kind in kinds.items()
+        )
 
     missing = [shard for shard in range(len(batches)) if not (cache and whole(shard))]
-    distributed.same((digest, len(missing)), f"their images, or in whether they see the targets of these in {cache}")
+    distributed.same(
+        (digest, len(missing)),
+        f"their images, or in whether they see the targets of these in {cache}",
+    )
     own = distributed.told(missing)[distributed.rank() :: distributed.count()]
     done: dict[str, list[np.ndarray]] = {name: [] for name in kinds}  # without a cache
-    bar = tqdm(own, desc="targets of the large tower", mininterval=1, disable=distributed.rank() > 0 or not own)
+    bar = tqdm(
+        own,
+        desc="targets of the large tower",
+        mininterval=1,
+        disable=distributed.rank() > 0 or not own,
+    )
     loader = batch_loader(images, [batches[shard] for shard in own], vl.pixels, num_workers)
     with torch.inference_mode():
         for shard, pixels in zip(bar, loader, strict=True):
             pixels = pixels.to(vl.device)
-            values = vl.encode_pixels_and_patches(pixels) if patches else (vl.encode_pixels(pixels),)
+            values = (
+                vl.encode_pixels_and_patches(pixels) if patches else (vl.encode_pixels(pixels),)
+            )
             for (name, kind), value in zip(kinds.items(), values, strict=True):
                 array = value.cpu().numpy().astype(kind)
                 if cache:
@@ -113,7 +151,9 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def _whole(path: Path, count: int, kind: type) -> bool:
-    """Whether a shard is there and whole; one that is cut off, or something else, is computed again."""
+    """Whether a shard is there and whole; one that is cut off, or something else, is computed
+    again.
+    """
     try:
         array = _mapped(path)
         return array.dtype == kind and array.ndim > 1 and len(array) == count

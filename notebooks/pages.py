@@ -1,9 +1,12 @@
-"""The notebooks as web pages, and as slides, without a network: `python notebooks/pages.py --out runs/pages [--slides]`.
+"""The notebooks as web pages, and as slides, without a network: `python notebooks/pages.py --out
+runs/pages [--slides]`.
 
-A page a notebook, with its stored outputs, and the teaching notes (README.md) as index.html. Nothing is run, and nothing in a page is loaded from
-elsewhere: figures are in the page, and formulas are drawn by matplotlib. The command fails, after it has written what it can, when
-a picture has no alternative text, a link leads nowhere, something would be loaded from the network, or the content is wider than a
-window of 1280 or 390 pixels. The last is looked at in Chromium through playwright, where both are installed.
+A page a notebook, with its stored outputs, and the teaching notes (README.md) as index.html.
+Nothing is run, and nothing in a page is loaded from
+elsewhere: figures are in the page, and formulas are drawn by matplotlib. The command fails, after
+it has written what it can, when a picture has no alternative text, a link leads nowhere, something
+would be loaded from the network, or the content is wider than a window of 1280 or 390 pixels. The
+last is looked at in Chromium through playwright, where both are installed.
 """
 
 import argparse
@@ -52,7 +55,9 @@ details { border: 1px solid var(--line); padding: .5rem 1rem; } summary { cursor
 
 
 def formula(latex: str, display: bool) -> Tag:
-    """A picture of a formula, as large as the text around it, with the LaTeX as its alternative text. ValueError: not drawable."""
+    """A picture of a formula, as large as the text around it, with the LaTeX as its alternative
+    text. ValueError: not drawable.
+    """
     drawn, size = io.BytesIO(), 12
     scale, shown = (1.3, latex.replace(r"\frac", r"\dfrac")) if display else (1.1, latex)
     with matplotlib.rc_context({"mathtext.fontset": "stix"}):
@@ -60,7 +65,9 @@ def formula(latex: str, display: bool) -> Tag:
     image = Tag(name="img", attrs={"class": "formula", "alt": latex})
     width = float(re.search(rb'width="([\d.]+)pt"', drawn.getvalue())[1])
     image["src"] = "data:image/svg+xml;base64," + base64.b64encode(drawn.getvalue()).decode()
-    image["style"] = f"width: {scale * width / size:.2f}em; vertical-align: {-scale * depth / size:.2f}em"
+    image["style"] = (
+        f"width: {scale * width / size:.2f}em; vertical-align: {-scale * depth / size:.2f}em"
+    )
     if not display:
         return image
     image["style"] += "; display: block; margin: 1em auto"
@@ -81,7 +88,9 @@ def title_of(notebook: NotebookNode) -> str:
 
 
 def link_to(link: str, out: Path, pages: set[str], repository: str) -> str:
-    """Where a link of a notebook leads from a page in `out`: to another page, to the repository's address, or to the file beside us."""
+    """Where a link of a notebook leads from a page in `out`: to another page, to the repository's
+    address, or to the file beside us.
+    """
     if re.match(r"\w+:|#", link):
         return link
     path, _, anchor = link.partition("#")
@@ -97,7 +106,9 @@ def link_to(link: str, out: Path, pages: set[str], repository: str) -> str:
 
 
 def sanitised(soup: BeautifulSoup) -> list[str]:
-    """Takes out of a page whatever could run or load in a browser, and returns it in words: what a notebook shows is not trusted."""
+    """Takes out of a page whatever could run or load in a browser, and returns it in words: what a
+    notebook shows is not trusted.
+    """
     found = []
     for tag in soup.select("script, iframe, object, embed, form, base, meta, link"):
         found.append(f"<{tag.name}>")
@@ -114,7 +125,9 @@ def sanitised(soup: BeautifulSoup) -> list[str]:
     return found
 
 
-def body_of(notebook: NotebookNode, out: Path, pages: set[str], repository: str = "") -> tuple[BeautifulSoup, list[str]]:
+def body_of(
+    notebook: NotebookNode, out: Path, pages: set[str], repository: str = ""
+) -> tuple[BeautifulSoup, list[str]]:
     """A notebook's page without its frame, and what is wrong with it."""
     html, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     soup, wrong = BeautifulSoup(html, "html.parser"), []
@@ -125,15 +138,21 @@ def body_of(notebook: NotebookNode, out: Path, pages: set[str], repository: str 
         tag["id"] = slug(tag.get_text())
     for tag in soup.select("a[href]"):
         tag["href"] = link_to(tag["href"], out, pages, repository)
-    for text in [t for t in soup.find_all(string=re.compile(r"\$")) if not t.find_parent(["code", "pre"])]:
+    for text in [
+        t for t in soup.find_all(string=re.compile(r"\$")) if not t.find_parent(["code", "pre"])
+    ]:
         parts = re.split(r"(\$\$.+?\$\$|\$[^$]+\$)", str(text), flags=re.S)
         try:
             new = [
-                formula(p.strip("$").replace("\n", " "), p[:2] == "$$") if i % 2 else NavigableString(p)
+                formula(p.strip("$").replace("\n", " "), p[:2] == "$$")
+                if i % 2
+                else NavigableString(p)
                 for i, p in enumerate(parts)
             ]
         except ValueError as error:
-            wrong.append(f"a formula that matplotlib cannot draw: {parts[1]}: {str(error).strip().splitlines()[-1]}")
+            wrong.append(
+                f"a formula that matplotlib cannot draw: {parts[1]}: {str(error).strip().splitlines()[-1]}"
+            )
             continue
         text.replace_with(*new)
     for tag in soup.select("table"):
@@ -144,10 +163,19 @@ def body_of(notebook: NotebookNode, out: Path, pages: set[str], repository: str 
     for tag in soup.select(".highlight pre"):
         tag["tabindex"] = "0"  # so that the arrow keys can scroll it
     for tag in soup.select("img"):  # nbconvert writes a sentence where there is none
-        if not tag.get("alt", "").strip() or tag["alt"].startswith("No description has been provided"):
+        if not tag.get("alt", "").strip() or tag["alt"].startswith(
+            "No description has been provided"
+        ):
             wrong.append(f"a picture without alternative text: {tag['src'][:60]}")
-    loaded = [t.get("src") or t.get("href") for t in soup.select("script[src], img[src], iframe[src], link[href]")]
-    wrong += [f"loaded from the network: {source}" for source in loaded if re.match(r"(https?:)?//", source)]
+    loaded = [
+        t.get("src") or t.get("href")
+        for t in soup.select("script[src], img[src], iframe[src], link[href]")
+    ]
+    wrong += [
+        f"loaded from the network: {source}"
+        for source in loaded
+        if re.match(r"(https?:)?//", source)
+    ]
     return soup, wrong
 
 
@@ -170,15 +198,25 @@ def broken_links(page: Path) -> list[str]:
         target = page.parent / path if path else page
         if not target.exists():
             wrong.append(f"a link to nowhere: {tag['href']}")
-        elif anchor and target.suffix == ".html" and f'id="{anchor}"' not in target.read_text(encoding="utf-8"):
+        elif (
+            anchor
+            and target.suffix == ".html"
+            and f'id="{anchor}"' not in target.read_text(encoding="utf-8")
+        ):
             wrong.append(f"a link to a heading that is not there: {tag['href']}")
     return wrong
 
 
 def browser(playwright):
-    """Chromium without a window: the system's where one starts, else playwright's own. Raises RuntimeError, with the last reason, for none."""
-    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # root cannot have it
-    for path in (*filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None):
+    """Chromium without a window: the system's where one starts, else playwright's own. Raises
+    RuntimeError, with the last reason, for none.
+    """
+    # root cannot have it
+    arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    for path in (
+        *filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+        None,
+    ):
         try:
             return playwright.chromium.launch(executable_path=path, args=arguments)
         except Exception as error:  # playwright's own error, a bare Exception
@@ -187,7 +225,9 @@ def browser(playwright):
 
 
 def overflowing(paths: list[Path]) -> list[str]:
-    """Pages that are wider than their window, and slides that are larger than theirs. Raises ImportError or RuntimeError without a browser."""
+    """Pages that are wider than their window, and slides that are larger than theirs. Raises
+    ImportError or RuntimeError without a browser.
+    """
     from playwright.sync_api import sync_playwright
 
     wrong = []
@@ -197,7 +237,9 @@ def overflowing(paths: list[Path]) -> list[str]:
             tab = chromium.new_page(viewport={"width": width, "height": 720})
             for path in paths:
                 tab.goto(path.resolve().as_uri())
-                if tab.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
+                if tab.evaluate(
+                    "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+                ):
                     wrong.append(f"{path.name}: wider than a window of {width} pixels")
                 # On a narrow screen a slide may be scrolled down; in a lecture it may not.
                 wrong += [
@@ -209,11 +251,17 @@ def overflowing(paths: list[Path]) -> list[str]:
     return wrong
 
 
-def make(notebooks: list[Path], out: Path, repository: str = "", with_slides: bool = False) -> list[str]:
-    """Write index.html, a page a notebook and, if asked for, slides.html into `out`. Returns what is wrong with them."""
+def make(
+    notebooks: list[Path], out: Path, repository: str = "", with_slides: bool = False
+) -> list[str]:
+    """Write index.html, a page a notebook and, if asked for, slides.html into `out`. Returns what
+    is wrong with them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     names = {path.stem for path in notebooks}
-    readme = new_notebook(cells=[new_markdown_cell((HERE / "README.md").read_text(encoding="utf-8"))])
+    readme = new_notebook(
+        cells=[new_markdown_cell((HERE / "README.md").read_text(encoding="utf-8"))]
+    )
     sources = {"index": readme} | {path.stem: nbformat.read(path, 4) for path in notebooks}
     titles = {name: title_of(source) or name for name, source in sources.items()}
     order, wrong, deck = list(sources), [], []
@@ -233,12 +281,16 @@ def make(notebooks: list[Path], out: Path, repository: str = "", with_slides: bo
     if with_slides:
         write_text(out / "slides.html", slides.deck(deck, CODE_COLORS))
         order.append("slides")
-    return wrong + [f"{name}.html: {fault}" for name in order for fault in broken_links(out / f"{name}.html")]
+    return wrong + [
+        f"{name}.html: {fault}" for name in order for fault in broken_links(out / f"{name}.html")
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/pages"), help="the folder for the pages")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/pages"), help="the folder for the pages"
+    )
     parser.add_argument("--slides", action="store_true", help="also make slides.html")
     parser.add_argument(
         "--repository",

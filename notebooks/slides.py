@@ -1,4 +1,6 @@
-"""Slides out of the notebooks' pages: title, questions, formulas, figures, tables, claims and quiz; one file, no network. Made by pages.py."""
+"""Slides out of the notebooks' pages: title, questions, formulas, figures, tables, claims and quiz;
+one file, no network. Made by pages.py.
+"""
 
 from html import escape
 from itertools import zip_longest
@@ -7,7 +9,8 @@ from bs4 import BeautifulSoup, Tag
 
 #: What a slide can hold: claims of a cell go on over several slides, a longer table is left out.
 MOST_CLAIMS, MOST_ROWS = 7, 25
-#: The numbers of slides that are larger than the window, found in a browser; with the argument true also those that are only too high.
+#: The numbers of slides that are larger than the window, found in a browser; with the argument true
+#: also those that are only too high.
 TOO_LARGE = """tall => [...document.querySelectorAll("section.slide")].map((s, i) => {
     const before = document.querySelector("section.slide.on");
     before.classList.remove("on"); s.classList.add("on");
@@ -61,7 +64,9 @@ def _slide(heading: str, *parts: str) -> str:
 
 
 def _of_text(cell: Tag, heading: str) -> tuple[list[str], str]:
-    """Slides of a text cell: questions to predict, and formulas with the paragraph before them. Also the last heading."""
+    """Slides of a text cell: questions to predict, and formulas with the paragraph before them.
+    Also the last heading.
+    """
     found = []
     for element in cell.find_all(["h2", "p"]):
         if element.name == "h2":
@@ -76,19 +81,29 @@ def _of_text(cell: Tag, heading: str) -> tuple[list[str], str]:
 
 
 def _letters(row: Tag) -> list[float]:
-    """The room that each column of a table's row asks for, in letters; an entry over several columns asks each for its share."""
-    spans = [(len(entry.get_text()) + 3, int(entry.get("colspan", 1))) for entry in row.select("th, td")]
+    """The room that each column of a table's row asks for, in letters; an entry over several
+    columns asks each for its share.
+    """
+    spans = [
+        (len(entry.get_text()) + 3, int(entry.get("colspan", 1))) for entry in row.select("th, td")
+    ]
     return [length / span for length, span in spans for _ in range(span)]
 
 
 def _of_outputs(cell: Tag, heading: str) -> list[str]:
-    """Slides of a code cell: a figure each with its caption, a table each, and the claims that were checked."""
+    """Slides of a code cell: a figure each with its caption, a table each, and the claims that were
+    checked.
+    """
     found, claims, title = [], [], ""
     for area in cell.select("div.output_area"):
         if image := area.select_one("img"):
             after = area.find_next_sibling("div")
             caption = after.get_text().strip() if after and after.select_one("p > em") else ""
-            found.append(_slide(heading, f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"))
+            found.append(
+                _slide(
+                    heading, f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+                )
+            )
             title = ""
         elif table := area.select_one("table"):
             rows = [_letters(row) for row in table.select("tr")]
@@ -111,7 +126,9 @@ def _of_outputs(cell: Tag, heading: str) -> list[str]:
 
 
 def slides_of(page: BeautifulSoup, name: str) -> list[str]:
-    """The slides of one notebook, from its page: the HTML inside each of them. Raises ValueError for one without a title."""
+    """The slides of one notebook, from its page: the HTML inside each of them. Raises ValueError
+    for one without a title.
+    """
     cells = page.select("div.cell")
     first = cells[0].find_all(["h1", "p"]) if cells else []
     if len(first) < 2 or first[0].name != "h1":
@@ -133,7 +150,8 @@ def slides_of(page: BeautifulSoup, name: str) -> list[str]:
 def deck(found: list[str], colors: str) -> str:
     """One HTML file of all slides."""
     sections = "\n".join(
-        f'<section id="{i + 1}" class="slide{"" if i else " on"}">{slide}</section>' for i, slide in enumerate(found)
+        f'<section id="{i + 1}" class="slide{"" if i else " on"}">{slide}</section>'
+        for i, slide in enumerate(found)
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

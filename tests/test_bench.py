@@ -10,7 +10,16 @@ from isa_lite.commands import main
 from isa_lite.deploy.bench import backbones, random_model
 from isa_lite.deploy.fold import _pairs, folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
-from isa_lite.deploy.query_timing import PARTS, WHOLE, calls, cost, end_to_end, fusion_steps, sentence_steps, split
+from isa_lite.deploy.query_timing import (
+    PARTS,
+    WHOLE,
+    calls,
+    cost,
+    end_to_end,
+    fusion_steps,
+    sentence_steps,
+    split,
+)
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
 
@@ -66,30 +75,48 @@ def test_a_query_is_split_into_parts_that_add_up(vl):
     text = sum(p.numel() for p in vl.clip.parameters()) * 4 / 2**20 - own
     assert abs(weights.loc["text tower", "asymmetric"] - text) < 1e-6
     assert (table["activations, MiB"].loc["whole query"] > 0).all()
-    large = split(vl, QueryEncoder.for_model(vl, backbone="vl", num_tokens=3, width=32, depth=1), gallery=50, rounds=1)
-    assert list(large["weights, MiB"].loc["image encoding"]) == [own, own]  # the tower is the model's, and has to be there too
+    large = split(
+        vl,
+        QueryEncoder.for_model(vl, backbone="vl", num_tokens=3, width=32, depth=1),
+        gallery=50,
+        rounds=1,
+    )
+    # the tower is the model's, and has to be there too
+    assert list(large["weights, MiB"].loc["image encoding"]) == [own, own]
 
 
 def test_the_table_of_backbones(vl):
     table = backbones(vl, 64, ("resnet18", "vit_tiny_patch16_224"), rounds=1)
     assert list(table.index) == ["VL image tower", "resnet18", "vit_tiny_patch16_224"]
-    assert list(table["map"][1:]) == ["256 x 4 x 4", "192 x 4 x 4"] and list(table["stride"][1:]) == [16, 16]
-    blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)  # weights and biases of attention, MLP, norms
-    assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18  # patches; positions and class
-    assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (table[["multiply-adds", "ms"]] > 0).all().all()
+    assert list(table["map"][1:]) == ["256 x 4 x 4", "192 x 4 x 4"] and list(
+        table["stride"][1:]
+    ) == [16, 16]
+    # weights and biases of attention, MLP, norms
+    blocks = 12 * (4 * 192 * 192 + 4 * 192 + 8 * 192 * 192 + 5 * 192 + 4 * 192)
+    # patches; positions and class
+    assert round(1e6 * table["parameters"].iloc[2]) == blocks + 192 * (3 * 16 * 16 + 1) + 192 * 18
+    assert (table["VL tower / ms"] * table["ms"]).round(6).nunique() == 1 and (
+        table[["multiply-adds", "ms"]] > 0
+    ).all().all()
 
 
 def test_only_the_warning_of_random_weights_is_hushed_and_only_while_they_are_made(caplog):
     filters = list(logging.getLogger().filters)
     assert random_model("ViT-S-32-alt").image_size == 224
-    assert not [r for r in caplog.records if "weights" in r.getMessage()] and logging.getLogger().filters == filters
+    assert (
+        not [r for r in caplog.records if "weights" in r.getMessage()]
+        and logging.getLogger().filters == filters
+    )
 
 
-@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "resnet18"])
+@pytest.mark.parametrize(
+    "backbone", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "resnet18"]
+)
 def test_a_folded_encoder_says_the_same_without_batch_normalisation(vl, backbone):
     torch.manual_seed(0)
     encoder = QueryEncoder.for_model(vl, backbone=backbone, num_tokens=3, width=32, depth=1)
-    for norm in (m for m in encoder.backbone.modules() if isinstance(m, nn.BatchNorm2d)):  # as after training
+    # as after training
+    for norm in (m for m in encoder.backbone.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean, std=0.1), nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 2), nn.init.normal_(norm.bias, std=0.1)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
@@ -107,7 +134,12 @@ def test_a_normalisation_is_folded_only_into_the_convolution_right_before_it():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.na, self.nb = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.a, self.b, self.na, self.nb = (
+                nn.Conv2d(3, 3, 1),
+                nn.Conv2d(3, 3, 1),
+                nn.BatchNorm2d(3),
+                nn.BatchNorm2d(3),
+            )
             self.shared, self.n1, self.n2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
         def forward(self, x):
@@ -115,17 +147,26 @@ def test_a_normalisation_is_folded_only_into_the_convolution_right_before_it():
             return self.na(self.a(x)) + self.nb(self.b(x).relu()) + self.n1(y) + self.n2(y)
 
     net = Net().eval()
-    assert [(c is net.a, n is net.na) for c, n in _pairs(net, torch.randn(1, 3, 4, 4))] == [(True, True)]
+    assert [(c is net.a, n is net.na) for c, n in _pairs(net, torch.randn(1, 3, 4, 4))] == [
+        (True, True)
+    ]
 
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_the_steps_of_a_query_give_what_the_library_gives(vl, cut):
     torch.manual_seed(0)
     encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
-    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 70, 90, 3), np.uint8))  # to be cut to size
+    # to be cut to size
+    pictures = list(np.random.default_rng(0).integers(0, 256, (2, 70, 90, 3), np.uint8))
     said = ["make it red", "without the star"]
-    made = calls(sentence_steps(vl, encoder, pictures, said, lambda query: query, "this is {sentence}, {modifier}", cut))
-    expected = compose(vl, encoder.sentences(pictures).tokens, said, "this is {sentence}, {modifier}")
+    made = calls(
+        sentence_steps(
+            vl, encoder, pictures, said, lambda query: query, "this is {sentence}, {modifier}", cut
+        )
+    )
+    expected = compose(
+        vl, encoder.sentences(pictures).tokens, said, "this is {sentence}, {modifier}"
+    )
     assert tuple(made) == (*PARTS, WHOLE) and torch.allclose(made[WHOLE](), expected, atol=1e-4)
     assert torch.equal(made["search"](), made[WHOLE]())
     fused = calls(fusion_steps(vl, pictures, said, lambda query: query, cut))
@@ -151,13 +192,17 @@ def test_a_query_is_timed_end_to_end_and_its_ratios_are_of_those_times(vl):
     ms, ratios = end_to_end(vl, encoder, rounds=3, gallery=100)
     assert list(ms.index) == [*PARTS, WHOLE] and len(ratios) == 6
     assert (ms.drop("token learner") > 0).all().all() and ms.loc["token learner"].isna().sum() == 2
-    assert ratios["symmetric uncut / light cut"] == pytest.approx(ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"])
+    assert ratios["symmetric uncut / light cut"] == pytest.approx(
+        ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"]
+    )
 
 
 def test_costs_an_image_do_not_depend_on_the_batch(vl):
     encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
     one, three = (cost(vl, encoder, batch, rounds=1, gallery=20) for batch in (1, 3))
-    assert (three["multiply-adds"] / one["multiply-adds"]).round(6).eq(1).all() and (one["ms"] > 0).all()
+    assert (three["multiply-adds"] / one["multiply-adds"]).round(6).eq(1).all() and (
+        one["ms"] > 0
+    ).all()
     assert one.loc["VL image tower", "VL tower / ms"] == 1
 
 
@@ -169,7 +214,13 @@ def test_an_encoder_that_is_not_there_is_named_in_a_line(tmp_path, capsys, what)
 
 
 @pytest.mark.parametrize(
-    "what, option", [("query", "--encoder"), ("embed", "--vl-model"), ("cost", "--rounds"), ("split", "--pretrained")]
+    "what, option",
+    [
+        ("query", "--encoder"),
+        ("embed", "--vl-model"),
+        ("cost", "--rounds"),
+        ("split", "--pretrained"),
+    ],
 )
 def test_an_option_that_would_be_ignored_is_refused(capsys, what, option):
     with pytest.raises(SystemExit):

@@ -1,4 +1,6 @@
-"""The public benchmarks: small trees in their layouts, hand-worked numbers, the traps, submission files."""
+"""The public benchmarks: small trees in their layouts, hand-worked numbers, the traps, submission
+files.
+"""
 
 import doctest
 import itertools
@@ -44,15 +46,24 @@ def fashioniq_root(tmp_path):
         "shirt": [("same", "s1", ["has $5 on it", ""])],
         "toptee": [("t0", "same", ["is green", "is plain"])],
     }
-    names = {"dress": ["d0", "x0", "x1", "d1", "d2"], "shirt": ["same", "s1", "x2"], "toptee": ["t0", "same"]}
+    names = {
+        "dress": ["d0", "x0", "x1", "d1", "d2"],
+        "shirt": ["same", "s1", "x2"],
+        "toptee": ["t0", "same"],
+    }
     for category, split in itertools.product(triplets, ("val", "test")):
-        entries = [{"candidate": c, "target": t, "captions": both} for c, t, both in triplets[category]]
+        entries = [
+            {"candidate": c, "target": t, "captions": both} for c, t, both in triplets[category]
+        ]
         if split == "test":
             entries = [{"candidate": e["candidate"], "captions": e["captions"]} for e in entries]
         put(root / f"captions/cap.{category}.{split}.json", entries)
         put(root / f"image_splits/split.{category}.{split}.json", names[category])
     for i, name in enumerate(sorted({n for listed in names.values() for n in listed})):
-        put(root / "images" / (name + (".png" if i % 2 else ".jpg")), color=(20 * i, 255 - 20 * i, 90))
+        put(
+            root / "images" / (name + (".png" if i % 2 else ".jpg")),
+            color=(20 * i, 255 - 20 * i, 90),
+        )
     return root
 
 
@@ -76,7 +87,10 @@ def cirr_root(tmp_path):
         if split == "test1":
             entries = [{k: v for k, v in e.items() if not k.startswith("target")} for e in entries]
         put(root / f"cirr/captions/cap.rc2.{split}.json", entries)
-        put(root / f"cirr/image_splits/split.rc2.{split}.json", {name: f"./{folder}/{name}.png" for name in names})
+        put(
+            root / f"cirr/image_splits/split.rc2.{split}.json",
+            {name: f"./{folder}/{name}.png" for name in names},
+        )
         for i, name in enumerate(names):
             put(root / folder / f"{name}.png", color=(30 * i, 200, 255 - 30 * i))
     return root
@@ -89,15 +103,30 @@ def circo_root(tmp_path):
     for split in ("val", "test"):
         entries = []
         for i, (target, truths, aspects) in enumerate(answers):
-            entry = {"id": i, "reference_img_id": 100 + 5 * i, "relative_caption": "is asleep", "shared_concept": "a dog"}
+            entry = {
+                "id": i,
+                "reference_img_id": 100 + 5 * i,
+                "relative_caption": "is asleep",
+                "shared_concept": "a dog",
+            }
             if split == "val":
-                entry |= {"target_img_id": target, "gt_img_ids": truths, "semantic_aspects": aspects}
+                entry |= {
+                    "target_img_id": target,
+                    "gt_img_ids": truths,
+                    "semantic_aspects": aspects,
+                }
             entries.append(entry)
         put(root / f"annotations/{split}.json", entries)
     pictures = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in range(100, 107)]
-    put(root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": pictures, "info": {}})
+    put(
+        root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json",
+        {"images": pictures, "info": {}},
+    )
     for picture in pictures:
-        put(root / "COCO2017_unlabeled/unlabeled2017" / picture["file_name"], color=(picture["id"], 0, 60))
+        put(
+            root / "COCO2017_unlabeled/unlabeled2017" / picture["file_name"],
+            color=(picture["id"], 0, 60),
+        )
     return root
 
 
@@ -107,7 +136,8 @@ def on_circle(degrees) -> torch.Tensor:
     return torch.stack([angle.cos(), angle.sin()], 1)
 
 
-# --------------------------------------------------------------------------------------------- FashionIQ
+# ---------------------------------------------------------------------------------------------
+# FashionIQ
 
 
 def test_fashioniq_reads_png_and_jpg_and_keeps_the_categories_apart(fashioniq_root):
@@ -121,14 +151,19 @@ def test_fashioniq_reads_png_and_jpg_and_keeps_the_categories_apart(fashioniq_ro
     assert (tasks[0].queries[1].reference, tasks[0].queries[1].targets) == ("d1", ("d2",))
 
 
-def test_the_triplets_gallery_has_only_images_of_the_triplets_and_gives_another_number(fashioniq_root):
+def test_the_triplets_gallery_has_only_images_of_the_triplets_and_gives_another_number(
+    fashioniq_root,
+):
     tasks = [fashioniq.load(fashioniq_root, gallery=g)[0] for g in ("split", "triplets")]
     assert [list(t.files) for t in tasks] == [["d0", "x0", "x1", "d1", "d2"], ["d0", "d1", "d2"]]
     assert tasks[0].protocol["gallery"] != tasks[1].protocol["gallery"]
     angles = {"d0": 0, "x0": 8, "x1": 9, "d1": 10, "d2": 90}
-    ranked = [rank(t, on_circle([5, 90, 0]), on_circle([angles[i] for i in t.files])) for t in tasks]
+    ranked = [
+        rank(t, on_circle([5, 90, 0]), on_circle([angles[i] for i in t.files])) for t in tasks
+    ]
     first = [recall_at(2, r.top, ["d1", "d2", "d0"]) for r in ranked]
-    assert first == [pytest.approx(200 / 3), 100]  # x0 and x1 lie before d1 in the split gallery only
+    # x0 and x1 lie before d1 in the split gallery only
+    assert first == [pytest.approx(200 / 3), 100]
 
 
 def test_the_reference_stays_in_the_ranking_of_fashioniq(fashioniq_root):
@@ -151,7 +186,14 @@ def test_fashioniq_averages_categories_whatever_their_size(fashioniq_root):
     ]
     found = fashioniq.score(tasks, rankings)
     assert found == pytest.approx(
-        {"dress R@10": 100 / 3, "dress R@50": 200 / 3, "shirt R@10": 0, "shirt R@50": 100, "toptee R@10": 100, "toptee R@50": 100}
+        {
+            "dress R@10": 100 / 3,
+            "dress R@50": 200 / 3,
+            "shirt R@10": 0,
+            "shirt R@50": 100,
+            "toptee R@10": 100,
+            "toptee R@50": 100,
+        }
         | {"mean R@10": 400 / 9, "mean R@50": 800 / 9}
     )
 
@@ -171,11 +213,16 @@ def test_an_empty_caption_leaves_the_other_one_alone_and_is_told(fashioniq_root)
 
 def test_a_name_twice_in_a_split_file_is_one_image_and_told(fashioniq_root):
     listed = fashioniq_root / "image_splits/split.toptee.val.json"
-    assert not any("more than once" in note for task in fashioniq.load(fashioniq_root) for note in task.notes)
+    assert not any(
+        "more than once" in note for task in fashioniq.load(fashioniq_root) for note in task.notes
+    )
     put(listed, ["t0", "same", "t0"])
     task = fashioniq.load(fashioniq_root)[2]
     assert list(task.files) == ["t0", "same"]
-    assert any("toptee val: 1 names stand more than once in image_splits/split.toptee.val.json" in note for note in task.notes)
+    assert any(
+        "toptee val: 1 names stand more than once in image_splits/split.toptee.val.json" in note
+        for note in task.notes
+    )
 
 
 def test_the_embeddings_of_both_orders_are_averaged(fashioniq_root, vl):
@@ -193,24 +240,41 @@ def test_the_embeddings_of_both_orders_are_averaged(fashioniq_root, vl):
 
 def test_fashioniq_writes_each_entry_with_its_ranking(fashioniq_root, tmp_path):
     tasks = fashioniq.load(fashioniq_root, "test")
-    rankings = [rank(t, on_circle([30] * len(t.queries)), on_circle(range(0, 10 * len(t.files), 10))) for t in tasks]
+    rankings = [
+        rank(t, on_circle([30] * len(t.queries)), on_circle(range(0, 10 * len(t.files), 10)))
+        for t in tasks
+    ]
     paths = fashioniq.write_submissions(tmp_path / "out", tasks, rankings)
-    assert [p.name for p in paths] == ["dress.test.pred.json", "shirt.test.pred.json", "toptee.test.pred.json"]
+    assert [p.name for p in paths] == [
+        "dress.test.pred.json",
+        "shirt.test.pred.json",
+        "toptee.test.pred.json",
+    ]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [p.name for p in paths]
     shirt = {"candidate": "same", "captions": ["has $5 on it", ""], "ranking": ["x2", "s1", "same"]}
     assert json.loads(paths[1].read_text()) == [shirt]
-    assert [fashioniq.check_submission(p, t) for p, t in zip(paths, tasks, strict=True)] == [[], [], []]
+    assert [fashioniq.check_submission(p, t) for p, t in zip(paths, tasks, strict=True)] == [
+        [],
+        [],
+        [],
+    ]
 
 
 @pytest.mark.parametrize(
     "spoil, problem",
     [
         (lambda c: c.pop(), "2 entries, not 3"),
-        (lambda c: c.reverse(), "2 entries are not those of the annotations in their order, the first: 0"),
+        (
+            lambda c: c.reverse(),
+            "2 entries are not those of the annotations in their order, the first: 0",
+        ),
         (lambda c: c[1].pop("ranking"), "1 entries have no ranking"),
         (lambda c: c[2]["ranking"].pop(), "1 lists do not hold 50 ids, the first: 2"),
         (lambda c: c[2].update(ranking=["d0"] * 5), "1 lists name an image twice, the first: 2"),
-        (lambda c: c[0]["ranking"].__setitem__(0, "d0.png"), "1 lists name something that is no image of the gallery"),
+        (
+            lambda c: c[0]["ranking"].__setitem__(0, "d0.png"),
+            "1 lists name something that is no image of the gallery",
+        ),
         (lambda c: c[0].update(ranking="d0"), "1 lists are no list of image ids, the first: 0"),
     ],
 )
@@ -223,7 +287,8 @@ def test_a_bad_fashioniq_file_is_found_out(fashioniq_root, tmp_path, spoil, prob
     assert found.startswith(problem)
 
 
-# -------------------------------------------------------------------------------------------------- CIRR
+# --------------------------------------------------------------------------------------------------
+# CIRR
 
 
 @pytest.mark.parametrize("layout", ["beside cirr/", "img_raw/", "inside cirr/", "root is cirr/"])
@@ -246,7 +311,10 @@ def test_cirr_removes_the_reference_and_ranks_the_five_others_of_the_set(cirr_ro
     names = list(task.files)
     assert ranking.top[0] == [names[i] for i in (1, 2, 3, 4, 5, 6, 7)]  # 0 is the reference
     assert ranking.top[1] == [names[i] for i in (5, 3, 6, 2, 7, 1, 0)]  # 4 is the reference
-    assert ranking.subset == [[names[i] for i in (1, 2, 3, 4, 5)], [names[i] for i in (5, 3, 6, 2, 7)]]
+    assert ranking.subset == [
+        [names[i] for i in (1, 2, 3, 4, 5)],
+        [names[i] for i in (5, 3, 6, 2, 7)],
+    ]
     kept = rank(replace(task, remove_reference=False), on_circle([1, 41]), gallery)
     assert [row[0] for row in kept.top] == [names[0], names[4]]
 
@@ -254,11 +322,21 @@ def test_cirr_removes_the_reference_and_ranks_the_five_others_of_the_set(cirr_ro
 def test_cirr_recalls_worked_by_hand(cirr_root):
     (task,) = cirr.load(cirr_root)
     ranking = rank(task, on_circle([1, 41]), on_circle(range(0, 80, 10)))
-    # Targets are 3 (third of all, third of its subset) and 6 (third, third); a second ranking puts 6 first.
+    # Targets are 3 (third of all, third of its subset) and 6 (third, third); a second ranking puts
+    # 6 first.
     everything = {"R@1": 0, "R@5": 100, "R@10": 100, "R@50": 100}
-    assert cirr.score([task], [ranking]) == everything | {"Recall_subset@1": 0, "Recall_subset@2": 0, "Recall_subset@3": 100}
+    assert cirr.score([task], [ranking]) == everything | {
+        "Recall_subset@1": 0,
+        "Recall_subset@2": 0,
+        "Recall_subset@3": 100,
+    }
     ranking = rank(task, on_circle([1, 61]), on_circle(range(0, 80, 10)))
-    half = everything | {"R@1": 50, "Recall_subset@1": 50, "Recall_subset@2": 50, "Recall_subset@3": 100}
+    half = everything | {
+        "R@1": 50,
+        "Recall_subset@1": 50,
+        "Recall_subset@2": 50,
+        "Recall_subset@3": 100,
+    }
     assert cirr.score([task], [ranking]) == half
 
 
@@ -304,14 +382,42 @@ def test_cirr_writes_two_files_as_its_server_wants_them(cirr_root, tmp_path):
     "metric, spoil, problem",
     [
         ("recall", lambda c: c.pop("version"), '"version" must be "rc2", not None'),
-        ("recall", lambda c: c.update(metric="mAP"), '"metric" must be "recall" or "recall_subset"'),
+        (
+            "recall",
+            lambda c: c.update(metric="mAP"),
+            '"metric" must be "recall" or "recall_subset"',
+        ),
         ("recall", lambda c: c.pop("7"), "1 of 2 queries have no list, the first: 7"),
-        ("recall", lambda c: c.update({"99": []}), "1 keys are no query of cirr test1, the first: 99"),
-        ("recall", lambda c: c["7"].__setitem__(0, "test1-4-0-img1"), "1 lists name their own reference, the first: 7"),
-        ("recall", lambda c: c["7"].__setitem__(0, "test1-5-0-img1.png"), "1 lists name something that is no image"),
-        ("recall", lambda c: c.update(note="x" * 5_000_000), "the file has 5.0 MB; the server takes 5"),
-        ("recall_subset", lambda c: c["12"].append("test1-4-0-img1"), "1 lists do not hold 3 ids, the first: 12"),
-        ("recall_subset", lambda c: c["12"].__setitem__(0, "test1-7-0-img1"), "1 lists name something that is no image"),
+        (
+            "recall",
+            lambda c: c.update({"99": []}),
+            "1 keys are no query of cirr test1, the first: 99",
+        ),
+        (
+            "recall",
+            lambda c: c["7"].__setitem__(0, "test1-4-0-img1"),
+            "1 lists name their own reference, the first: 7",
+        ),
+        (
+            "recall",
+            lambda c: c["7"].__setitem__(0, "test1-5-0-img1.png"),
+            "1 lists name something that is no image",
+        ),
+        (
+            "recall",
+            lambda c: c.update(note="x" * 5_000_000),
+            "the file has 5.0 MB; the server takes 5",
+        ),
+        (
+            "recall_subset",
+            lambda c: c["12"].append("test1-4-0-img1"),
+            "1 lists do not hold 3 ids, the first: 12",
+        ),
+        (
+            "recall_subset",
+            lambda c: c["12"].__setitem__(0, "test1-7-0-img1"),
+            "1 lists name something that is no image",
+        ),
     ],
 )
 def test_a_bad_cirr_file_is_found_out(cirr_root, tmp_path, metric, spoil, problem):
@@ -325,7 +431,8 @@ def test_a_bad_cirr_file_is_found_out(cirr_root, tmp_path, metric, spoil, proble
     assert found and found[0].startswith(problem)
 
 
-# ------------------------------------------------------------------------------------------------- CIRCO
+# -------------------------------------------------------------------------------------------------
+# CIRCO
 
 
 def test_circo_average_precision_worked_by_hand():
@@ -347,7 +454,9 @@ def test_circo_metrics_worked_by_hand(circo_root):
     first5, first10, second = (1 + 2 / 3) / 3, (1 + 2 / 3 + 3 / 6) / 3, 1 / 2
     assert found["mAP@5"] == pytest.approx(50 * (first5 + second))
     assert found["mAP@10"] == found["mAP@50"] == pytest.approx(50 * (first10 + second))
-    assert found["mAP@10 addition"] == found["mAP@10"] and found["mAP@10 negation"] == pytest.approx(100 * first10)
+    assert found["mAP@10 addition"] == found["mAP@10"] and found[
+        "mAP@10 negation"
+    ] == pytest.approx(100 * first10)
     assert found["Recall@5"] == 100
     # Recall asks for the annotated target: 102 and 103 are right answers too, and do not count.
     rankings[0] = [102, 103, 104, 105, 106, 101, 100]
@@ -356,34 +465,50 @@ def test_circo_metrics_worked_by_hand(circo_root):
 
 def test_circo_annotations_without_aspects_are_read(circo_root):
     entries = json.loads((circo_root / "annotations/val.json").read_text())
-    put(circo_root / "annotations/val.json", [{k: v for k, v in e.items() if k != "semantic_aspects"} for e in entries])
+    put(
+        circo_root / "annotations/val.json",
+        [{k: v for k, v in e.items() if k != "semantic_aspects"} for e in entries],
+    )
     (task,) = circo.load(circo_root)
     found = circo.score([task], [Ranking([[101], [104]], [[], []])])
     assert list(found) == [f"{m}@{k}" for m in ("mAP", "Recall") for k in (5, 10, 25, 50)]
 
 
-@pytest.mark.parametrize("key, value", [("semantic_aspects", "negation"), ("semantic_aspects", None), ("gt_img_ids", None)])
+@pytest.mark.parametrize(
+    "key, value",
+    [("semantic_aspects", "negation"), ("semantic_aspects", None), ("gt_img_ids", None)],
+)
 def test_circo_lists_that_are_none_are_named(circo_root, key, value):
     entries = json.loads((circo_root / "annotations/val.json").read_text())
     put(circo_root / "annotations/val.json", [entries[0] | {key: value}, *entries[1:]])
-    with pytest.raises(ValueError, match=f"query {entries[0]['id']} of annotations/val.json.*gt_img_ids.*{value}"):
+    with pytest.raises(
+        ValueError, match=f"query {entries[0]['id']} of annotations/val.json.*gt_img_ids.*{value}"
+    ):
         circo.load(circo_root)
 
 
 def test_the_reference_stays_in_the_ranking_of_circo(circo_root):
     (task,) = circo.load(circo_root)
-    assert [row[0] for row in rank(task, on_circle([0, 50]), on_circle(range(0, 70, 10))).top] == [100, 105]
+    assert [row[0] for row in rank(task, on_circle([0, 50]), on_circle(range(0, 70, 10))).top] == [
+        100,
+        105,
+    ]
 
 
 def test_the_shared_concept_is_off_unless_asked_for_and_named(circo_root):
     (plain,), (with_concept,) = circo.load(circo_root), circo.load(circo_root, shared_concept=True)
-    assert (plain.queries[0].texts, with_concept.queries[0].texts) == (("is asleep",), ("a dog, is asleep",))
+    assert (plain.queries[0].texts, with_concept.queries[0].texts) == (
+        ("is asleep",),
+        ("a dog, is asleep",),
+    )
     assert plain.protocol["shared_concept"] == "not used" != with_concept.protocol["shared_concept"]
 
 
 def test_circo_writes_numbers_by_number(circo_root, tmp_path):
     (task,) = circo.load(circo_root, "test")
-    (path,) = circo.write_submissions(tmp_path, [task], [rank(task, on_circle([0, 60]), on_circle(range(0, 70, 10)))])
+    (path,) = circo.write_submissions(
+        tmp_path, [task], [rank(task, on_circle([0, 60]), on_circle(range(0, 70, 10)))]
+    )
     written = json.loads(path.read_text())
     assert path.name == "circo.test.json"
     assert written == {"0": list(range(100, 107)), "1": list(range(106, 99, -1))}
@@ -418,7 +543,8 @@ def test_circo_refuses_a_target_that_is_no_ground_truth(circo_root):
         circo.load(circo_root)
 
 
-# ------------------------------------------------------------------------------------------- what they share
+# ------------------------------------------------------------------------------------------- what
+# they share
 
 
 def test_metrics_agree_with_brute_force():
@@ -432,7 +558,9 @@ def test_metrics_agree_with_brute_force():
         expected = sum(p for p, h in zip(precision, hit, strict=True) if h) / min(len(relevant), k)
         assert average_precision_at(k, order, relevant) == pytest.approx(expected)
         places = {name: i for i, name in enumerate(order)}
-        assert recall_at(k, [order] * size, range(size)) == pytest.approx(100 * np.mean([places[i] < k for i in range(size)]))
+        assert recall_at(k, [order] * size, range(size)) == pytest.approx(
+            100 * np.mean([places[i] < k for i in range(size)])
+        )
 
 
 @pytest.mark.parametrize("remove", [True, False])
@@ -445,7 +573,9 @@ def test_a_ranking_agrees_with_brute_force(remove):
     found = rank(task, queries, gallery)
     for i, query in enumerate(asked):
         scores = {name: float(queries[i] @ gallery[j]) for j, name in enumerate(ids)}
-        order = sorted((n for n in ids if not (remove and n == query.reference)), key=scores.get, reverse=True)
+        order = sorted(
+            (n for n in ids if not (remove and n == query.reference)), key=scores.get, reverse=True
+        )
         assert found.top[i] == order[:50]
         assert found.subset[i] == [n for n in order if n in query.subset]
     with pytest.raises(ValueError, match="70 images.*69 embeddings"):
@@ -468,13 +598,31 @@ LOADERS = {"fashioniq": fashioniq.load, "cirr": cirr.load, "circo": circo.load}
 @pytest.mark.parametrize(
     "name, image, counted",
     [
-        ("fashioniq", "images/d1.*", "1 of 5 images of dress val are missing (the first: d1; searched: {}/images, "),
-        ("fashioniq", "images/x0.*", "1 of 5 images of dress val are missing (the first: x0; searched: {}/images, "),
-        ("cirr", "dev/dev-7-0-img1.png", "1 of 8 images of cirr val are missing (the first: dev-7-0-img1; searched: {}, "),
-        ("circo", "COCO2017_unlabeled/unlabeled2017/*103.jpg", "1 of 7 images of circo val are missing (the first: 103; "),
+        (
+            "fashioniq",
+            "images/d1.*",
+            "1 of 5 images of dress val are missing (the first: d1; searched: {}/images, ",
+        ),
+        (
+            "fashioniq",
+            "images/x0.*",
+            "1 of 5 images of dress val are missing (the first: x0; searched: {}/images, ",
+        ),
+        (
+            "cirr",
+            "dev/dev-7-0-img1.png",
+            "1 of 8 images of cirr val are missing (the first: dev-7-0-img1; searched: {}, ",
+        ),
+        (
+            "circo",
+            "COCO2017_unlabeled/unlabeled2017/*103.jpg",
+            "1 of 7 images of circo val are missing (the first: 103; ",
+        ),
     ],
 )
-def test_a_missing_image_is_an_error_that_counts_and_an_option_that_is_printed(request, name, image, counted):
+def test_a_missing_image_is_an_error_that_counts_and_an_option_that_is_printed(
+    request, name, image, counted
+):
     root = request.getfixturevalue(f"{name}_root")
     before = LOADERS[name](root)[0]
     (path,) = root.glob(image)
@@ -494,14 +642,18 @@ def test_a_submission_of_an_incomplete_split_is_refused(cirr_root, tmp_path):
     (task,) = cirr.load(cirr_root, "test1", partial=True)
     assert [q.id for q in task.queries] == ["12"]
     with pytest.raises(ValueError, match="1 queries.*images"):
-        cirr.write_submissions(tmp_path / "out", [task], [rank(task, on_circle([0]), on_circle(range(7)))])
+        cirr.write_submissions(
+            tmp_path / "out", [task], [rank(task, on_circle([0]), on_circle(range(7)))]
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_no_file_is_left_of_a_submission_that_would_be_rejected(circo_root, tmp_path):
     (task,) = circo.load(circo_root, "test")
     with pytest.raises(ValueError, match=r"circo.test.json.*50 ids.*1"):
-        circo.write_submissions(tmp_path / "out", [task], [Ranking([list(range(100, 107)), [100]], [[], []])])
+        circo.write_submissions(
+            tmp_path / "out", [task], [Ranking([list(range(100, 107)), [100]], [[], []])]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -544,7 +696,9 @@ INFO = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
 
 
 def test_queries_that_share_an_id_are_refused_before_anything_is_embedded(cirr_root, circo_root):
-    """A submission has one list an id, and on a validation split one of the two would count twice."""
+    """A submission has one list an id, and on a validation split one of the two would count
+    twice.
+    """
     for split in ("val", "test1"):
         file = cirr_root / f"cirr/captions/cap.rc2.{split}.json"
         entries = json.loads(file.read_text())
@@ -560,8 +714,15 @@ def test_queries_that_share_an_id_are_refused_before_anything_is_embedded(cirr_r
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_tree_of_another_size_than_the_official_one_says_so(request, name):
     task = LOADERS[name](request.getfixturevalue(f"{name}_root"))[0]
-    queries, images = {"fashioniq": (2017, 3817), "cirr": (4181, 2297), "circo": (220, "at least 120000")}[name]
-    assert any(f"the complete one {queries} and {images}: no number here compares" in note for note in task.notes)
+    queries, images = {
+        "fashioniq": (2017, 3817),
+        "cirr": (4181, 2297),
+        "circo": (220, "at least 120000"),
+    }[name]
+    assert any(
+        f"the complete one {queries} and {images}: no number here compares" in note
+        for note in task.notes
+    )
     with pytest.raises(ValueError, match="split must be one of .*, not 'valid'"):
         LOADERS[name](request.getfixturevalue(f"{name}_root"), "valid")
 
@@ -583,7 +744,10 @@ def test_a_dollar_or_a_brace_in_a_caption_is_text(circo_root, vl):
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     found = query_embeddings(task, "isa", vl, torch.zeros(7, 16), encoder)
     pictures = [Image.open(task.files[q.reference]).convert("RGB") for q in task.queries]
-    one_by_one = [compose(vl, encoder.sentences([p]).tokens, q.texts) for p, q in zip(pictures, task.queries, strict=True)]
+    one_by_one = [
+        compose(vl, encoder.sentences([p]).tokens, q.texts)
+        for p, q in zip(pictures, task.queries, strict=True)
+    ]
     torch.testing.assert_close(found, torch.cat(one_by_one), atol=1e-5, rtol=1e-4)
     entries[0]["relative_caption"] = "costs {sentence} and more"
     put(circo_root / "annotations/val.json", entries)
@@ -612,19 +776,30 @@ def test_a_single_vector_leaves_its_modifiers_the_room_that_they_have(circo_root
     assert export._fits(vl, encoder, fits, TEMPLATE)
 
 
-def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(circo_root, vl, tmp_path, monkeypatch):
+def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(
+    circo_root, vl, tmp_path, monkeypatch
+):
     entries = json.loads((circo_root / "annotations/val.json").read_text())
     entries[1]["relative_caption"] = "is very " * 60 + "asleep"
     put(circo_root / "annotations/val.json", entries)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     with monkeypatch.context() as patch:
-        patch.setattr("isa_lite.benchmarks.run.embed_files", lambda *a, **k: pytest.fail("embedded first"))
+        patch.setattr(
+            "isa_lite.benchmarks.run.embed_files", lambda *a, **k: pytest.fail("embedded first")
+        )
         with pytest.raises(ValueError, match="query 1 of circo val.*too long"):
             run("circo", circo_root, vl, ["isa"], encoder)
         with pytest.raises(ValueError, match="query 1 of circo val.*too long"):
             run("circo", circo_root, vl, ["text only"])
         with pytest.raises(ValueError, match="a template holds"):
-            run("circo", circo_root, vl, ["isa"], encoder, RunConfig(template="{modifier}", truncate=True))
+            run(
+                "circo",
+                circo_root,
+                vl,
+                ["isa"],
+                encoder,
+                RunConfig(template="{modifier}", truncate=True),
+            )
         with pytest.raises(ValueError, match="needs a query encoder"):
             run("circo", circo_root, vl, ["isa"])
         with pytest.raises(ValueError, match="give a folder"):
@@ -633,7 +808,8 @@ def test_a_caption_that_does_not_fit_is_an_error_before_anything_is_embedded(cir
     assert result.protocol["modifiers cut to fit"] == "1"
 
 
-# ------------------------------------------------------------- what public users' copies and damaged ones look like
+# ------------------------------------------------------------- what public users' copies and
+# damaged ones look like
 
 
 CAPTIONS = "cirr/captions/cap.rc2.val.json"
@@ -641,7 +817,15 @@ SPLIT = "cirr/image_splits/split.rc2.val.json"
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/x.png", "../secret.png", "./dev/../../secret.png", "C:\\x.png", "\\\\host\\x.png", "dev\\..\\x.png"]
+    "path",
+    [
+        "/etc/x.png",
+        "../secret.png",
+        "./dev/../../secret.png",
+        "C:\\x.png",
+        "\\\\host\\x.png",
+        "dev\\..\\x.png",
+    ],
 )
 def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
     put(cirr_root.parent / "secret.png")
@@ -688,14 +872,19 @@ def test_no_path_of_a_split_file_leads_out_of_the_folder(cirr_root, path):
         ("circo", INFO, lambda c: {"images": [{**c["images"][0], "file_name": "../x.jpg"}]}, "image_info.*file_name"),
     ],
 )  # fmt: skip
-def test_what_is_of_another_kind_or_type_is_named_with_its_file(request, name, file, spoil, message):
+def test_what_is_of_another_kind_or_type_is_named_with_its_file(
+    request, name, file, spoil, message
+):
     root = request.getfixturevalue(f"{name}_root")
     put(root / file, spoil(json.loads((root / file).read_text())))
     with pytest.raises(ValueError, match=message):
         LOADERS[name](root)
 
 
-@pytest.mark.parametrize("name, file", [("cirr", CAPTIONS), ("fashioniq", "captions/cap.shirt.val.json"), ("circo", INFO)])
+@pytest.mark.parametrize(
+    "name, file",
+    [("cirr", CAPTIONS), ("fashioniq", "captions/cap.shirt.val.json"), ("circo", INFO)],
+)
 def test_a_byte_order_mark_is_no_part_of_the_json(request, name, file):
     root = request.getfixturevalue(f"{name}_root")
     before = LOADERS[name](root)
@@ -707,7 +896,12 @@ def test_an_empty_picture_is_a_missing_one(cirr_root, circo_root, fashioniq_root
     for root, file in (
         (cirr_root, "dev/dev-7-0-img1.png"),
         (circo_root, "COCO2017_unlabeled/unlabeled2017/000000000103.jpg"),
-        (fashioniq_root, next(p for p in (fashioniq_root / "images").iterdir() if p.stem == "d2").relative_to(fashioniq_root)),
+        (
+            fashioniq_root,
+            next(p for p in (fashioniq_root / "images").iterdir() if p.stem == "d2").relative_to(
+                fashioniq_root
+            ),
+        ),
     ):
         (root / file).write_bytes(b"")
         load = {"CIRR": cirr, "CIRCO": circo}.get(root.name, fashioniq).load
@@ -716,11 +910,21 @@ def test_an_empty_picture_is_a_missing_one(cirr_root, circo_root, fashioniq_root
         assert any("PARTIAL" in note for note in load(root, partial=True)[0].notes)
 
 
-def test_pictures_are_found_with_another_ending_and_the_one_that_is_listed_first(cirr_root, circo_root, fashioniq_root):
-    for path in [*cirr_root.glob("dev/*.png"), *circo_root.rglob("*.jpg"), *fashioniq_root.rglob("images/*.*")]:
+def test_pictures_are_found_with_another_ending_and_the_one_that_is_listed_first(
+    cirr_root, circo_root, fashioniq_root
+):
+    for path in [
+        *cirr_root.glob("dev/*.png"),
+        *circo_root.rglob("*.jpg"),
+        *fashioniq_root.rglob("images/*.*"),
+    ]:
         Image.open(path).save(path.with_suffix(".webp"))
         path.unlink()
-    for load, root in ((cirr.load, cirr_root), (circo.load, circo_root), (fashioniq.load, fashioniq_root)):
+    for load, root in (
+        (cirr.load, cirr_root),
+        (circo.load, circo_root),
+        (fashioniq.load, fashioniq_root),
+    ):
         assert {path.suffix for task in load(root) for path in task.files.values()} == {".webp"}
     listed = cirr_root / "dev/dev-1-0-img1.png"
     put(listed)
@@ -731,7 +935,9 @@ def test_the_folders_in_which_users_keep_the_images(cirr_root, fashioniq_root):
     """FashionIQ by category, where a shirt and a toptee may share a name; CIRR in images/."""
     (cirr_root / "images").mkdir()
     (cirr_root / "dev").rename(cirr_root / "images/dev")
-    assert {path.parent for path in cirr.load(cirr_root)[0].files.values()} == {cirr_root / "images/dev"}
+    assert {path.parent for path in cirr.load(cirr_root)[0].files.values()} == {
+        cirr_root / "images/dev"
+    }
     named = {path.stem: path for path in (fashioniq_root / "images").iterdir()}
     for task in fashioniq.load(fashioniq_root):
         for name in task.files:
@@ -745,7 +951,11 @@ def test_the_folders_in_which_users_keep_the_images(cirr_root, fashioniq_root):
 @pytest.mark.parametrize("name", ["cirr", "circo"])
 def test_an_empty_caption_is_told(request, name):
     root = request.getfixturevalue(f"{name}_root")
-    file, key, first = (CAPTIONS, "caption", "12") if name == "cirr" else ("annotations/val.json", "relative_caption", "0")
+    file, key, first = (
+        (CAPTIONS, "caption", "12")
+        if name == "cirr"
+        else ("annotations/val.json", "relative_caption", "0")
+    )
     entries = json.loads((root / file).read_text())
     assert not any("empty" in note for note in LOADERS[name](root)[0].notes)
     put(root / file, [{**entries[0], key: "  "}, *entries[1:]])
@@ -763,11 +973,16 @@ def test_of_equal_scores_the_first_in_the_gallery_comes_first(cirr_root):
     ]
     assert ranking.subset[0] == [names[i] for i in (2, 4, 1, 3, 5)]
     turned = replace(task, queries=[replace(q, subset=q.subset[::-1]) for q in task.queries])
-    assert rank(turned, on_circle([0, 90]), gallery) == ranking  # whatever the order of the annotations
+    # whatever the order of the annotations
+    assert rank(turned, on_circle([0, 90]), gallery) == ranking
 
 
-def test_an_out_that_is_a_file_and_methods_that_are_one_text_are_refused_first(cirr_root, vl, tmp_path, monkeypatch):
-    monkeypatch.setattr("isa_lite.benchmarks.run.embed_files", lambda *a, **k: pytest.fail("embedded first"))
+def test_an_out_that_is_a_file_and_methods_that_are_one_text_are_refused_first(
+    cirr_root, vl, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "isa_lite.benchmarks.run.embed_files", lambda *a, **k: pytest.fail("embedded first")
+    )
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below"):
         with pytest.raises(ValueError, match="out="):
@@ -781,14 +996,24 @@ def test_an_out_that_is_a_file_and_methods_that_are_one_text_are_refused_first(c
         RunConfig(template="nonsense")
 
 
-# ------------------------------------------------------------------------------- tiny trees, command line
+# ------------------------------------------------------------------------------- tiny trees,
+# command line
 
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_tiny_tree_is_read_by_its_reader_and_is_the_same_for_the_same_seed(tmp_path, name):
-    trees = [write_tiny(name, tmp_path / str(i), queries=3, seed=seed, size=32) for i, seed in enumerate((5, 5, 6))]
-    content = [{p.relative_to(t): p.read_bytes() for p in t.rglob("*") if p.is_file()} for t in trees]
-    assert content[0] == content[1] and content[0].keys() == content[2].keys() and content[0] != content[2]
+    trees = [
+        write_tiny(name, tmp_path / str(i), queries=3, seed=seed, size=32)
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    content = [
+        {p.relative_to(t): p.read_bytes() for p in t.rglob("*") if p.is_file()} for t in trees
+    ]
+    assert (
+        content[0] == content[1]
+        and content[0].keys() == content[2].keys()
+        and content[0] != content[2]
+    )
     assert LABEL in (trees[0] / "README.txt").read_text()
     for split in ("val", "test1" if name == "cirr" else "test"):
         tasks = LOADERS[name](trees[0], split)
@@ -798,15 +1023,24 @@ def test_a_tiny_tree_is_read_by_its_reader_and_is_the_same_for_the_same_seed(tmp
 
 
 def test_tiny_trees_have_the_peculiarities_of_the_real_ones(tmp_path):
-    dress, shirt, toptee = fashioniq.load(write_tiny("fashioniq", tmp_path / "f", queries=4, size=32))
+    dress, shirt, toptee = fashioniq.load(
+        write_tiny("fashioniq", tmp_path / "f", queries=4, size=32)
+    )
     assert shirt.files.keys() & toptee.files.keys() and not dress.files.keys() & shirt.files.keys()
     assert {p.suffix for p in dress.files.values()} == {".png", ".jpg"}
-    assert [len(q.texts) for q in shirt.queries] == [1, 2, 2, 2] and [len(q.texts) for q in dress.queries] == [2] * 4
+    assert [len(q.texts) for q in shirt.queries] == [1, 2, 2, 2] and [
+        len(q.texts) for q in dress.queries
+    ] == [2] * 4
     assert len(fashioniq.load(tmp_path / "f", gallery="triplets")[0].files) < len(dress.files)
     (task,) = cirr.load(write_tiny("cirr", tmp_path / "c", queries=4, size=32))
-    assert all(len(q.subset) == 5 and q.targets[0] in q.subset and q.reference not in q.subset for q in task.queries)
+    assert all(
+        len(q.subset) == 5 and q.targets[0] in q.subset and q.reference not in q.subset
+        for q in task.queries
+    )
     (task,) = circo.load(write_tiny("circo", tmp_path / "o", queries=4, size=32))
-    assert [len(q.targets) for q in task.queries] == [1, 2, 3, 4] and all(q.aspects for q in task.queries)
+    assert [len(q.targets) for q in task.queries] == [1, 2, 3, 4] and all(
+        q.aspects for q in task.queries
+    )
 
 
 @pytest.fixture
@@ -819,10 +1053,22 @@ def encoder_folder(vl, tmp_path):
 @pytest.mark.parametrize(
     "name, options, said",
     [
-        ("fashioniq", ["--gallery", "triplets"], "protocol: gallery: only the images of the triplets"),
-        ("fashioniq", ["--captions", "one order"], "protocol: captions: joined by 'and' in the order given"),
+        (
+            "fashioniq",
+            ["--gallery", "triplets"],
+            "protocol: gallery: only the images of the triplets",
+        ),
+        (
+            "fashioniq",
+            ["--captions", "one order"],
+            "protocol: captions: joined by 'and' in the order given",
+        ),
         ("cirr", [], "protocol: reference: removed from the ranking"),
-        ("circo", ["--shared-concept"], "protocol: shared_concept: before the modifier, with a comma"),
+        (
+            "circo",
+            ["--shared-concept"],
+            "protocol: shared_concept: before the modifier, with a comma",
+        ),
     ],
 )
 def test_the_command_prints_numbers_with_their_protocol(
@@ -839,7 +1085,20 @@ def test_the_command_prints_numbers_with_their_protocol(
         "--out",
         str(tmp_path / "out"),
     ]
-    main(["benchmarks", name, *common, "--encoder", str(encoder_folder), "--truncate", "--methods", "isa", "text only", *options])
+    main(
+        [
+            "benchmarks",
+            name,
+            *common,
+            "--encoder",
+            str(encoder_folder),
+            "--truncate",
+            "--methods",
+            "isa",
+            "text only",
+            *options,
+        ]
+    )
     printed = capsys.readouterr().out
     assert said in printed and "NOTE: " in printed and "compares with a published one" in printed
     found = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -850,14 +1109,28 @@ def test_the_command_prints_numbers_with_their_protocol(
         assert all(f"\n{metric} " in printed for metric in values)
 
 
-@pytest.mark.parametrize("name, split, files", [("fashioniq", "test", 3), ("cirr", "test1", 2), ("circo", "test", 1)])
-def test_the_command_writes_submission_files_and_checks_them(request, vl_folder, tmp_path, capsys, name, split, files):
+@pytest.mark.parametrize(
+    "name, split, files", [("fashioniq", "test", 3), ("cirr", "test1", 2), ("circo", "test", 1)]
+)
+def test_the_command_writes_submission_files_and_checks_them(
+    request, vl_folder, tmp_path, capsys, name, split, files
+):
     root = request.getfixturevalue(f"{name}_root")
     common = [name, "--root", str(root), "--split", split]
-    folders = ["--vl-model", str(vl_folder), "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "out")]
+    folders = [
+        "--vl-model",
+        str(vl_folder),
+        "--cache",
+        str(tmp_path / "c"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     main(["benchmarks", *common, *folders, "--methods", "text only"])
     written = sorted((tmp_path / "out/text_only").iterdir())
-    assert len(written) == files and capsys.readouterr().out.count("submission file: text_only/") == files
+    assert (
+        len(written) == files
+        and capsys.readouterr().out.count("submission file: text_only/") == files
+    )
     main(["benchmarks", *common, "--check", *map(str, written)])
     assert capsys.readouterr().out.count(": good") == files
     written[0].write_text("[]" if name != "fashioniq" else "{}")
@@ -866,14 +1139,19 @@ def test_the_command_writes_submission_files_and_checks_them(request, vl_folder,
     assert f"1 of {files} files would be rejected" in capsys.readouterr().err
 
 
-def test_what_a_submission_of_the_validation_split_scores_is_what_the_run_printed(cirr_root, vl, tmp_path):
+def test_what_a_submission_of_the_validation_split_scores_is_what_the_run_printed(
+    cirr_root, vl, tmp_path
+):
     result = run("cirr", cirr_root, vl, ["text only"])
     (task,) = cirr.load(cirr_root)
     gallery = vl.encode_images([Image.open(p).convert("RGB") for p in task.files.values()])
     ranking = rank(task, query_embeddings(task, "text only", vl, gallery), gallery)
     recall, subset = cirr.write_submissions(tmp_path, [task], [ranking])
     lists = [json.loads(p.read_text()) for p in (recall, subset)]
-    again = cirr.score([task], [Ranking([lists[0][q.id] for q in task.queries], [lists[1][q.id] for q in task.queries])])
+    again = cirr.score(
+        [task],
+        [Ranking([lists[0][q.id] for q in task.queries], [lists[1][q.id] for q in task.queries])],
+    )
     assert result.methods["text only"] == pytest.approx(again)
 
 
@@ -887,5 +1165,15 @@ def test_what_a_submission_of_the_validation_split_scores_is_what_the_run_printe
 )
 def test_a_bad_argument_of_the_command_is_named(cirr_root, vl_folder, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        main(["benchmarks", "cirr", "--root", str(cirr_root), "--vl-model", str(vl_folder), *arguments])
+        main(
+            [
+                "benchmarks",
+                "cirr",
+                "--root",
+                str(cirr_root),
+                "--vl-model",
+                str(vl_folder),
+                *arguments,
+            ]
+        )
     assert message in capsys.readouterr().err

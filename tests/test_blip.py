@@ -1,4 +1,6 @@
-"""BLIP with random weights: its own forward passes, prompts, loading, and a few steps of distillation."""
+"""BLIP with random weights: its own forward passes, prompts, loading, and a few steps of
+distillation.
+"""
 
 import json
 import sys
@@ -16,7 +18,9 @@ from isa_lite.models.vl_model import load_vl_model
 from isa_lite.prompt import TEMPLATE, compose, prompt_ids, sentence_embeddings, splice
 from isa_lite.query_encoder import QueryEncoder
 
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the extra: pip install 'isa_lite[blip]'"
+)
 TEXTS = ["a photo of a red cat", "a picture , make it blue at the top left"]
 
 
@@ -39,7 +43,8 @@ def images() -> np.ndarray:
 def test_embeddings_are_those_of_its_own_forward_pass(vl, folder, images):
     model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
     pixels, ids = vl.pixels(images[:2]), vl.tokenize(TEXTS)
-    theirs = model(ids, pixels, use_itm_head=False, attention_mask=(ids != 0).long()).itm_score  # images x texts
+    # images x texts
+    theirs = model(ids, pixels, use_itm_head=False, attention_mask=(ids != 0).long()).itm_score
     image, patches = vl.encode_pixels_and_patches(pixels)
     for text in (vl.encode_text(TEXTS), vl.encode_vectors(vl.word_vectors(ids), ids)):
         assert torch.allclose(image @ text.T, theirs, atol=1e-5)
@@ -57,7 +62,8 @@ def test_the_matching_head_is_its_own(vl, folder, images):
     before = vectors.clone()
     assert torch.allclose(vl.matcher(vectors, ids != 0, patches), theirs, atol=1e-5)
     assert torch.equal(vectors, before)  # transformers adds positions in place
-    assert (vl.matcher(vectors, ids != 0, patches.flip(0)) - theirs).abs().max() > 1e-3  # the image matters
+    # the image matters
+    assert (vl.matcher(vectors, ids != 0, patches.flip(0)) - theirs).abs().max() > 1e-3
     assert vl.matcher_reads_words
 
 
@@ -67,7 +73,9 @@ def test_composition_against_a_hook_on_the_word_table(vl):
     modifiers = ["make it blue", "with a large star at the top left"]
     ids, places = prompt_ids(vl, 4, modifiers)
     assert ids.shape[1] < vl.context_length and (ids[0] == 101).sum() == (ids[0] == 102).sum() == 1
-    hook = vl.tower.table.register_forward_hook(lambda m, i, out: out.masked_scatter(places.unsqueeze(-1), tokens))
+    hook = vl.tower.table.register_forward_hook(
+        lambda m, i, out: out.masked_scatter(places.unsqueeze(-1), tokens)
+    )
     theirs = vl.clip.encode_text(ids, normalize=True)
     hook.remove()
     assert torch.allclose(compose(vl, tokens, modifiers), theirs, atol=1e-5)
@@ -77,20 +85,28 @@ def test_composition_against_a_hook_on_the_word_table(vl):
 
 def test_pictures_are_prepared_as_transformers_does_it(vl, folder):
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 70, 3), np.uint8))
-    settings = dict(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    settings = dict(
+        size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3]
+    )
     theirs = transformers.BlipImageProcessor(**settings)(picture, return_tensors="pt").pixel_values
-    assert (vl.pixels([picture]) - theirs).abs().max() < 0.05  # a grey level is 1/255/0.2 = 0.02; two resizers round apart
+    # a grey level is 1/255/0.2 = 0.02; two resizers round apart
+    assert (vl.pixels([picture]) - theirs).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("lar_weight", [0.0, 0.5])
 def test_distillation_runs_end_to_end_and_trains_the_encoder_alone(vl, images, lar_weight):
     encoder = QueryEncoder.for_model(vl, num_tokens=3, width=32, depth=1)
     before, frozen = encoder.mapping.to_word.direction.weight.clone(), vl.fingerprint
-    config = DistillConfig(steps=3, batch_size=4, warmup=1, validation=2, validate_every=3, lar_weight=lar_weight)
+    config = DistillConfig(
+        steps=3, batch_size=4, warmup=1, validation=2, validate_every=3, lar_weight=lar_weight
+    )
     history = distill(images, vl, encoder, config, progress=False)
     assert len(history.gcd) == 3 and np.isfinite(history.gcd + history.lar).all()
     assert len(history.lar) == (3 if lar_weight else 0) and not np.isnan(history.matched).any()
-    assert not torch.equal(before, encoder.mapping.to_word.direction.weight) and vl.fingerprint == frozen
+    assert (
+        not torch.equal(before, encoder.mapping.to_word.direction.weight)
+        and vl.fingerprint == frozen
+    )
 
 
 @torch.no_grad()
@@ -101,7 +117,8 @@ def test_lar_reads_the_words_and_not_what_the_text_tower_made_of_them(vl):
     assert torch.allclose(query, compose(vl, tokens, ["", ""]), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------
+# loading
 
 
 def test_a_blip_loads_from_a_folder_frozen(folder):

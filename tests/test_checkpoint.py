@@ -1,4 +1,6 @@
-"""Files of a run: written whole or not at all, readable by others, and named when they are damaged."""
+"""Files of a run: written whole or not at all, readable by others, and named when they are
+damaged.
+"""
 
 import json
 import os
@@ -32,7 +34,10 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_tensors_and_info_come_back_as_they_were(tmp_path):
     write_tensors(tmp_path / "new" / "t.safetensors", tensors(), {"step": 3, "word": "é"})
     found, info = read_tensors(tmp_path / "new" / "t.safetensors")
-    assert all(torch.equal(found[k], v) for k, v in tensors().items()) and info == {"step": 3, "word": "é"}
+    assert all(torch.equal(found[k], v) for k, v in tensors().items()) and info == {
+        "step": 3,
+        "word": "é",
+    }
     assert read_info(tmp_path / "new" / "t.safetensors") == info
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["t.safetensors"]
 
@@ -85,9 +90,15 @@ def test_a_disk_that_is_full_is_an_oserror_that_names_the_file_and_leaves_the_ol
         "try: write_tensors(Path(sys.argv[1]), {'a': torch.zeros(10_000)})\n"
         "except OSError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "t.safetensors")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "t.safetensors")],
+        capture_output=True,
+        text=True,
+    )
     assert "t.safetensors" in done.stdout, done.stderr
-    assert (tmp_path / "t.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "t.safetensors").read_bytes() == before and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_what_killed_writers_left_goes_with_the_next_write_but_not_what_is_being_written(tmp_path):
@@ -109,7 +120,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 
 DEEP = "[" * 200_000
-BAD = {"text": b"{", "bytes": b"\xff\xfe{}", "deep": DEEP.encode(), "list": b"[]", "null": b"null", "empty": b""}
+BAD = {
+    "text": b"{",
+    "bytes": b"\xff\xfe{}",
+    "deep": DEEP.encode(),
+    "list": b"[]",
+    "null": b"null",
+    "empty": b"",
+}
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=BAD)
@@ -141,7 +159,15 @@ SHAPE = {
     "rows": [int, ...],
     "more": object,
 }
-GOOD = {"seed": 1, "shares": {"a": 0, "b": 99.5}, "pair": [1, 2.5], "names": [], "rows": [1, 2], "more": None, "unknown": "x"}
+GOOD = {
+    "seed": 1,
+    "shares": {"a": 0, "b": 99.5},
+    "pair": [1, 2.5],
+    "names": [],
+    "rows": [1, 2],
+    "more": None,
+    "unknown": "x",
+}
 MISFITS = {
     "seed": [None, 1.5, True, "1", 10**30, float("nan"), [1]],
     "shares": [[], None, {"a": -1}, {"a": float("nan")}, {"a": "1"}, {"a": 100.1}],
@@ -177,8 +203,18 @@ def damaged(whole: bytes) -> dict[str, bytes]:
     text = json.dumps({"__metadata__": {"info": "{"}}).encode()
     listed = json.dumps({"__metadata__": {"info": "[]"}}).encode()
     deep = json.dumps({"__metadata__": {"info": DEEP}}).encode()
-    headers = {name: len(h).to_bytes(8, "little") + h for name, h in (("info", text), ("list", listed), ("deep", deep))}
-    return {"empty": b"", "short": b"abc", "cut": whole[:-5], "header": whole[:20], "other": b"\x89PNG" * 50, **headers}
+    headers = {
+        name: len(h).to_bytes(8, "little") + h
+        for name, h in (("info", text), ("list", listed), ("deep", deep))
+    }
+    return {
+        "empty": b"",
+        "short": b"abc",
+        "cut": whole[:-5],
+        "header": whole[:20],
+        "other": b"\x89PNG" * 50,
+        **headers,
+    }
 
 
 @pytest.mark.parametrize("kind", damaged(b""))

@@ -1,4 +1,5 @@
-"""The client alone, on two networks of a few numbers that are made here: what it refuses, and by which name.
+"""The client alone, on two networks of a few numbers that are made here: what it refuses, and by
+which name.
 
 That a real export answers as PyTorch does is in test_export.py.
 """
@@ -13,7 +14,16 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from isa_lite.commands import main
-from isa_lite.deploy.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum, read_gallery, read_image
+from isa_lite.deploy.client import (
+    IMAGE,
+    SETTINGS,
+    TEXT,
+    TOKENIZER,
+    QueryClient,
+    checksum,
+    read_gallery,
+    read_image,
+)
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support.checkpoint import write_tensors
 
@@ -28,12 +38,16 @@ def network(nodes: list, inputs: list, output: str, constants: dict[str, np.ndar
         [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9).SerializeToString()
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+    ).SerializeToString()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Image to sentence: the mean colour, times a matrix. Sentence to query: the sum of the tokens, of length 1."""
+    """Image to sentence: the mean colour, times a matrix. Sentence to query: the sum of the tokens,
+    of length 1.
+    """
     where = tmp_path / "exported"
     where.mkdir()
     matrix = np.random.default_rng(0).normal(size=(3, TOKENS * WIDTH)).astype(np.float32)
@@ -44,7 +58,11 @@ def folder(tmp_path):
         helper.make_node("MatMul", ["flat", "matrix"], ["product"]),
         helper.make_node("Reshape", ["product", "shape"], ["tokens"]),
     ]
-    (where / IMAGE).write_bytes(network(nodes, [pixels], "tokens", {"matrix": matrix, "shape": np.array([-1, TOKENS, WIDTH])}))
+    (where / IMAGE).write_bytes(
+        network(
+            nodes, [pixels], "tokens", {"matrix": matrix, "shape": np.array([-1, TOKENS, WIDTH])}
+        )
+    )
     inputs = [
         helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["batch", TOKENS, WIDTH]),
         helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"]),
@@ -84,9 +102,9 @@ def test_it_answers(folder, pictures):
     client = QueryClient(folder)
     found = client.encode(pictures, ["red", "", "blue red"])
     assert found.shape == (3, WIDTH) and np.allclose(np.linalg.norm(found, axis=1), 1)
-    assert client.prompts(["red blue"]).tolist() == [[7, -1, -1, 8, 2, 3, 9]] and client.prompts([" "]).tolist() == [
-        [7, -1, -1, 9]
-    ]
+    assert client.prompts(["red blue"]).tolist() == [[7, -1, -1, 8, 2, 3, 9]] and client.prompts(
+        [" "]
+    ).tolist() == [[7, -1, -1, 9]]
     arrays = [np.asarray(p) for p in pictures]
     assert np.array_equal(client.pixels(arrays), client.pixels(pictures))
     assert np.array_equal(client.pixels(np.stack(arrays)), client.pixels(pictures))
@@ -99,7 +117,10 @@ def test_a_picture_is_taken_as_its_file_is(folder, tmp_path, pictures):
     pictures[0].save(tmp_path / "turned.png", exif=exif)
     alpha.save(tmp_path / "alpha.png")
     for name in ("turned.png", "alpha.png"):
-        by_file, opened = client.pixels([read_image(tmp_path / name)]), client.pixels([Image.open(tmp_path / name)])
+        by_file, opened = (
+            client.pixels([read_image(tmp_path / name)]),
+            client.pixels([Image.open(tmp_path / name)]),
+        )
         assert np.array_equal(by_file, opened)
 
 
@@ -161,7 +182,9 @@ def test_settings_that_cannot_work_are_named_before_any_memory_is_taken(folder, 
     (folder / SETTINGS).write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=rf"query\.json.*{next(iter(change))}"):
         QueryClient(folder)
-    (folder / SETTINGS).write_text(json.dumps({k: v for k, v in settings.items() if k not in change}))
+    (folder / SETTINGS).write_text(
+        json.dumps({k: v for k, v in settings.items() if k not in change})
+    )
     with pytest.raises(ValueError, match=rf"query\.json.*{next(iter(change))}"):
         QueryClient(folder)
 
@@ -198,7 +221,8 @@ def test_networks_that_do_not_fit_the_settings_are_named(folder, pictures):
         QueryClient(folder).encode(pictures, ["red"] * 3)
 
 
-# ------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------- the
+# command
 
 
 @pytest.fixture
@@ -209,7 +233,14 @@ def ask(folder, tmp_path, pictures, capsys):
     def asked(gallery: Gallery | bytes, *more: str) -> str:
         path = tmp_path / "gallery.safetensors"
         path.write_bytes(gallery) if isinstance(gallery, bytes) else gallery.save(path)
-        arguments = [str(folder), "--gallery", str(path), "--image", str(tmp_path / "query.png"), *more]
+        arguments = [
+            str(folder),
+            "--gallery",
+            str(path),
+            "--image",
+            str(tmp_path / "query.png"),
+            *more,
+        ]
         try:
             main(["client", *arguments])
         except SystemExit as error:
@@ -227,7 +258,9 @@ def test_of_equal_answers_the_first_in_the_gallery_is_printed_first(ask):
     said = ask(Gallery(torch.eye(WIDTH)[place], range(40), "0123"), "--k", "40")
     order = [int(line.split()[1]) for line in said.splitlines()]
     best = order[0] % 2
-    assert order == [i for i in range(40) if i % 2 == best] + [i for i in range(40) if i % 2 != best]
+    assert order == [i for i in range(40) if i % 2 == best] + [
+        i for i in range(40) if i % 2 != best
+    ]
 
 
 def test_a_name_that_is_not_utf8_is_printed(ask):
@@ -244,11 +277,16 @@ def test_what_cannot_be_answered_is_one_line(ask):
 def test_a_gallery_is_read_as_it_was_saved(tmp_path):
     Gallery(torch.eye(3), ["a", 2, "c"], "0123").save(tmp_path / "g.safetensors")
     embeddings, ids, model = read_gallery(tmp_path / "g.safetensors")
-    assert np.array_equal(embeddings, np.eye(3, dtype=np.float32)) and (ids, model) == (["a", 2, "c"], "0123")
+    assert np.array_equal(embeddings, np.eye(3, dtype=np.float32)) and (ids, model) == (
+        ["a", 2, "c"],
+        "0123",
+    )
 
 
 def test_a_gallery_that_does_not_know_its_model_is_damaged(tmp_path):
-    write_tensors(tmp_path / "g.safetensors", {"embeddings": torch.eye(3)}, {"ids": ["a", "b", "c"]})
+    write_tensors(
+        tmp_path / "g.safetensors", {"embeddings": torch.eye(3)}, {"ids": ["a", "b", "c"]}
+    )
     for reads in (read_gallery, Gallery.load):
         with pytest.raises(ValueError, match="g.safetensors.*vl_model"):
             reads(tmp_path / "g.safetensors")

@@ -1,4 +1,6 @@
-"""The command line: help without heavy imports, every option explained, and one line for whatever goes wrong."""
+"""The command line: help without heavy imports, every option explained, and one line for whatever
+goes wrong.
+"""
 
 import argparse
 import importlib
@@ -19,12 +21,26 @@ from isa_lite.mappings import MAPPINGS
 from isa_lite.support import settings
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "torchvision", "open_clip", "timm", "pandas", "sklearn", "matplotlib", "scipy", "numpy", "onnxruntime", "PIL")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "open_clip",
+    "timm",
+    "pandas",
+    "sklearn",
+    "matplotlib",
+    "scipy",
+    "numpy",
+    "onnxruntime",
+    "PIL",
+)
 
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 IMPORTED = f"""
@@ -46,7 +62,9 @@ def test_help_and_the_check_of_the_arguments_import_nothing_heavy():
 
 
 def test_importing_the_package_imports_nothing():
-    done = python("-c", "import sys; before = {*sys.modules}; import isa_lite; print({*sys.modules} - before)")
+    done = python(
+        "-c", "import sys; before = {*sys.modules}; import isa_lite; print({*sys.modules} - before)"
+    )
     assert done.stdout.strip() == "{'isa_lite'}", done.stderr
 
 
@@ -60,7 +78,10 @@ def test_every_command_is_listed_and_has_its_module(capsys):
 
 def parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     subs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return [parser, *(p for action in subs for sub in action.choices.values() for p in parsers(sub))]
+    return [
+        parser,
+        *(p for action in subs for sub in action.choices.values() for p in parsers(sub)),
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,7 +94,9 @@ def test_every_option_says_what_it_means_and_its_default(name):
             told = parser._get_formatter()._expand_help(action)
             assert len(told.strip()) > 3, action.option_strings
             if action.option_strings and not action.required and action.nargs != 0:
-                assert "default" in told and "None" not in told and "[]" not in told, action.option_strings
+                assert "default" in told and "None" not in told and "[]" not in told, (
+                    action.option_strings
+                )
 
 
 def test_no_command_writes_below_the_package_by_default(monkeypatch, tmp_path):
@@ -81,7 +104,11 @@ def test_no_command_writes_below_the_package_by_default(monkeypatch, tmp_path):
         for parser in parsers(parser_of(name)):
             for option in ("out", "run", "runs", "cache"):
                 where = parser.get_default(option)
-                assert where is None or str(where).startswith(f"runs{os.sep}"), (name, option, where)
+                assert where is None or str(where).startswith(f"runs{os.sep}"), (
+                    name,
+                    option,
+                    where,
+                )
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys):
@@ -94,7 +121,10 @@ def test_an_unknown_command_is_named_with_the_nearest(capsys):
     "error, said",
     [
         (ValueError("two\nlines"), "error: two lines"),
-        (OSError(28, "No space left on device", "metrics.json"), "error: metrics.json: No space left on device"),
+        (
+            OSError(28, "No space left on device", "metrics.json"),
+            "error: metrics.json: No space left on device",
+        ),
         (FileExistsError(17, "File exists", Path("out")), "error: out: File exists"),
         (ConnectionError("out of reach"), "error: out of reach"),
         (ImportError("no package"), "error: no package"),
@@ -114,7 +144,11 @@ def test_an_error_is_one_line_and_status_2(monkeypatch, capsys, error, said):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_ends_with_130(monkeypatch, capsys, how):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(importlib.import_module("isa_lite.commands.cards"), "run", lambda args: signal.raise_signal(how))
+    monkeypatch.setattr(
+        importlib.import_module("isa_lite.commands.cards"),
+        "run",
+        lambda args: signal.raise_signal(how),
+    )
     with pytest.raises(SystemExit, match="^130$"):
         main(["cards"])
     assert capsys.readouterr().err.count("\n") == 1 and signal.getsignal(signal.SIGTERM) == before
@@ -126,11 +160,20 @@ def test_names_that_parsers_need_are_those_of_the_modules():
 
 def test_texts_name_the_commands_as_they_are_called():
     """Where a card tells how a file was made, it keeps the name of that day."""
-    files = [ROOT / "README.md", *(ROOT / "isa_lite").rglob("*.py"), *(ROOT / "notebooks").rglob("*.ipynb")]
+    files = [
+        ROOT / "README.md",
+        *(ROOT / "isa_lite").rglob("*.py"),
+        *(ROOT / "notebooks").rglob("*.ipynb"),
+    ]
     for path in files:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"python -m isa_lite\.\w", text), path
-        assert {found for found in re.findall(r"-m isa_lite (\w+)", text)} <= {*COMMANDS, "NAME", "COMMAND", "lists"}, path
+        assert {found for found in re.findall(r"-m isa_lite (\w+)", text)} <= {
+            *COMMANDS,
+            "NAME",
+            "COMMAND",
+            "lists",
+        }, path
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -159,7 +202,9 @@ def refused(capsys, *arguments: str) -> str:
         ["sweep", "--out", "."],
     ],
 )
-def test_where_results_cannot_go_is_refused_before_any_work(capsys, monkeypatch, tmp_path, arguments):
+def test_where_results_cannot_go_is_refused_before_any_work(
+    capsys, monkeypatch, tmp_path, arguments
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "TAKEN").write_text("")
     assert re.search("--(out|run|cache)", refused(capsys, *arguments))
@@ -199,7 +244,9 @@ def test_bad_input_is_named_in_a_line(capsys, monkeypatch, tmp_path, arguments, 
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "other.json").write_text('{"runs": [{}]}')
     keys = ("data", "seed", "queries", "gallery", "params", "machine", "training_seconds", "groups")
-    (tmp_path / "methods.json").write_text(json.dumps(dict.fromkeys(keys, {}) | {"methods": {"isa": 3}, "intervals": {}}))
+    (tmp_path / "methods.json").write_text(
+        json.dumps(dict.fromkeys(keys, {}) | {"methods": {"isa": 3}, "intervals": {}})
+    )
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")

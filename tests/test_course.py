@@ -1,5 +1,6 @@
-"""The course: every notebook has the parts that a reader counts on, students' notebooks are what their solutions give, and the
-exercises' checks know a right answer, an empty one and a wrong one apart."""
+"""The course: every notebook has the parts that a reader counts on, students' notebooks are what
+their solutions give, and the exercises' checks know a right answer, an empty one and a wrong one
+apart."""
 
 import ast
 import contextlib
@@ -32,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 
-#: For each exercise a wrong answer (the body of its function) and words of what the check says to it.
+#: For each exercise a wrong answer (the body of its function) and words of what the check says to
+#: it.
 WRONG = {
     "00 my_cosine": [
         ("return float((a * b)[:3].sum() / a.norm() / b.norm())", "torch's cosine_similarity gives"),
@@ -617,7 +619,9 @@ ALSO_RIGHT = {
         'return "adjacent"',
     ],
     "00 my_cosine": ["return torch.nn.functional.cosine_similarity(a[None], b[None])"],
-    "01 my_tokens": ["return torch.einsum('lhw,chw->lc', logits.flatten(1).softmax(1).view_as(logits), features)"],
+    "01 my_tokens": [
+        "return torch.einsum('lhw,chw->lc', logits.flatten(1).softmax(1).view_as(logits), features)"
+    ],
     "02 recall_with_template": [
         "q = baselines.composed(benchmark, vl, encoder, words)"
         "; return torch.tensor(evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1))",
@@ -652,11 +656,17 @@ ALSO_RIGHT = {
 
 
 def code(notebook, *tags: str) -> list:
-    return [c for c in notebook.cells if c.cell_type == "code" and set(tags) <= set(c.metadata.get("tags", []))]
+    return [
+        c
+        for c in notebook.cells
+        if c.cell_type == "code" and set(tags) <= set(c.metadata.get("tags", []))
+    ]
 
 
 def exercises() -> list[tuple[Path, int, str]]:
-    """Of every exercise: its solution notebook, the place of its cell among the code cells, and its function's name."""
+    """Of every exercise: its solution notebook, the place of its cell among the code cells, and its
+    function's name.
+    """
     found = []
     for path in SOLUTIONS:
         for i, cell in enumerate(code(student.read(path))):
@@ -671,12 +681,18 @@ def id_of(exercise: tuple[Path, int, str]) -> str:
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """What checks use of the notebook above them, in small: the shipped models, and a benchmark of 30 queries."""
+    """What checks use of the notebook above them, in small: the shipped models, and a benchmark of
+    30 queries.
+    """
     vl = load_vl_model()
     isa = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
     bench = evaluate.make_benchmark(30, 150, seed=1, size=vl.image_size)
     embedded = vl.encode_images(bench.images)
-    r1 = {"isa": evaluate.recall(evaluate.benchmark_ranks(bench, baselines.composed(bench, vl, isa), embedded), 1)}
+    r1 = {
+        "isa": evaluate.recall(
+            evaluate.benchmark_ranks(bench, baselines.composed(bench, vl, isa), embedded), 1
+        )
+    }
     return {
         "vl": vl, "isa": isa, "encoder": isa, "bench": bench, "benchmark": bench, "world": bench, "embedded": embedded, "r1": r1,
         "gallery_index": Gallery(embedded, [str(i) for i in range(150)]), "gcd_loss": gcd_loss,
@@ -689,8 +705,11 @@ def said(path: Path, place: int, source: str, names: dict) -> str:
     """What the check behind an exercise prints when the exercise's cell is `source`."""
     cells = code(student.read(path))
     namespace = dict(names)
-    statements = ast.parse(cells[0].source).body  # only what it imports; the rest of the cell may want the parameters
-    imports = "\n".join(ast.unparse(s) for s in statements if isinstance(s, (ast.Import, ast.ImportFrom)))
+    # only what it imports; the rest of the cell may want the parameters
+    statements = ast.parse(cells[0].source).body
+    imports = "\n".join(
+        ast.unparse(s) for s in statements if isinstance(s, (ast.Import, ast.ImportFrom))
+    )
     assert "print(check_" in cells[place + 1].source, "the cell behind an exercise is its check"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -712,21 +731,32 @@ def test_the_check_of_an_exercise_knows_right_from_empty_from_wrong(exercise, na
     assert re.match(r"exercise \d: right", right), right
     empty = said(path, place, student.with_hole(source), names)
     assert re.match(r"exercise \d: nothing computed yet", empty), empty
-    assert id_of(exercise) in WRONG, "give this exercise a wrong answer in WRONG, and what its check says to it"
+    assert id_of(exercise) in WRONG, (
+        "give this exercise a wrong answer in WRONG, and what its check says to it"
+    )
     for body, words in WRONG[id_of(exercise)]:
         wrong = said(path, place, with_body(source, body), names)
-        assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), wrong
+        assert words in wrong and not re.match(r"exercise \d: (right\b(?! as a)|nothing)", wrong), (
+            wrong
+        )
 
 
 NUMBERS = [e for e in exercises() if "one_number(" in code(student.read(e[0]))[e[1] + 1].source]
 
 
 def test_of_the_two_wishes_that_the_first_notebook_proposes_one_can_be_had():
-    cells = {cell.id: cell.source for cell in student.read(ROOT / "notebooks" / "solutions" / "00_start_here.ipynb").cells}
+    cells = {
+        cell.id: cell.source
+        for cell in student.read(ROOT / "notebooks" / "solutions" / "00_start_here.ipynb").cells
+    }
     number, gallery, seed = (
-        int(re.search(rf"^{name}: int = (\d+)", cells["cell-03"], re.M)[1]) for name in ("reference", "gallery", "seed")
+        int(re.search(rf"^{name}: int = (\d+)", cells["cell-03"], re.M)[1])
+        for name in ("reference", "gallery", "seed")
     )
-    assert "*in striped style instead* has its answer in the gallery, *make the cross bigger* has none" in cells["cell-15"]
+    assert (
+        "*in striped style instead* has its answer in the gallery, *make the cross bigger* has none"
+        in cells["cell-15"]
+    )
     bench = evaluate.make_benchmark(gallery // 5, gallery, seed, 8)
     scene = bench.scenes[bench.reference[number]]
     (cross,) = scene.objects
@@ -744,7 +774,13 @@ def test_an_answer_that_changes_what_it_was_given_is_told():
 def test_where_one_number_is_asked_for_an_answer_of_another_kind_is_named(exercise, names):
     path, place, _ = exercise
     source = code(student.read(path))[place].source
-    kinds = {"pass": "`return` missing", "[1.0]": "not a list", "'one'": "not a str", "{}": "not a dict", "1j": "not a complex"}
+    kinds = {
+        "pass": "`return` missing",
+        "[1.0]": "not a list",
+        "'one'": "not a str",
+        "{}": "not a dict",
+        "1j": "not a complex",
+    }
     kinds |= {
         "np.array(['one'])": "not an array of <U3",
         "np.ones(3)": "not 3 numbers",
@@ -756,7 +792,15 @@ def test_where_one_number_is_asked_for_an_answer_of_another_kind_is_named(exerci
 
 
 def test_one_number_may_come_in_any_wrapping():
-    for answer in (2, 2.0, True + 1, np.float32(2), np.array([[2]]), torch.tensor(2), torch.tensor([2.0], dtype=torch.bfloat16)):
+    for answer in (
+        2,
+        2.0,
+        True + 1,
+        np.float32(2),
+        np.array([[2]]),
+        torch.tensor(2),
+        torch.tensor([2.0], dtype=torch.bfloat16),
+    ):
         assert one_number(answer) == 2 and type(one_number(answer)) is float
     assert one_number(torch.tensor(1 / 3, dtype=torch.float64, requires_grad=True)) == 1 / 3
 
@@ -766,12 +810,15 @@ def test_the_check_of_an_exercise_takes_a_right_answer_that_is_written_otherwise
     path, place, _ = exercise
     source = code(student.read(path))[place].source
     for body in ALSO_RIGHT[id_of(exercise)]:
-        assert re.match(r"exercise \d: right\b(?! as a)", said(path, place, with_body(source, body), names)), body
+        assert re.match(
+            r"exercise \d: right\b(?! as a)", said(path, place, with_body(source, body), names)
+        ), body
 
 
 def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():
     table = BeautifulSoup(
-        "<tr><th></th><th colspan='2'>mean time</th></tr><tr><th>a</th><td>1.25</td><td>100</td></tr>", "html.parser"
+        "<tr><th></th><th colspan='2'>mean time</th></tr><tr><th>a</th><td>1.25</td><td>100</td></tr>",
+        "html.parser",
     )
     assert [slides._letters(row) for row in table.find_all("tr")] == [[3, 6, 6], [4, 7, 6]]
     page = BeautifulSoup(f'<div class="output_area"><table>{table}</table></div>', "html.parser")
@@ -780,13 +827,20 @@ def test_a_heading_over_several_columns_asks_each_of_them_for_its_share():
 
 def test_a_slide_of_a_table_says_what_was_printed_right_before_it():
     def tables(*areas: str) -> list[str]:
-        cell = BeautifulSoup("".join(f'<div class="output_area">{area}</div>' for area in areas), "html.parser")
+        cell = BeautifulSoup(
+            "".join(f'<div class="output_area">{area}</div>' for area in areas), "html.parser"
+        )
         return [slide for slide in slides._of_outputs(cell, "How good") if "<table>" in slide]
 
     table = "<table><tr><td>1</td></tr></table>"
-    held_out, seen = tables("<pre>held out &lt;11&gt;</pre>", table, "<pre>a line\nseen (250)\n</pre>", table)
+    held_out, seen = tables(
+        "<pre>held out &lt;11&gt;</pre>", table, "<pre>a line\nseen (250)\n</pre>", table
+    )
     assert "<p>held out &lt;11&gt;</p>" in held_out and "<p>seen (250)</p>" in seen
-    for before in ("<pre>holds: more</pre>", "<pre>of the figure</pre></div><div class='output_area'><img alt='a' src=''/>"):
+    for before in (
+        "<pre>holds: more</pre>",
+        "<pre>of the figure</pre></div><div class='output_area'><img alt='a' src=''/>",
+    ):
         assert "<p>" not in tables(before, table)[0]
 
 
@@ -796,7 +850,9 @@ def test_no_answer_waits_for_an_exercise_that_is_gone():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_student_notebook_is_what_its_solution_gives(path):
-    assert (student.SOLUTIONS / path.name).is_file(), f"no solution: python notebooks/student.py --adopt {path.name[:2]}"
+    assert (student.SOLUTIONS / path.name).is_file(), (
+        f"no solution: python notebooks/student.py --adopt {path.name[:2]}"
+    )
     assert not student.unlike(path.name), "run python notebooks/student.py"
 
 
@@ -804,7 +860,9 @@ def test_a_student_notebook_is_what_its_solution_gives(path):
 def test_a_solution_is_complete_and_has_no_outputs(path):
     cells = code(student.read(path))
     assert not [c.id for c in cells if student.UNSOLVED in c.source], "answers still to be written"
-    assert not [c.id for c in cells if c.outputs or c.execution_count], "a solution is stored without outputs"
+    assert not [c.id for c in cells if c.outputs or c.execution_count], (
+        "a solution is stored without outputs"
+    )
 
 
 SOLUTION = '''
@@ -835,35 +893,55 @@ print(double(2))
 
 
 def two_cells(source: str, text: str, outputs=()) -> object:
-    other = new_code_cell("a = 1", id="other", outputs=[new_output("stream", text="kept\n")], execution_count=1)
-    cell = new_code_cell(source, id="exercise", outputs=list(outputs), execution_count=2 if outputs else None)
+    other = new_code_cell(
+        "a = 1", id="other", outputs=[new_output("stream", text="kept\n")], execution_count=1
+    )
+    cell = new_code_cell(
+        source, id="exercise", outputs=list(outputs), execution_count=2 if outputs else None
+    )
     return new_notebook(cells=[new_markdown_cell(text, id="text"), other, cell])
 
 
 def test_a_student_gets_holes_shorter_links_and_the_outputs_of_cells_that_did_not_change():
     solution = two_cells(
-        SOLUTION, "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md#a), [web](https://a.b/../c)"
+        SOLUTION,
+        "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md#a), [web](https://a.b/../c)",
     )
     committed = two_cells("print('an older one')", "old", [new_output("stream", text="stale\n")])
     made = student.student(solution, committed)
-    assert made.cells[0].source == "[code](../isa_lite/x.py), [next](03_x.ipynb), [kit](README.md#a), [web](https://a.b/../c)"
+    assert (
+        made.cells[0].source
+        == "[code](../isa_lite/x.py), [next](03_x.ipynb), [kit](README.md#a), [web](https://a.b/../c)"
+    )
     assert made.cells[1].outputs[0].text == "kept\n" and made.cells[1].execution_count == 1
-    assert made.cells[2].source == STUDENT and not made.cells[2].outputs and made.cells[2].execution_count is None
+    assert (
+        made.cells[2].source == STUDENT
+        and not made.cells[2].outputs
+        and made.cells[2].execution_count is None
+    )
     assert [c.id for c in made.cells] == ["text", "other", "exercise"]
 
 
 def test_a_student_notebook_is_adopted_with_its_old_answers_and_places_for_new_ones():
     written = two_cells(STUDENT, "[code](../isa_lite/x.py), [next](03_x.ipynb), [kit](README.md)")
     adopted = student.adopt(written)
-    assert adopted.cells[0].source == "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md)"
-    assert adopted.cells[2].source == SOLUTION.replace("if x:\n        return 2 * x\n    return 0", student.UNSOLVED)
+    assert (
+        adopted.cells[0].source
+        == "[code](../../isa_lite/x.py), [next](03_x.ipynb), [kit](../README.md)"
+    )
+    assert adopted.cells[2].source == SOLUTION.replace(
+        "if x:\n        return 2 * x\n    return 0", student.UNSOLVED
+    )
     assert not adopted.cells[1].outputs
     again = student.adopt(written, two_cells(SOLUTION, ""))
     assert again.cells[2].source == SOLUTION
     assert student.student(again).cells[2].source == STUDENT
 
 
-@pytest.mark.parametrize("left_out", ["# solution\n", "# hole\n", '    # return float(\n    #     "nan"\n    # )  # your code\n'])
+@pytest.mark.parametrize(
+    "left_out",
+    ["# solution\n", "# hole\n", '    # return float(\n    #     "nan"\n    # )  # your code\n'],
+)
 def test_markers_that_do_not_belong_together_are_refused(left_out):
     with pytest.raises(ValueError, match="belong together"):
         student.with_hole(SOLUTION.replace(left_out, "pass\n" if left_out.startswith("#") else ""))
@@ -885,10 +963,16 @@ def test_a_changed_student_notebook_is_noticed(tmp_path, monkeypatch):
 def anchors(path: Path) -> set[str]:
     """The anchors of a Markdown file's or a notebook's headings, as GitHub makes them."""
     cells = (
-        student.read(path).cells if path.suffix == ".ipynb" else [SimpleNamespace(cell_type="markdown", source=path.read_text())]
+        student.read(path).cells
+        if path.suffix == ".ipynb"
+        else [SimpleNamespace(cell_type="markdown", source=path.read_text())]
     )
-    headings = re.findall(r"^#+ (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.+)$", "\n".join(c.source for c in cells if c.cell_type == "markdown"), re.M
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 TEXTS = [*NOTEBOOKS, *SOLUTIONS, ROOT / "notebooks" / "README.md", ROOT / "README.md"]
@@ -919,17 +1003,29 @@ def test_a_notebook_has_the_parts_that_a_reader_counts_on(path):
     for part in ("**You will learn**", "**Prerequisites", "**Run time**", "rendered scenes"):
         assert part in first, f"the first cell has no {part}"
     assert len(code(notebook, "parameters")) == 1
-    assert re.search(r"^\| (symbol|term|symbol or term) \|.*\n\|[-|]+\|$", text, re.M), "no table of symbols or terms"
+    assert re.search(r"^\| (symbol|term|symbol or term) \|.*\n\|[-|]+\|$", text, re.M), (
+        "no table of symbols or terms"
+    )
     assert "redict, then run:" in text, "nothing to predict"
-    assert [int(n) for n in re.findall(r"^\*\*(\d)\. ", text, re.M)][:3] == [1, 2, 3], "at least three exercises, numbered"
+    assert [int(n) for n in re.findall(r"^\*\*(\d)\. ", text, re.M)][:3] == [1, 2, 3], (
+        "at least three exercises, numbered"
+    )
     assert "\n## Quiz\n" in text, "no heading 'Quiz'"
     quiz = text[text.index("## Quiz") :]
     questions, answers = quiz.split("<details><summary>Answers</summary>\n\n")
-    assert len(re.findall(r"^\d\. ", questions, re.M)) == len(re.findall(r"^\d\. ", answers.split("</details>")[0], re.M)) >= 3
+    assert (
+        len(re.findall(r"^\d\. ", questions, re.M))
+        == len(re.findall(r"^\d\. ", answers.split("</details>")[0], re.M))
+        >= 3
+    )
     after = re.search(r"^## .*[Ww]here next$.*", text, re.M | re.S)
-    assert after and "Literature" in after[0] and re.search(r"(19|20)\d\d", after[0]), "no heading 'Where next' with literature"
+    assert after and "Literature" in after[0] and re.search(r"(19|20)\d\d", after[0]), (
+        "no heading 'Where next' with literature"
+    )
     figures = [o for c in code(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
-    assert figures and all(len(o.metadata["image/png"]["alt"]) > 20 for o in figures), "a figure without alternative text"
+    assert figures and all(len(o.metadata["image/png"]["alt"]) > 20 for o in figures), (
+        "a figure without alternative text"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -939,13 +1035,18 @@ def test_the_ids_of_cells_are_unique_and_survive_in_the_solution(path):
     assert ids == [c.id for c in student.read(student.SOLUTIONS / path.name).cells]
 
 
-# ------------------------------------------------------------------------------------------ pages and slides
+# ------------------------------------------------------------------------------------------ pages
+# and slides
 
 
 def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
     path = ROOT / "notebooks" / "01_token_learner.ipynb"
     assert pages.make([path], tmp_path, with_slides=True) == []
-    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "01_token_learner.html", "slides.html"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "index.html",
+        "01_token_learner.html",
+        "slides.html",
+    }
     page = BeautifulSoup((tmp_path / "01_token_learner.html").read_text(), "html.parser")
     notebook = student.read(path)
     shown = [o for c in code(notebook) for o in c.outputs if "image/png" in o.get("data", {})]
@@ -962,14 +1063,18 @@ def test_a_page_holds_what_the_notebook_shows_and_needs_no_network(tmp_path):
     assert [i["alt"] for i in deck.select("figure img")] == [i["alt"] for i in drawn]
     questions = sum(c.source.count("**Predict, then run:**") for c in notebook.cells)
     assert len(deck.select("p.question")) == questions > 0
-    claims = re.findall(r"^holds: .*$", "".join(o.get("text", "") for c in code(notebook) for o in c.outputs), re.M)
+    claims = re.findall(
+        r"^holds: .*$", "".join(o.get("text", "") for c in code(notebook) for o in c.outputs), re.M
+    )
     assert [li.text for li in deck.select("section li") if li.text.startswith("holds")] == claims
     assert not deck.select("script[src], link") and len(deck.select("section.on")) == 1
 
 
 @pytest.mark.slow
 def test_the_whole_course_fits_its_pages_and_slides(tmp_path):
-    assert pages.make(sorted((ROOT / "notebooks").glob("*.ipynb")), tmp_path, with_slides=True) == []
+    assert (
+        pages.make(sorted((ROOT / "notebooks").glob("*.ipynb")), tmp_path, with_slides=True) == []
+    )
     try:
         assert pages.overflowing(sorted(tmp_path.glob("*.html"))) == []
     except (ImportError, RuntimeError) as error:
@@ -979,8 +1084,14 @@ def test_the_whole_course_fits_its_pages_and_slides(tmp_path):
 def test_claims_go_on_over_several_slides_and_a_long_table_is_left_out():
     lines = "\n".join(f"holds: {i}" for i in range(slides.MOST_CLAIMS + 2))
     rows = "<tr><td>1</td></tr>" * (slides.MOST_ROWS + 1)
-    areas = (f'<div class="output_area">{inside}</div>' for inside in (f"<pre>{lines}</pre>", f"<table>{rows}</table>"))
-    made = [BeautifulSoup(slide, "html.parser") for slide in slides._of_outputs(BeautifulSoup("".join(areas), "html.parser"), "")]
+    areas = (
+        f'<div class="output_area">{inside}</div>'
+        for inside in (f"<pre>{lines}</pre>", f"<table>{rows}</table>")
+    )
+    made = [
+        BeautifulSoup(slide, "html.parser")
+        for slide in slides._of_outputs(BeautifulSoup("".join(areas), "html.parser"), "")
+    ]
     assert [len(slide.select("li")) for slide in made] == [slides.MOST_CLAIMS, 2]
     assert not any(slide.select("table") for slide in made)
 
@@ -1003,15 +1114,30 @@ def test_a_link_leads_from_a_page_to_a_page_or_to_the_repository(link, repositor
 
 def test_what_is_wrong_with_a_page_is_said(tmp_path):
     bad = new_notebook(
-        cells=[new_markdown_cell("# A\n\n$\\nonsense{x}$ ![](https://a.b/c.png) [x](nowhere.py) [y](#not-there)", id="a")]
+        cells=[
+            new_markdown_cell(
+                "# A\n\n$\\nonsense{x}$ ![](https://a.b/c.png) [x](nowhere.py) [y](#not-there)",
+                id="a",
+            )
+        ]
     )
-    picture = nbformat.from_dict({"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}, "metadata": {}})
+    picture = nbformat.from_dict(
+        {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}, "metadata": {}}
+    )
     bad.cells.append(new_code_cell("", id="b", outputs=[picture]))
     body, wrong = pages.body_of(bad, tmp_path, set())
-    assert [re.match(r"a formula|a picture|loaded", w)[0] for w in wrong] == ["a formula", "a picture", "a picture", "loaded"]
+    assert [re.match(r"a formula|a picture|loaded", w)[0] for w in wrong] == [
+        "a formula",
+        "a picture",
+        "a picture",
+        "loaded",
+    ]
     (tmp_path / "a.html").write_text(pages.framed(str(body), "A", []))
     nowhere, no_heading = pages.broken_links(tmp_path / "a.html")
-    assert nowhere.startswith("a link to nowhere: ") and no_heading == "a link to a heading that is not there: #not-there"
+    assert (
+        nowhere.startswith("a link to nowhere: ")
+        and no_heading == "a link to a heading that is not there: #not-there"
+    )
 
 
 def test_what_sticks_out_of_a_window_is_found_in_a_browser(tmp_path):
@@ -1022,15 +1148,22 @@ def test_what_sticks_out_of_a_window_is_found_in_a_browser(tmp_path):
         wrong = pages.overflowing([tmp_path / "wide.html", tmp_path / "slides.html"])
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"no browser: {error}")
-    assert wrong == ["slides.html: slide 2 is larger than 1280 x 720 pixels", "wide.html: wider than a window of 390 pixels"]
+    assert wrong == [
+        "slides.html: slide 2 is larger than 1280 x 720 pixels",
+        "wide.html: wider than a window of 390 pixels",
+    ]
 
 
 def test_a_page_shows_what_could_run_and_does_not_run_it(tmp_path):
-    """Text of a notebook's outputs and cells is not trusted: nothing of it may run where the page is read."""
+    """Text of a notebook's outputs and cells is not trusted: nothing of it may run where the page
+    is read.
+    """
     bad = "<script>1</script><img src='x' alt='a' onerror='2'>\n\n[a](javascript:3)\n\n<iframe srcdoc='b'></iframe>"
     body, wrong = pages.body_of(new_notebook(cells=[new_markdown_cell(bad)]), tmp_path, set())
     assert not body.select("script, iframe, [onerror], [href^=javascript]")
-    assert {"script", "onerror", "iframe"} <= {word for fault in wrong for word in re.findall(r"script|onerror|iframe", fault)}
+    assert {"script", "onerror", "iframe"} <= {
+        word for fault in wrong for word in re.findall(r"script|onerror|iframe", fault)
+    }
 
 
 def test_claims_and_captions_are_text_on_a_slide():
@@ -1041,16 +1174,26 @@ def test_claims_and_captions_are_text_on_a_slide():
 
 
 def test_a_notebook_without_a_heading_is_named_and_the_others_have_their_slides(tmp_path):
-    for name, cells in (("empty", []), ("plain", [new_code_cell("1")]), ("good", [new_markdown_cell("# Title\n\nText.")])):
+    for name, cells in (
+        ("empty", []),
+        ("plain", [new_code_cell("1")]),
+        ("good", [new_markdown_cell("# Title\n\nText.")]),
+    ):
         nbformat.write(new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     wrong = pages.make(sorted(tmp_path.glob("*.ipynb")), tmp_path / "out", with_slides=True)
-    assert [fault for fault in wrong if "slides" in fault and "empty" in fault] and [fault for fault in wrong if "plain" in fault]
+    assert [fault for fault in wrong if "slides" in fault and "empty" in fault] and [
+        fault for fault in wrong if "plain" in fault
+    ]
     assert "Title" in (tmp_path / "out" / "slides.html").read_text(encoding="utf-8")
 
 
 def test_slides_are_printed_one_to_a_page():
-    """A fixed element is drawn on every page: no element of a slide may be one, and a page is as large as a slide."""
+    """A fixed element is drawn on every page: no element of a slide may be one, and a page is as
+    large as a slide.
+    """
     made = slides.deck(["<p>a</p>"], "")
-    rules = dict(re.findall(r"([^{}]+)\{([^{}]*)\}", made.partition("<style>")[2].partition("</style>")[0]))
+    rules = dict(
+        re.findall(r"([^{}]+)\{([^{}]*)\}", made.partition("<style>")[2].partition("</style>")[0])
+    )
     fixed = [name.strip() for name, rule in rules.items() if "position: fixed" in rule]
     assert fixed == ["footer"] and "size: 1280px 720px" in made  # the footer is not printed

@@ -26,17 +26,25 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_files_are_embedded_as_the_tower_embeds_their_pictures_in_their_order(files, vl, num_workers):
+def test_files_are_embedded_as_the_tower_embeds_their_pictures_in_their_order(
+    files, vl, num_workers
+):
     expected = vl.encode_images([read_image(f) for f in files])
     found = embed_files(files, vl, batch_size=2, shard=3, num_workers=num_workers, progress=False)
     assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, expected.flip(0), atol=1e-5)
 
 
-def test_finished_shards_are_kept_and_only_what_changed_is_embedded_again(files, vl, tmp_path, monkeypatch):
+def test_finished_shards_are_kept_and_only_what_changed_is_embedded_again(
+    files, vl, tmp_path, monkeypatch
+):
     cache, seen = tmp_path / "cache", []
     encode = type(vl).encode_pixels
-    monkeypatch.setattr(type(vl), "encode_pixels", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+    monkeypatch.setattr(
+        type(vl),
+        "encode_pixels",
+        lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels),
+    )
 
     def embed():
         seen.clear()
@@ -47,7 +55,11 @@ def test_finished_shards_are_kept_and_only_what_changed_is_embedded_again(files,
     assert torch.equal(embed(), first) and seen == []
     Image.new("RGB", (30, 30), "red").save(files[4])
     again = embed()
-    assert seen == [3] and torch.equal(again[:3], first[:3]) and not torch.allclose(again[4], first[4], atol=1e-3)
+    assert (
+        seen == [3]
+        and torch.equal(again[:3], first[:3])
+        and not torch.allclose(again[4], first[4], atol=1e-3)
+    )
     with torch.no_grad():
         next(vl.clip.visual.parameters()).add_(0.1)  # another model
     embed()
@@ -62,20 +74,34 @@ def test_a_run_that_was_stopped_goes_on_behind_its_last_shard(files, vl, tmp_pat
     assert len(list((tmp_path / "cache").iterdir())) == 1
     files[5].write_bytes(whole)
     assert torch.allclose(
-        embed_files(files, vl, tmp_path / "cache", shard=3, progress=False), embed_files(files, vl, progress=False), atol=1e-5
+        embed_files(files, vl, tmp_path / "cache", shard=3, progress=False),
+        embed_files(files, vl, progress=False),
+        atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_all_broken_files_are_named_at_once_and_whole_shards_are_kept(files, vl, tmp_path, num_workers):
+def test_all_broken_files_are_named_at_once_and_whole_shards_are_kept(
+    files, vl, tmp_path, num_workers
+):
     for i in (3, 4, 6):
         files[i].write_bytes(files[i].read_bytes()[:50])
     with pytest.raises(ValueError, match=r"^3 of 7 .*3\.png.*4\.png.*6\.png") as refused:
-        embed_files(files, vl, tmp_path / "cache", batch_size=1, shard=3, num_workers=num_workers, progress=False)
+        embed_files(
+            files,
+            vl,
+            tmp_path / "cache",
+            batch_size=1,
+            shard=3,
+            num_workers=num_workers,
+            progress=False,
+        )
     assert "5.png" not in str(refused.value) and len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_cache_that_is_a_file_is_refused_before_anything_is_embedded(files, vl, tmp_path, monkeypatch):
+def test_a_cache_that_is_a_file_is_refused_before_anything_is_embedded(
+    files, vl, tmp_path, monkeypatch
+):
     (tmp_path / "cache").write_text("")
     monkeypatch.setattr(type(vl), "encode_pixels", lambda *_: pytest.fail("embedded"))
     with pytest.raises(ValueError, match="cache"):
@@ -88,7 +114,10 @@ def test_a_damaged_shard_is_made_again(files, vl, tmp_path):
     for shard, left in zip(sorted(cache.iterdir()), (0, 5, 100), strict=True):
         shard.write_bytes(shard.read_bytes()[:left])
     assert torch.equal(embed_files(files, vl, cache, shard=3, progress=False), first)
-    assert torch.equal(embed_files(files, vl, cache, shard=3, progress=False), first) and len(list(cache.iterdir())) == 3
+    assert (
+        torch.equal(embed_files(files, vl, cache, shard=3, progress=False), first)
+        and len(list(cache.iterdir())) == 3
+    )
 
 
 def test_bad_input_is_refused_before_anything_is_embedded(files, vl, tmp_path):
@@ -124,7 +153,9 @@ def test_work_is_done_ahead_by_two_a_thread_and_no_further():
 
 
 def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(vl, tmp_path):
-    """Nearly the same embeddings, filed apart; no side falls below twice the tower's, and other formats stay whole."""
+    """Nearly the same embeddings, filed apart; no side falls below twice the tower's, and other
+    formats stay whole.
+    """
     coarse = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
     picture = Image.fromarray(coarse).resize((1200, 1000), Image.Resampling.BICUBIC)
     files = [tmp_path / "a.jpg", tmp_path / "a.png"]
@@ -133,13 +164,18 @@ def test_large_jpegs_may_be_decoded_at_a_fraction_of_their_size(vl, tmp_path):
     exact = embed_files(files, vl, tmp_path / "cache", progress=False)
     fast = embed_files(files, vl, tmp_path / "cache", draft=True, progress=False)
     assert (
-        not torch.equal(exact[0], fast[0]) and torch.allclose(exact[1], fast[1], atol=1e-6) and (exact * fast).sum(1).min() > 0.99
+        not torch.equal(exact[0], fast[0])
+        and torch.allclose(exact[1], fast[1], atol=1e-6)
+        and (exact * fast).sum(1).min() > 0.99
     )
-    assert read_image(files[0], at_least=126).size == (300, 250) and read_image(files[1], at_least=126).size == (1200, 1000)
+    assert read_image(files[0], at_least=126).size == (300, 250) and read_image(
+        files[1], at_least=126
+    ).size == (1200, 1000)
     assert read_image(files[0]).size == (1200, 1000)
 
 
-# ---------------------------------------------------------------------------------------------- odd input
+# ---------------------------------------------------------------------------------------------- odd
+# input
 
 
 @pytest.mark.parametrize("wrong", ["a.png", b"a.png", [None], [3], None, 3, {"a.png"}])
@@ -157,7 +193,10 @@ def test_a_file_name_that_is_not_utf8_is_filed_in_the_cache(files, vl, tmp_path)
     except (OSError, UnicodeError):
         pytest.skip("this system has no such names")
     first = embed_files([odd, files[1]], vl, cache, progress=False)
-    assert torch.equal(embed_files([odd, files[1]], vl, cache, progress=False), first) and len(list(cache.iterdir())) == 1
+    assert (
+        torch.equal(embed_files([odd, files[1]], vl, cache, progress=False), first)
+        and len(list(cache.iterdir())) == 1
+    )
 
 
 def test_the_keys_of_the_cache_are_those_of_earlier_versions(files, vl, tmp_path, monkeypatch):
@@ -167,13 +206,19 @@ def test_the_keys_of_the_cache_are_those_of_earlier_versions(files, vl, tmp_path
     Image.new("RGB", (vl.image_size, vl.image_size)).save(files[0])
     embed_files(files[:1], vl, tmp_path / "cache", progress=False)
     said = "0123 as ever float32 draft=False with digests\n0.png é"
-    assert [p.stem for p in (tmp_path / "cache").iterdir()] == [hashlib.sha256(said.encode()).hexdigest()[:24]]
+    assert [p.stem for p in (tmp_path / "cache").iterdir()] == [
+        hashlib.sha256(said.encode()).hexdigest()[:24]
+    ]
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda part: {**part, "embeddings": part["embeddings"][:-1], "digests": part["digests"][:-1]},
+        lambda part: {
+            **part,
+            "embeddings": part["embeddings"][:-1],
+            "digests": part["digests"][:-1],
+        },
         lambda part: {**part, "digests": part["digests"][:-1]},
         lambda part: {**part, "embeddings": part["embeddings"] * float("nan")},
         lambda part: {**part, "embeddings": part["embeddings"] * 2},

@@ -1,4 +1,6 @@
-"""Ranks, recall and intervals against loops and hand-worked examples; what the benchmark promises."""
+"""Ranks, recall and intervals against loops and hand-worked examples; what the benchmark
+promises.
+"""
 
 import json
 from pathlib import Path
@@ -32,31 +34,50 @@ BENCH = make_benchmark(queries=60, gallery=300, seed=3, size=16)
 
 
 def test_ranks_by_hand():
-    # Scores of the query (1, 0): 1.0 (its reference), 0.6, 0.8 (target), 0.8 (a tie, no hit), 0.6 (equal to the target scene)
+    # Scores of the query (1, 0): 1.0 (its reference), 0.6, 0.8 (target), 0.8 (a tie, no hit), 0.6
+    # (equal to the target scene)
     gallery = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6], [0.8, -0.6], [0.6, -0.8]])
     query, reference = torch.tensor([[1.0, 0.0]]), np.array([0])
 
     def rank(*hits: int) -> int:
-        return int(ranks(query, gallery, reference, torch.tensor([[i in hits for i in range(5)]]))[0])
+        return int(
+            ranks(query, gallery, reference, torch.tensor([[i in hits for i in range(5)]]))[0]
+        )
 
     assert rank(2) == 2  # the reference is out; the tie with image 3 counts against the query
     assert rank(2, 3) == 1  # both of the tied are hits
     assert rank(1) == 4  # behind both 0.8 and tied with image 4
     assert rank(1, 4) == 3  # one of two equal scenes is enough
     assert rank(0, 4) == 4  # the reference is no hit, though it shows the target scene
-    assert int(ranks(query, gallery, np.array([-1]), torch.tensor([[False, False, True, False, False]]))[0]) == 3
+    assert (
+        int(
+            ranks(
+                query, gallery, np.array([-1]), torch.tensor([[False, False, True, False, False]])
+            )[0]
+        )
+        == 3
+    )
 
 
 def test_ranks_by_brute_force_with_ties_and_equal_labels():
     rng = np.random.default_rng(0)
     # Sixteen times +-1/4 has norm one, and all cosines are multiples of 1/8: ties are exact.
-    gallery, queries = (torch.from_numpy(rng.choice([-0.25, 0.25], (n, 16)).astype(np.float32)) for n in (80, 50))
-    labels, reference, wanted = rng.integers(0, 12, 80), rng.integers(0, 80, 50), rng.integers(0, 12, 50)
+    gallery, queries = (
+        torch.from_numpy(rng.choice([-0.25, 0.25], (n, 16)).astype(np.float32)) for n in (80, 50)
+    )
+    labels, reference, wanted = (
+        rng.integers(0, 12, 80),
+        rng.integers(0, 80, 50),
+        rng.integers(0, 12, 50),
+    )
     reference[:10] = -1
     found = ranks(queries, gallery, reference, torch.from_numpy(wanted[:, None] == labels[None]))
     tied = 0
     for q in range(50):
-        scores = {g: sum(float(a) * float(b) for a, b in zip(queries[q], gallery[g], strict=True)) for g in range(80)}
+        scores = {
+            g: sum(float(a) * float(b) for a, b in zip(queries[q], gallery[g], strict=True))
+            for g in range(80)
+        }
         scores.pop(int(reference[q]), None)
         best = max(s for g, s in scores.items() if labels[g] == wanted[q])
         others = [s for g, s in scores.items() if labels[g] != wanted[q]]
@@ -70,7 +91,12 @@ def test_a_query_without_a_hit_is_an_error():
     with pytest.raises(ValueError, match="query 1 has no hit"):  # but its own reference
         ranks(torch.eye(2), torch.eye(2), np.array([-1, 0]), hits)
     with pytest.raises(ValueError, match="query 0 has no hit"):
-        ranks(torch.eye(2), torch.eye(2), np.array([-1, -1]), ~hits & torch.tensor([False, True])[:, None])
+        ranks(
+            torch.eye(2),
+            torch.eye(2),
+            np.array([-1, -1]),
+            ~hits & torch.tensor([False, True])[:, None],
+        )
 
 
 def test_recall_is_the_share_of_ranks_up_to_k():
@@ -91,7 +117,9 @@ def test_wilson_equals_scipy_for_every_share():
     assert low.shape == high.shape == (2, 3) and low[0].tolist() == [0, 0, 0] and high[1, 0] == 1
 
 
-@pytest.mark.parametrize("hits, count", [(0, 0), (3, 2), (-1, 5), (float("nan"), 5), ([1, 1], [2, 0])])
+@pytest.mark.parametrize(
+    "hits, count", [(0, 0), (3, 2), (-1, 5), (float("nan"), 5), ([1, 1], [2, 0])]
+)
 def test_no_interval_of_what_is_no_share(hits, count):
     with pytest.raises(ValueError, match="hits"):
         wilson_interval(hits, count)
@@ -99,12 +127,16 @@ def test_no_interval_of_what_is_no_share(hits, count):
 
 @pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
 def test_wilson_holds_the_true_share_as_often_as_it_says(share):
-    """Drawn 20000 times: 60 queries, each a hit with this probability. Single shares lie a little beside the nominal 95%."""
+    """Drawn 20000 times: 60 queries, each a hit with this probability. Single shares lie a little
+    beside the nominal 95%.
+    """
     low, high = wilson_interval(np.random.default_rng(0).binomial(60, share, 20000), 60)
     held = ((low <= share) & (share <= high)).mean()
     ends = np.stack(wilson_interval(np.arange(61), 60))
     exact = stats.binom.pmf(np.arange(61), 60, share)[(ends[0] <= share) & (share <= ends[1])].sum()
-    assert held == pytest.approx(exact, abs=0.006) and 0.93 <= held and (held <= 0.975 or share == 1)
+    assert (
+        held == pytest.approx(exact, abs=0.006) and 0.93 <= held and (held <= 0.975 or share == 1)
+    )
 
 
 def test_wilson_holds_as_often_as_it_says_over_all_shares():
@@ -123,9 +155,12 @@ def test_a_recall_of_all_or_none_has_an_interval_with_a_width():
 
 
 def test_the_bootstrap_of_a_mean_against_scipys_and_the_normal_approximation():
-    values = np.random.default_rng(2).beta(0.5, 2, 400)  # like average precisions: many near 0, some near 1
+    # like average precisions: many near 0, some near 1
+    values = np.random.default_rng(2).beta(0.5, 2, 400)
     mine = bootstrap_interval(values)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(5))
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(5)
+    )
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
     assert mine == pytest.approx(tuple(theirs.confidence_interval), abs=0.06 * width)
     assert mine[1] - mine[0] == pytest.approx(2 * 1.96 * stats.sem(values), rel=0.08)
@@ -136,10 +171,15 @@ def test_the_bootstrap_of_a_mean_against_scipys_and_the_normal_approximation():
 
 
 def test_the_paired_bootstrap_against_an_exact_computation():
-    """Differences of hits are -1, 0 or 1: a draw's counts are multinomial, so its distribution can be drawn without queries."""
+    """Differences of hits are -1, 0 or 1: a draw's counts are multinomial, so its distribution can
+    be drawn without queries.
+    """
     rng = np.random.default_rng(3)
     hard = rng.random(500) < 0.5  # hard for both methods
-    first, second = np.where(hard | (rng.random(500) < 0.05), 9, 1), np.where(hard | (rng.random(500) < 0.15), 9, 1)
+    first, second = (
+        np.where(hard | (rng.random(500) < 0.05), 9, 1),
+        np.where(hard | (rng.random(500) < 0.15), 9, 1),
+    )
     difference, low, high = recall_difference(first, second, 1)
     assert difference == pytest.approx(recall(first, 1) - recall(second, 1))
     steps = (first <= 1).astype(int) - (second <= 1)
@@ -147,37 +187,58 @@ def test_the_paired_bootstrap_against_an_exact_computation():
     counts = np.random.default_rng(4).multinomial(500, shares, 20000)
     exact = np.percentile(100 * (counts[:, 2] - counts[:, 0]) / 500, [2.5, 97.5])
     assert (low, high) == pytest.approx(exact, abs=0.41)  # two queries
-    assert low > 0 and recall_interval(first, 1)[0] < recall_interval(second, 1)[1]  # seen in pairs, hidden by separate intervals
-    assert paired_interval(second, first) == pytest.approx(tuple(-p for p in reversed(paired_interval(first, second))), abs=0.1)
+    # seen in pairs, hidden by separate intervals
+    assert low > 0 and recall_interval(first, 1)[0] < recall_interval(second, 1)[1]
+    assert paired_interval(second, first) == pytest.approx(
+        tuple(-p for p in reversed(paired_interval(first, second))), abs=0.1
+    )
     with pytest.raises(ValueError, match="first and second"):
         paired_interval([1, 2, 3], [1, 2])
 
 
 def test_the_benchmark_is_what_it_says():
     b = BENCH
-    assert len(b) == 60 and len(b.scenes) == len(b.labels) == len(b.images) == 300 and b.images.shape[1:] == (16, 16, 3)
-    assert b.reference.tolist() == list(range(0, 240, 4)) and b.target.tolist() == list(range(1, 240, 4))
+    assert (
+        len(b) == 60
+        and len(b.scenes) == len(b.labels) == len(b.images) == 300
+        and b.images.shape[1:] == (16, 16, 3)
+    )
+    assert b.reference.tolist() == list(range(0, 240, 4)) and b.target.tolist() == list(
+        range(1, 240, 4)
+    )
     for q in range(60):
         reference, target, *others = b.scenes[4 * q : 4 * q + 4]
         assert len({reference, target, *others}) == 4
         assert b.held_out[q] == any(
-            (o.shape, o.color) in evaluate.scenes.HELD_OUT for s in (reference, target) for o in s.objects
+            (o.shape, o.color) in evaluate.scenes.HELD_OUT
+            for s in (reference, target)
+            for o in s.objects
         )
     assert 0 < b.held_out.sum() < 60
     assert (b.labels[b.reference] != b.labels[b.target]).all()
     for i in range(0, 300, 7):
-        assert np.array_equal(b.images[i], evaluate.scenes.render(b.scenes[i], int(b.jitter[i]), 16))
+        assert np.array_equal(
+            b.images[i], evaluate.scenes.render(b.scenes[i], int(b.jitter[i]), 16)
+        )
 
 
 def test_the_target_of_a_query_shows_the_changes_that_its_kinds_name():
-    for r, t, text, kinds in zip(BENCH.reference, BENCH.target, BENCH.texts, BENCH.kinds, strict=True):
+    for r, t, text, kinds in zip(
+        BENCH.reference, BENCH.target, BENCH.texts, BENCH.kinds, strict=True
+    ):
         a, b = BENCH.scenes[r], BENCH.scenes[t]
-        assert ("background" in kinds) == (a.background != b.background) and (b.background in text or "background" not in kinds)
-        assert ("style" in kinds) == (a.style != b.style) and (b.style in text or "style" not in kinds)
+        assert ("background" in kinds) == (a.background != b.background) and (
+            b.background in text or "background" not in kinds
+        )
+        assert ("style" in kinds) == (a.style != b.style) and (
+            b.style in text or "style" not in kinds
+        )
         assert len(b.objects) - len(a.objects) == ("add" in kinds) - ("remove" in kinds)
         if not {"add", "remove"} & set(kinds):
             for kind, name in (("color", "color"), ("size", "size"), ("move", "cell")):
-                differ = sorted(getattr(o, name) for o in a.objects) != sorted(getattr(o, name) for o in b.objects)
+                differ = sorted(getattr(o, name) for o in a.objects) != sorted(
+                    getattr(o, name) for o in b.objects
+                )
                 assert (kind in kinds) == differ, text
 
 
@@ -201,7 +262,8 @@ def test_the_benchmark_follows_its_seed():
 def test_a_gallery_must_hold_what_the_queries_bring():
     with pytest.raises(ValueError, match="'gallery'.*40.*39"):
         make_benchmark(queries=10, gallery=39)
-    assert len(make_benchmark(queries=10, gallery=40, size=8).scenes) == 40  # nothing is left to fill
+    # nothing is left to fill
+    assert len(make_benchmark(queries=10, gallery=40, size=8).scenes) == 40
 
 
 def test_an_equal_scene_is_a_hit_in_the_benchmark():
@@ -218,7 +280,11 @@ def test_an_equal_scene_is_a_hit_in_the_benchmark():
 def test_groups_divide_the_queries():
     found = groups(BENCH)
     kinds = [found[k] for k in (*evaluate.KINDS, "two changes")]
-    assert (np.sum(kinds, 0) == 1).all() and (found["seen pairs"] ^ found["held-out pairs"]).all() and found["all"].all()
+    assert (
+        (np.sum(kinds, 0) == 1).all()
+        and (found["seen pairs"] ^ found["held-out pairs"]).all()
+        and found["all"].all()
+    )
     for kind in evaluate.KINDS:
         assert all(BENCH.kinds[i] == (kind,) for i in np.flatnonzero(found[kind]))
     assert all(len(BENCH.kinds[i]) == 2 for i in np.flatnonzero(found["two changes"]))
@@ -231,13 +297,18 @@ def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
     table = evaluate.recall_table(methods)
     assert list(table.index) == list(methods) and list(table.columns) == ["R@1", "R@5", "R@10"]
     low, high = recall_interval(methods["isa"], 5)
-    assert table.loc["isa", "R@5"] == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
+    assert (
+        table.loc["isa", "R@5"]
+        == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
+    )
     found = groups(BENCH)
     by_group = evaluate.group_table(BENCH, methods, k=5)
     assert list(by_group.index) == [f"{n} ({m.sum()})" for n, m in found.items() if m.any()]
     assert by_group.loc["all (60)", "isa"] == table.loc["isa", "R@5"]
     two = methods["image only"][found["two changes"]]
-    assert by_group.loc[f"two changes ({len(two)})", "image only"].startswith(f"{recall(two, 5):.1f} [")
+    assert by_group.loc[f"two changes ({len(two)})", "image only"].startswith(
+        f"{recall(two, 5):.1f} ["
+    )
 
 
 @pytest.fixture
@@ -249,7 +320,9 @@ def run(tmp_path):
         methods = {name: rng.integers(1, 20, 60) for name in ("isa", "image only")}
         record = metrics(BENCH, methods, seed, {"lar_weight": weight})
         path = tmp_path / f"{seed}-{weight}.json"
-        path.write_text(json.dumps(record | {"machine": "a laptop", "training_seconds": {"isa": 1.0}}))
+        path.write_text(
+            json.dumps(record | {"machine": "a laptop", "training_seconds": {"isa": 1.0}})
+        )
         return path, record, methods
 
     return write
@@ -257,21 +330,37 @@ def run(tmp_path):
 
 def test_metrics_hold_recalls_in_percent_overall_and_by_group(run):
     _, record, methods = run(0, 0.1)
-    assert (record["queries"], record["gallery"], record["seed"], record["params"]) == (60, 300, 0, {"lar_weight": 0.1})
+    assert (record["queries"], record["gallery"], record["seed"], record["params"]) == (
+        60,
+        300,
+        0,
+        {"lar_weight": 0.1},
+    )
     for name, rank in methods.items():
-        assert record["methods"][name] == {f"R@{k}": round(100 * sum(rank <= k) / 60, 2) for k in KS}
+        assert record["methods"][name] == {
+            f"R@{k}": round(100 * sum(rank <= k) / 60, 2) for k in KS
+        }
         low, high = record["intervals"][name]["R@5"]
         assert low < record["methods"][name]["R@5"] < high
         for group, mask in groups(BENCH).items():
-            assert (group in record["groups"]) == mask.any()  # a group without queries has no recall
+            # a group without queries has no recall
+            assert (group in record["groups"]) == mask.any()
             if mask.any():
                 found = record["groups"][group]
                 shares = found["methods"][name]
-                assert found["queries"] == mask.sum() and 0 <= shares["R@1"] <= shares["R@5"] <= shares["R@10"] <= 100
+                assert (
+                    found["queries"] == mask.sum()
+                    and 0 <= shares["R@1"] <= shares["R@5"] <= shares["R@10"] <= 100
+                )
                 assert shares == {f"R@{k}": round(recall(rank[mask], k), 2) for k in KS}
-                assert all(low <= shares[k] <= high for k, (low, high) in found["intervals"][name].items())
+                assert all(
+                    low <= shares[k] <= high for k, (low, high) in found["intervals"][name].items()
+                )
     assert set(record["methods"]) == set(record["intervals"]) == {"isa", "image only"}
-    assert record["groups"]["all"]["methods"] == record["methods"] and record["groups"]["all"]["intervals"] == record["intervals"]
+    assert (
+        record["groups"]["all"]["methods"] == record["methods"]
+        and record["groups"]["all"]["intervals"] == record["intervals"]
+    )
     assert json.loads(json.dumps(record)) == record
 
 
@@ -288,8 +377,13 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     path, record, _ = run(0, 0.1)
     main(["evaluate", str(path)])
     shown = capsys.readouterr().out
-    assert "60 queries, gallery of 300" in shown and f"{record['methods']['isa']['R@1']:.1f} [" in shown
-    paths = [str(run(seed, weight, shift)[0]) for seed in (0, 1) for shift, weight in enumerate((0, 0.1))]
+    assert (
+        "60 queries, gallery of 300" in shown
+        and f"{record['methods']['isa']['R@1']:.1f} [" in shown
+    )
+    paths = [
+        str(run(seed, weight, shift)[0]) for seed in (0, 1) for shift, weight in enumerate((0, 0.1))
+    ]
     main(["evaluate", "--gather", str(tmp_path / "all.json"), *paths])
     gathered = json.loads((tmp_path / "all.json").read_text())
     assert len(gathered["runs"]) == 4 and gathered["machine"] == "a laptop"
@@ -298,15 +392,31 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
         assert kept == {k: v for k, v in whole.items() if k not in ("machine", "data", "intervals")}
     table = evaluate.runs_table(gathered["runs"])
     assert capsys.readouterr().out == table.to_string() + "\n"
-    assert list(table.index) == ["isa, lar_weight 0 (2 seeds)", "image only (2 seeds)", "isa, lar_weight 0.1 (2 seeds)"]
-    values = [r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1]
+    assert list(table.index) == [
+        "isa, lar_weight 0 (2 seeds)",
+        "image only (2 seeds)",
+        "isa, lar_weight 0.1 (2 seeds)",
+    ]
+    values = [
+        r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1
+    ]
     low, high = evaluate.seed_interval(values)
     assert low < 0  # of two seeds; a recall is never below 0
-    assert table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"] == f"{np.mean(values):.1f} [0.0, {high:.1f}]"
-    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == ["image only (2 seeds)"]
+    assert (
+        table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"]
+        == f"{np.mean(values):.1f} [0.0, {high:.1f}]"
+    )
+    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == [
+        "image only (2 seeds)"
+    ]
     change = evaluate.effect(gathered["runs"], k=5)
-    recalls = {(r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]}
-    assert change.tolist() == [recalls[0.1, seed] - recalls[0, seed] for seed in (0, 1)] and change.any()
+    recalls = {
+        (r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]
+    }
+    assert (
+        change.tolist() == [recalls[0.1, seed] - recalls[0, seed] for seed in (0, 1)]
+        and change.any()
+    )
     with pytest.raises(ValueError, match=r"same seeds"):
         evaluate.effect(gathered["runs"][:3])
     Path(paths[0]).write_text(json.dumps(whole | {"machine": "a desktop"}))
@@ -324,17 +434,21 @@ def test_the_command_names_a_missing_file(run, tmp_path, capsys):
 
 
 def test_the_intervals_of_means_hold_the_truth_as_often_as_they_say():
-    """Students over five seeds, and the paired bootstrap over sixty queries, each on data whose true mean is known."""
+    """Students over five seeds, and the paired bootstrap over sixty queries, each on data whose
+    true mean is known.
+    """
     rng = np.random.default_rng(6)
     ends = np.array([evaluate.seed_interval(values) for values in rng.normal(80, 3, (1500, 5))])
     assert ((ends[:, 0] <= 80) & (80 <= ends[:, 1])).mean() == pytest.approx(0.95, abs=0.02)
-    # Method one hits 60%; the other hits where it does, but for a tenth of the queries: the true difference is 6 points.
+    # Method one hits 60%; the other hits where it does, but for a tenth of the queries: the true
+    # difference is 6 points.
     held = []
     for _ in range(300):
         first = rng.random(60) < 0.6
         low, high = paired_interval(100 * first, 100 * (first & (rng.random(60) >= 0.1)), draws=300)
         held.append(low <= 6 <= high)
-    # A percentile bootstrap of rare differences is a little too narrow: where none was drawn it has no width.
+    # A percentile bootstrap of rare differences is a little too narrow: where none was drawn it has
+    # no width.
     assert 0.85 <= np.mean(held) <= 0.97
 
 
@@ -345,9 +459,13 @@ def test_ranks_and_recall_against_sklearn():
     generator = torch.Generator().manual_seed(8)
     gallery, queries = (normalize(torch.randn(n, 6, generator=generator), dim=1) for n in (30, 200))
     wanted = np.random.default_rng(8).integers(0, 30, 200)
-    found = ranks(queries, gallery, np.full(200, -1), torch.from_numpy(wanted[:, None] == np.arange(30)))
+    found = ranks(
+        queries, gallery, np.full(200, -1), torch.from_numpy(wanted[:, None] == np.arange(30))
+    )
     for k in (1, 5, 10):
-        theirs = top_k_accuracy_score(wanted, (queries @ gallery.T).numpy(), k=k, labels=np.arange(30))
+        theirs = top_k_accuracy_score(
+            wanted, (queries @ gallery.T).numpy(), k=k, labels=np.arange(30)
+        )
         assert recall(found, k) == pytest.approx(100 * theirs)
 
 
@@ -355,7 +473,11 @@ def test_stored_runs_name_the_same_things(tmp_path):
     row = {"methods": {"isa": dict.fromkeys(("R@1", "R@5", "R@10"), 1.0)}, "weights": {"sum": 0.5}}
     shape = {"runs": [{"methods": RECALLS, "weights": {str: float}}, ...]}
     path = tmp_path / "stored.json"
-    for rows, fault in ([], "runs is empty"), ([row, row | {"weights": {}}], "'sum'.*runs.1."), ([row, row], None):
+    for rows, fault in (
+        ([], "runs is empty"),
+        ([row, row | {"weights": {}}], "'sum'.*runs.1."),
+        ([row, row], None),
+    ):
         path.write_text(json.dumps({"runs": rows}))
         if fault:
             with pytest.raises(ValueError, match=f"stored.json.*{fault}"):
@@ -367,8 +489,12 @@ DAMAGE = {
     "cut off": lambda found: "{",
     "a list": lambda found: [],
     "no methods": lambda found: {k: v for k, v in found.items() if k != "methods"},
-    "a share of nothing": lambda found: found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": float("nan")}}},
-    "a share of 101": lambda found: found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": 101}}},
+    "a share of nothing": lambda found: (
+        found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": float("nan")}}}
+    ),
+    "a share of 101": lambda found: (
+        found | {"methods": {"isa": found["methods"]["isa"] | {"R@5": 101}}}
+    ),
     "half an interval": lambda found: found | {"intervals": {"isa": {f"R@{k}": [1.0] for k in KS}}},
     "no intervals of one": lambda found: found | {"intervals": {"isa": found["intervals"]["isa"]}},
     "a seed that is no number": lambda found: found | {"seed": None},
@@ -377,7 +503,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("options", [[], ["--gather", "all.json"]], ids=["printed", "gathered"])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_named_and_nothing_is_printed(run, tmp_path, monkeypatch, capsys, damage, options):
+def test_a_damaged_file_is_named_and_nothing_is_printed(
+    run, tmp_path, monkeypatch, capsys, damage, options
+):
     monkeypatch.chdir(tmp_path)
     good, bad = run(0, 0.1)[0], run(1, 0.1)[0]
     found = damage(json.loads(bad.read_text()))
@@ -385,4 +513,9 @@ def test_a_damaged_file_is_named_and_nothing_is_printed(run, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", *options, str(good), str(bad)])
     shown = capsys.readouterr()
-    assert bad.name in shown.err and len(shown.err.splitlines()) == 1 and shown.out == "" and not Path("all.json").exists()
+    assert (
+        bad.name in shown.err
+        and len(shown.err.splitlines()) == 1
+        and shown.out == ""
+        and not Path("all.json").exists()
+    )

@@ -39,10 +39,16 @@ TURNED = "{modifier}: this is {sentence} in a picture"
 def fresh(vl: VLModel, **settings) -> QueryEncoder:
     """A tiny encoder whose batch norms do something."""
     torch.manual_seed(3)
-    encoder = QueryEncoder.for_model(vl, num_tokens=4, width=32, depth=1, backbone="mobilenetv3_small_050", **settings)
+    encoder = QueryEncoder.for_model(
+        vl, num_tokens=4, width=32, depth=1, backbone="mobilenetv3_small_050", **settings
+    )
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2), module.weight.data.uniform_(0.5, 2)
+            (
+                module.running_mean.normal_(),
+                module.running_var.uniform_(0.5, 2),
+                module.weight.data.uniform_(0.5, 2),
+            )
     return encoder.eval()
 
 
@@ -84,7 +90,15 @@ def pictures() -> list[Image.Image]:
     noise = Image.fromarray(rng.integers(0, 256, (90, 151, 3), np.uint8))
     small = Image.fromarray(rng.integers(0, 256, (31, 20, 3), np.uint8))
     alpha = Image.fromarray(rng.integers(0, 256, (64, 77, 4), np.uint8))
-    return [noise, small, alpha, noise.convert("L"), noise.convert("P"), noise.crop((0, 0, 64, 64)), noise.crop((0, 0, 77, 64))]
+    return [
+        noise,
+        small,
+        alpha,
+        noise.convert("L"),
+        noise.convert("P"),
+        noise.crop((0, 0, 64, 64)),
+        noise.crop((0, 0, 77, 64)),
+    ]
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -98,7 +112,15 @@ def copy(folder: Path, to: Path) -> Path:
 def test_the_files_answer_as_pytorch_in_batches_of_any_size(pair, folder, pictures):
     vl, encoder = pair
     client = QueryClient(folder, threads=1)
-    modifiers = ["", "red", "make the small circle much bigger, please", "it’s <end_of_text> &amp; “blue”", "z " * 20, "é", "a b"]
+    modifiers = [
+        "",
+        "red",
+        "make the small circle much bigger, please",
+        "it’s <end_of_text> &amp; “blue”",
+        "z " * 20,
+        "é",
+        "a b",
+    ]
     expected = compose(vl, encoder.sentences(pictures).tokens, modifiers).numpy()
     for batch_size in (1, 3, 7):
         assert np.abs(client.encode(pictures, modifiers, batch_size) - expected).max() < 1e-5
@@ -122,7 +144,9 @@ def test_maps_come_with_the_tokens(pair, folder, pictures):
     with torch.no_grad():
         expected = encoder(pixels)
     assert np.abs(tokens - expected.tokens.numpy()).max() < 1e-4 * vl.word_norm
-    assert np.abs(maps - expected.maps.numpy()).max() < 1e-5 and maps.shape == tuple(expected.maps.shape)
+    assert np.abs(maps - expected.maps.numpy()).max() < 1e-5 and maps.shape == tuple(
+        expected.maps.shape
+    )
 
 
 def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
@@ -136,20 +160,49 @@ def test_a_prompt_without_places_is_a_text_as_it_stands(pair, folder):
 
 
 @pytest.mark.slow
-def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(pair, folder, pieces, pictures, timings):
+def test_a_query_is_timed_in_both_runtimes_with_the_same_answers(
+    pair, folder, pieces, pictures, timings
+):
     vl, encoder = pair
-    gallery, threads = Gallery(vl.encode_images(pictures), range(len(pictures))), torch.get_num_threads()
-    ms = latency(vl, encoder, folder, pieces, gallery, pictures[0], "make it red", threads=threads + 1, rounds=2)
-    assert list(ms.index) == [*PARTS, WHOLE] and list(ms) == list(timings) and torch.get_num_threads() == threads
-    assert (ms.drop("token learner") > 0).all().all() and list(ms.loc["token learner"] > 0) == [True, False] * 2
+    gallery, threads = (
+        Gallery(vl.encode_images(pictures), range(len(pictures))),
+        torch.get_num_threads(),
+    )
+    ms = latency(
+        vl,
+        encoder,
+        folder,
+        pieces,
+        gallery,
+        pictures[0],
+        "make it red",
+        threads=threads + 1,
+        rounds=2,
+    )
+    assert (
+        list(ms.index) == [*PARTS, WHOLE]
+        and list(ms) == list(timings)
+        and torch.get_num_threads() == threads
+    )
+    assert (ms.drop("token learner") > 0).all().all() and list(ms.loc["token learner"] > 0) == [
+        True,
+        False,
+    ] * 2
     queries = {"light": compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"])}
-    queries["symmetric"] = F.normalize(vl.encode_images(pictures[:1]) + vl.encode_text(["make it red"]))
+    queries["symmetric"] = F.normalize(
+        vl.encode_images(pictures[:1]) + vl.encode_text(["make it red"])
+    )
     for name, made in timings.items():
-        assert np.abs(np.asarray(made["search"].args[0]) - queries[name.split(", ")[1]].numpy()).max() < 1e-4, name
+        assert (
+            np.abs(np.asarray(made["search"].args[0]) - queries[name.split(", ")[1]].numpy()).max()
+            < 1e-4
+        ), name
 
 
 @pytest.mark.slow
-def test_a_query_in_onnxruntime_is_timed_cut_and_uncut_with_the_same_answers(pair, folder, pieces, timings):
+def test_a_query_in_onnxruntime_is_timed_cut_and_uncut_with_the_same_answers(
+    pair, folder, pieces, timings
+):
     vl, encoder = pair
     threads = torch.get_num_threads()
     ms, ratios = end_to_end_onnx(vl, folder, pieces, threads=threads + 1, rounds=2, gallery=20)
@@ -163,7 +216,9 @@ def test_a_query_in_onnxruntime_is_timed_cut_and_uncut_with_the_same_answers(pai
     queries = {"light": compose(vl, encoder.sentences(picture).tokens, [MODIFIER])}
     queries["symmetric"] = F.normalize(vl.encode_images(picture) + vl.encode_text([MODIFIER]))
     for name, made in timings.items():
-        assert np.abs(made["search"].args[0] - queries[name.split(", ")[0]].numpy()).max() < 1e-4, name
+        assert np.abs(made["search"].args[0] - queries[name.split(", ")[0]].numpy()).max() < 1e-4, (
+            name
+        )
     expected = ms.loc[WHOLE, "symmetric, uncut"] / ms.loc[WHOLE, "light, cut"]
     assert ratios["symmetric uncut / light cut"] == pytest.approx(expected) and len(ratios) == 3
 
@@ -182,7 +237,11 @@ def test_searches_are_timed_with_the_threads_that_are_asked_for():
             return super().search(*args, **kwargs)
 
     points = F.normalize(torch.randn(20, 8), dim=1)
-    taken = search_times({"a": Watched(points, range(20)), "b": Watched(points, range(20))}, points, threads=threads + 1)
+    taken = search_times(
+        {"a": Watched(points, range(20)), "b": Watched(points, range(20))},
+        points,
+        threads=threads + 1,
+    )
     assert set(asked) == {threads + 1} and torch.get_num_threads() == threads
     assert list(taken) == ["a", "b"] and min(taken.values()) > 0
 
@@ -202,26 +261,41 @@ def test_a_token_goes_to_its_own_place(pair, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", [TURNED, "{sentence}{modifier}", "“{sentence}” &amp; {modifier}!"])
-def test_another_template_is_exported_with_the_files(pair, folder, tmp_path, pictures, template, monkeypatch):
+@pytest.mark.parametrize(
+    "template", [TURNED, "{sentence}{modifier}", "“{sentence}” &amp; {modifier}!"]
+)
+def test_another_template_is_exported_with_the_files(
+    pair, folder, tmp_path, pictures, template, monkeypatch
+):
     vl, encoder = pair
     # The networks do not know of templates, and tracing them takes long.
-    monkeypatch.setattr(exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes()))
+    monkeypatch.setattr(
+        exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes())
+    )
     export(encoder, vl, tmp_path, template)
     client, modifiers = QueryClient(tmp_path), ["make it red", ""]
     expected = compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers, template).numpy()
     assert np.abs(client.encode(pictures[:2], modifiers) - expected).max() < 1e-5
-    assert np.abs(expected - compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers).numpy()).max() > 1e-3
+    assert (
+        np.abs(
+            expected - compose(vl, encoder.sentences(pictures[:2]).tokens, modifiers).numpy()
+        ).max()
+        > 1e-3
+    )
 
 
 @pytest.mark.slow
 def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pictures):
     vl, _ = pair
-    text = dict(context_length=30, vocab_size=49408, width=32, heads=2, layers=2, no_causal_mask=True)
+    text = dict(
+        context_length=30, vocab_size=49408, width=32, heads=2, layers=2, no_causal_mask=True
+    )
     vision = dict(image_size=32, layers=1, width=32, patch_size=16, head_width=16)
     torch.manual_seed(0)
     clip = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
-    both_ways = VLModel(clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="both ways")
+    both_ways = VLModel(
+        clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="both ways"
+    )
     assert not both_ways.tower.can_cut
     encoder = fresh(both_ways)
     export(encoder, both_ways, tmp_path)
@@ -233,11 +307,15 @@ def test_a_text_tower_that_looks_both_ways_gets_its_padding(pair, tmp_path, pict
 
 def test_a_place_of_a_pseudo_word_is_no_padding_to_a_tower_that_hides_it(pair):
     vl, _ = pair
-    text = dict(context_length=30, vocab_size=49408, width=32, heads=2, layers=2, embed_cls=True, pad_id=0)
+    text = dict(
+        context_length=30, vocab_size=49408, width=32, heads=2, layers=2, embed_cls=True, pad_id=0
+    )
     vision = dict(image_size=32, layers=1, width=32, patch_size=16, head_width=16)
     torch.manual_seed(0)
     clip = open_clip.CustomTextCLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
-    hiding = VLModel(clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="hides its padding")
+    hiding = VLModel(
+        clip, vl.preprocess, open_clip.SimpleTokenizer(context_length=30), name="hides its padding"
+    )
     ids, places = prompt_ids(hiding, 4, ["red"])
     tokens = torch.randn(1, 4, hiding.word_width)
     found = exporting.SentenceToQuery(hiding)(tokens, ids.masked_fill(places, -1))
@@ -248,8 +326,12 @@ def test_a_difference_between_sentences_is_told_in_lengths_of_a_word(pair, folde
     vl, encoder = pair
     client = QueryClient(folder)
     sentences, said = client.sentences, client.compose
-    monkeypatch.setattr(client, "sentences", lambda pixels: sentences(pixels) + np.float32(0.05 * vl.word_norm))
-    monkeypatch.setattr(client, "compose", lambda tokens, ids: said(tokens - np.float32(0.05 * vl.word_norm), ids))
+    monkeypatch.setattr(
+        client, "sentences", lambda pixels: sentences(pixels) + np.float32(0.05 * vl.word_norm)
+    )
+    monkeypatch.setattr(
+        client, "compose", lambda tokens, ids: said(tokens - np.float32(0.05 * vl.word_norm), ids)
+    )
     template = client.settings["template"]
     assert exporting.difference(client, encoder, vl, template) == pytest.approx(0.05, abs=1e-3)
 
@@ -278,12 +360,17 @@ def test_what_is_too_long_is_refused_with_its_words(pair, folder, pictures):
     client = QueryClient(folder)
     most = vl.context_length - len(prompt_ids(vl, 4, ["red"])[0][0]) + 1
     assert client.prompts(["red " * most]).shape == (1, vl.context_length)
-    for function in (lambda text: client.encode(pictures[:1], [text]), lambda text: prompt_ids(vl, 4, [text])):
+    for function in (
+        lambda text: client.encode(pictures[:1], [text]),
+        lambda text: prompt_ids(vl, 4, [text]),
+    ):
         with pytest.raises(ValueError, match=r"prompt.*too long.*77.*modifier 'red"):
             function("red " * (most + 1))
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any_network_runs(folder, pictures, monkeypatch):
+def test_a_prompt_that_does_not_fit_is_refused_before_any_network_runs(
+    folder, pictures, monkeypatch
+):
     client = QueryClient(folder)
     monkeypatch.setattr(client, "sentences", lambda pixels: pytest.fail("a network has run"))
     with pytest.raises(ValueError, match="too long for the text tower"):
@@ -292,7 +379,9 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_network_runs(folder, p
 
 def test_the_networks_take_as_many_threads_as_they_are_given(folder):
     client = QueryClient(folder, threads=3)
-    assert [n.get_session_options().intra_op_num_threads for n in (client._image, client._text)] == [3, 3]
+    assert [
+        n.get_session_options().intra_op_num_threads for n in (client._image, client._text)
+    ] == [3, 3]
 
 
 @pytest.mark.parametrize("images, modifiers", [(2, 1), (0, 0), (1, 2)])
@@ -348,7 +437,8 @@ def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, 
     def nudged(module, inputs, outputs, dynamic, path):
         if path.name == IMAGE:
             module = exporting.ImageToSentence(fresh(vl))
-            module.encoder.mapping.to_word.direction.bias.data += 0.05  # as if the exporter had made a mistake
+            # as if the exporter had made a mistake
+            module.encoder.mapping.to_word.direction.bias.data += 0.05
             to_onnx(module, inputs, outputs, dynamic, path)
         else:
             path.write_bytes((folder / TEXT).read_bytes())
@@ -366,16 +456,22 @@ def test_files_that_differ_from_pytorch_are_not_written(pair, folder, tmp_path, 
         ("prompt_of", lambda vl, template: ["sentence", "modifier"], "tokenizer.*other ids"),
     ],
 )
-def test_what_is_not_a_number_or_says_another_prompt_is_not_written(pair, folder, tmp_path, monkeypatch, name, value, message):
+def test_what_is_not_a_number_or_says_another_prompt_is_not_written(
+    pair, folder, tmp_path, monkeypatch, name, value, message
+):
     vl, encoder = pair
-    monkeypatch.setattr(exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes()))
+    monkeypatch.setattr(
+        exporting, "to_onnx", lambda *a: a[-1].write_bytes((folder / a[-1].name).read_bytes())
+    )
     monkeypatch.setattr(exporting, name, value)
     with pytest.raises(ValueError, match=message):
         export(encoder, vl, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_the_client_cannot_imitate_is_refused_before_a_network_is_made(pair, tmp_path, monkeypatch):
+def test_a_tokenizer_that_the_client_cannot_imitate_is_refused_before_a_network_is_made(
+    pair, tmp_path, monkeypatch
+):
     with pytest.raises(ValueError, match="mine.*tokenizer.*object"):
         exporting.tokenizer_of(SimpleNamespace(name="mine", tokenizer=object()))
     other = open_clip.SimpleTokenizer(clean="canonicalize")
@@ -397,7 +493,9 @@ def test_exporting_leaves_pytorch_and_the_logs_as_they_were(folder):
 def test_the_files_hold_no_path_of_the_machine_that_made_them(folder):
     for name in (IMAGE, TEXT):
         data = (folder / name).read_bytes()
-        assert b"site-packages" not in data and str(ROOT).encode() not in data and b".py" not in data
+        assert (
+            b"site-packages" not in data and str(ROOT).encode() not in data and b".py" not in data
+        )
         onnx.checker.check_model(onnx.load(folder / name))
 
 
@@ -407,11 +505,20 @@ def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures, ca
     assert (out / TEXT).stat().st_size < 0.4 * (folder / TEXT).stat().st_size
     for name in (IMAGE, TEXT):  # no product with a float matrix is left, nor with a part of one
         graph = onnx.load(out / name).graph
-        matrices = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 2}
+        matrices = {
+            i.name
+            for i in graph.initializer
+            if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) == 2
+        }
         assert matrices and not [
-            n for n in graph.node if n.op_type in ("MatMul", "Gemm", "Gather", "Split", "Transpose") and matrices & set(n.input)
+            n
+            for n in graph.node
+            if n.op_type in ("MatMul", "Gemm", "Gather", "Split", "Transpose")
+            and matrices & set(n.input)
         ]
-    exact, rough = (QueryClient(f).encode(pictures, ["make it red"] * len(pictures)) for f in (folder, out))
+    exact, rough = (
+        QueryClient(f).encode(pictures, ["make it red"] * len(pictures)) for f in (folder, out)
+    )
     cosine = (exact * rough).sum(1)
     assert 0.98 < cosine.min() < 1 and np.allclose(np.linalg.norm(rough, axis=1), 1, atol=1e-5)
     assert json.loads((out / SETTINGS).read_text())["made"]["weights"] == "int8"
@@ -429,11 +536,18 @@ def test_recall_of_the_files_is_recall_of_pytorch(pair, folder):
     bench = make_benchmark(12, 60, seed=1, size=vl.image_size)
     gallery = vl.encode_images(bench.images)
     rank = benchmark_ranks(bench, composed(bench, vl, encoder), gallery)
-    assert measured_recall(QueryClient(folder), bench, gallery) == {f"R@{k}": recall(rank, k) for k in KS}
+    assert measured_recall(QueryClient(folder), bench, gallery) == {
+        f"R@{k}": recall(rank, k) for k in KS
+    }
     # A client that knows which target belongs to a reference is always right.
     points = torch.nn.functional.normalize(torch.randn(60, 8), dim=1)
-    right = {bench.images[r].tobytes(): points[t] for r, t in zip(bench.reference, bench.target, strict=True)}
-    knows = SimpleNamespace(encode=lambda images, texts: np.stack([right[image.tobytes()] for image in images]))
+    right = {
+        bench.images[r].tobytes(): points[t]
+        for r, t in zip(bench.reference, bench.target, strict=True)
+    }
+    knows = SimpleNamespace(
+        encode=lambda images, texts: np.stack([right[image.tobytes()] for image in images])
+    )
     assert measured_recall(knows, bench, points)["R@1"] == 100
 
 
@@ -448,10 +562,24 @@ main(["client", *sys.argv[1:]])
 
 def test_a_query_is_answered_where_there_is_no_pytorch(pair, folder, tmp_path, pictures):
     vl, encoder = pair
-    gallery = Gallery(vl.encode_images([p.convert("RGB") for p in pictures]), [f"picture {i}" for i in range(7)], vl.fingerprint)
+    gallery = Gallery(
+        vl.encode_images([p.convert("RGB") for p in pictures]),
+        [f"picture {i}" for i in range(7)],
+        vl.fingerprint,
+    )
     gallery.save(tmp_path / "gallery.safetensors")
     pictures[0].save(tmp_path / "query.png")
-    arguments = [str(folder), "--gallery", "gallery.safetensors", "--image", "query.png", "--modifier", "make it red", "--k", "3"]
+    arguments = [
+        str(folder),
+        "--gallery",
+        "gallery.safetensors",
+        "--image",
+        "query.png",
+        "--modifier",
+        "make it red",
+        "--k",
+        "3",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *arguments],
         cwd=tmp_path,
@@ -460,14 +588,18 @@ def test_a_query_is_answered_where_there_is_no_pytorch(pair, folder, tmp_path, p
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    scores, found = gallery.search(compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"]), 3)
+    scores, found = gallery.search(
+        compose(vl, encoder.sentences(pictures[:1]).tokens, ["make it red"]), 3
+    )
     printed = [line.split("  ") for line in done.stdout.splitlines()]
     assert [name for _, name in printed] == [gallery.ids[i] for i in found[0]]
     assert [float(score) for score, _ in printed] == pytest.approx(scores[0].tolist(), abs=1e-4)
 
 
 def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path, pictures, capsys):
-    """A photograph on its side, transparency, 16 bits: the picture as it is seen, not as it is stored."""
+    """A photograph on its side, transparency, 16 bits: the picture as it is seen, not as it is
+    stored.
+    """
     vl, encoder = pair
     noise, _, alpha = pictures[:3]
     exif = Image.Exif()
@@ -478,13 +610,19 @@ def test_the_client_reads_a_file_as_the_gallery_was_read(pair, folder, tmp_path,
     noise.save(tmp_path / "animated.gif", save_all=True, append_images=[noise.rotate(90)])
     alpha.save(tmp_path / "alpha.png")
     ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
-    for name, values in (("16.png", ramp), ("32.tif", ramp.astype(np.int32)), ("float.tif", (ramp / 65535).astype(np.float32))):
+    for name, values in (
+        ("16.png", ramp),
+        ("32.tif", ramp.astype(np.int32)),
+        ("float.tif", (ramp / 65535).astype(np.float32)),
+    ):
         Image.fromarray(values).save(tmp_path / name)
     files = ImageFolder(tmp_path).files
     assert len(files) == 8
     for path in files:
         assert np.array_equal(read_image(path), images.read_image(path)), path.name
-    gallery = Gallery(vl.encode_images(list(ImageFolder(tmp_path))), [f.name for f in files], vl.fingerprint)
+    gallery = Gallery(
+        vl.encode_images(list(ImageFolder(tmp_path))), [f.name for f in files], vl.fingerprint
+    )
     gallery.save(tmp_path / "gallery.safetensors")
     turned = images.read_image(tmp_path / "turned.jpg")
     expected, _ = gallery.search(compose(vl, encoder.sentences([turned]).tokens, ["red"]), 1)
@@ -510,9 +648,22 @@ def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, cap
     pictures[0].save(query)
     (tmp_path / "page.jpg").write_text("404")
 
-    def refused(message: str, image: str | Path = query, folder: str | Path = folder, modifier: str = "red") -> None:
+    def refused(
+        message: str, image: str | Path = query, folder: str | Path = folder, modifier: str = "red"
+    ) -> None:
         with pytest.raises(SystemExit):
-            main(["client", str(folder), "--gallery", str(stored), "--image", str(image), "--modifier", modifier])
+            main(
+                [
+                    "client",
+                    str(folder),
+                    "--gallery",
+                    str(stored),
+                    "--image",
+                    str(image),
+                    "--modifier",
+                    modifier,
+                ]
+            )
         assert message in capsys.readouterr().err
 
     refused("there is no gallery")
@@ -531,17 +682,32 @@ def test_the_client_says_what_it_lacks_in_a_line(folder, tmp_path, pictures, cap
 
 
 @pytest.mark.slow
-def test_the_command_exports_an_encoder_and_names_what_is_wrong(pair, vl_folder, tmp_path, capsys, monkeypatch):
+def test_the_command_exports_an_encoder_and_names_what_is_wrong(
+    pair, vl_folder, tmp_path, capsys, monkeypatch
+):
     vl, encoder = pair
     encoder.save(tmp_path / "encoder")
     out = tmp_path / "out"
-    monkeypatch.setattr("isa_lite.retrieval.evaluate.make_benchmark", lambda size: make_benchmark(12, 60, seed=1, size=size))
-    arguments = ["--encoder", str(tmp_path / "encoder"), "--vl-model", str(vl_folder), "--template", TURNED, "--int8"]
+    monkeypatch.setattr(
+        "isa_lite.retrieval.evaluate.make_benchmark",
+        lambda size: make_benchmark(12, 60, seed=1, size=size),
+    )
+    arguments = [
+        "--encoder",
+        str(tmp_path / "encoder"),
+        "--vl-model",
+        str(vl_folder),
+        "--template",
+        TURNED,
+        "--int8",
+    ]
     main(["export", *arguments, "--out", str(out)])
     printed = capsys.readouterr().out
     assert "largest difference from PyTorch: " in printed and str(out / "int8" / TEXT) in printed
     assert float(printed.split("PyTorch: ")[1].split()[0]) < 1e-4
-    assert "12 queries, gallery of 60" in printed and printed.splitlines()[-1].startswith(str(out / "int8"))
+    assert "12 queries, gallery of 60" in printed and printed.splitlines()[-1].startswith(
+        str(out / "int8")
+    )
     assert QueryClient(out).settings["template"] == TURNED
     for arguments, message in (
         (["--encoder", str(tmp_path)], "holds no query_encoder.json"),

@@ -1,4 +1,6 @@
-"""Every family of text and image towers that open_clip has, small and with random weights, against open_clip's own results."""
+"""Every family of text and image towers that open_clip has, small and with random weights, against
+open_clip's own results.
+"""
 
 import sys
 
@@ -12,11 +14,28 @@ from isa_lite.models.text_tower import text_config
 from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import compose, prompt_ids
 
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the extra: pip install 'isa_lite[blip]'"
+)
 
-#: One model of each family, those with small text towers; the whole list is `python tests/parity.py`.
-MODELS = ["ViT-S-32", "MobileCLIP-B", "MobileCLIP2-S0", "EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "coca_ViT-B-32"]
-MODELS += ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "coca_roberta-ViT-B-32"]
+#: One model of each family, those with small text towers; the whole list is `python
+#: tests/parity.py`.
+MODELS = [
+    "ViT-S-32",
+    "MobileCLIP-B",
+    "MobileCLIP2-S0",
+    "EVA02-B-16",
+    "PE-Core-T-16-384",
+    "ViTamin-S",
+    "coca_ViT-B-32",
+]
+MODELS += [
+    "ViT-B-16-SigLIP",
+    "ViT-B-32-SigLIP2-256",
+    "ViT-L-14-CLIPA",
+    "ViT-L-14-worldwide",
+    "coca_roberta-ViT-B-32",
+]
 MODELS += ["roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "mt5-base-ViT-B-32", "nllb-clip-base"]
 STUB = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 20, "width": 32, "heads": 2, "layers": 1}
@@ -27,7 +46,14 @@ def small_tables(monkeypatch):
     """Few words, and narrow models of transformers: quick, with the same code."""
     monkeypatch.setattr(parity, "VOCABULARY", 2000)
     for name, (kind, settings) in parity.TEXT_MODELS.items():
-        wide = {"d_model": 64, "d_ff": 64, "num_heads": 2, "d_kv": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        wide = {
+            "d_model": 64,
+            "d_ff": 64,
+            "num_heads": 2,
+            "d_kv": 32,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+        }
         wide |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
         if "roberta" in kind:
             wide = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
@@ -44,15 +70,22 @@ def test_a_text_tower_of_each_family_equals_open_clips(name, tmp_path):
 
 
 def test_every_model_that_open_clip_knows_has_a_family_and_a_stand_in():
-    families = {parity.family(name, open_clip.get_model_config(name)) for name in open_clip.list_models()}
+    families = {
+        parity.family(name, open_clip.get_model_config(name)) for name in open_clip.list_models()
+    }
     assert families == {
-        parity.family(name, open_clip.get_model_config(name)) for name in [*MODELS, "MobileCLIP-S1", "MobileCLIP2-B"]
+        parity.family(name, open_clip.get_model_config(name))
+        for name in [*MODELS, "MobileCLIP-S1", "MobileCLIP2-B"]
     }
 
 
 def test_a_model_that_fails_is_a_row_with_its_reason_and_not_the_end(monkeypatch):
     good = parity.differences
-    monkeypatch.setattr(parity, "differences", lambda vl: good(vl) | {"words": 0.5} if vl.name == "ViT-S-16" else 1 / 0)
+    monkeypatch.setattr(
+        parity,
+        "differences",
+        lambda vl: good(vl) | {"words": 0.5} if vl.name == "ViT-S-16" else 1 / 0,
+    )
     table = parity.parity(["ViT-S-16", "ViT-S-32"], progress=False)
     assert table["equal"].tolist() == [False, False]
     assert table["reason"].tolist() == ["off by 0.5", "ZeroDivisionError: division by zero"]
@@ -69,25 +102,33 @@ def test_towers_that_see_the_padding_get_the_whole_row_and_need_it(name, tmp_pat
     assert (whole - cut).abs().max() > 1e-3  # what a cut would have cost
 
 
-@pytest.mark.parametrize("name", ["ViT-S-32", "ViT-L-14-worldwide", "mt5-base-ViT-B-32", "coca_roberta-ViT-B-32"])
+@pytest.mark.parametrize(
+    "name", ["ViT-S-32", "ViT-L-14-worldwide", "mt5-base-ViT-B-32", "coca_roberta-ViT-B-32"]
+)
 def test_towers_that_do_not_are_cut_at_the_longest_text(name, tmp_path):
     vl = parity.small(name, tmp_path)
     ids, _ = prompt_ids(vl, 3, ["make it blue", "zebra"])
     assert ids.shape[1] == (ids[0] != vl.words.pad).sum() < vl.context_length
 
 
-# ------------------------------------------------------------------------------------- what cannot work
+# ------------------------------------------------------------------------------------- what cannot
+# work
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ({"pool_type": "none"}, "a model.*pools by 'none'"),
-        ({"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"}, "a model.*pools by 'max_pooler'"),
+        (
+            {"hf_model_name": "nowhere/x", "hf_pooler_type": "max_pooler"},
+            "a model.*pools by 'max_pooler'",
+        ),
     ],
 )
 def test_a_family_that_cannot_work_is_refused_by_its_settings(text, message, monkeypatch):
-    monkeypatch.setattr("isa_lite.models.text_tower.repository", lambda *a: pytest.fail("looked for files first"))
+    monkeypatch.setattr(
+        "isa_lite.models.text_tower.repository", lambda *a: pytest.fail("looked for files first")
+    )
     with pytest.raises(ValueError, match=message):
         text_config({"text_cfg": text}, "a model")
 
@@ -105,7 +146,8 @@ def test_a_tokenizer_whose_rows_do_not_fit_the_tower_is_refused():
         VLModel(clip, None, open_clip.SimpleTokenizer(), name="a model")
 
 
-# -------------------------------------------------------------------------------------- image towers
+# -------------------------------------------------------------------------------------- image
+# towers
 
 
 def timm(name: str, size: int, pool: str = "avg", proj: str = "linear") -> dict:
@@ -152,7 +194,8 @@ def test_local_tokens_of_each_image_tower_come_with_its_own_embedding(kind):
         assert torch.allclose(embedding, own, atol=1e-5)
         assert torch.allclose(vl.encode_pixels(pixels), own, atol=1e-5)
     assert patches.ndim == 3 and patches.shape[:2] == (2, count)
-    assert (patches[0] - patches[0].mean(0)).abs().max() > 1e-2 * patches[0].abs().max()  # they differ from place to place
+    # they differ from place to place
+    assert (patches[0] - patches[0].mean(0)).abs().max() > 1e-2 * patches[0].abs().max()
     try:
         vl.check_lar()
         assert torch.allclose(vl.project_patches(patches).norm(dim=-1), torch.ones(2, count))
@@ -162,5 +205,7 @@ def test_local_tokens_of_each_image_tower_come_with_its_own_embedding(kind):
 
 def test_compose_works_on_a_siglip(tmp_path):
     vl = parity.small("ViT-B-16-SigLIP", tmp_path)
-    one, other = compose(vl, torch.randn(1, 4, vl.word_width)[[0, 0]], ["make it blue", "make it red"])
+    one, other = compose(
+        vl, torch.randn(1, 4, vl.word_width)[[0, 0]], ["make it blue", "make it red"]
+    )
     assert (one - other).abs().max() > 1e-3

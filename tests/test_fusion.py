@@ -7,7 +7,12 @@ from torch.nn.functional import normalize
 
 from isa_lite.methods import baselines
 from isa_lite.methods.fusion import FUSIONS, calibrated, choose_weight, product, slerp, weighted_sum
-from isa_lite.retrieval.evaluate import benchmark_ranks, benchmark_score_ranks, make_benchmark, score_ranks
+from isa_lite.retrieval.evaluate import (
+    benchmark_ranks,
+    benchmark_score_ranks,
+    make_benchmark,
+    score_ranks,
+)
 
 torch.manual_seed(0)
 IMAGE, TEXT, GALLERY, CORPUS = (normalize(torch.randn(n, 8) + 1, dim=1) for n in (5, 5, 30, 12))
@@ -27,10 +32,13 @@ class Reader:
 def test_with_a_half_the_sum_is_the_baseline_and_slerp_agrees():
     text = normalize(torch.randn(6, 8), dim=1)
     sums = weighted_sum(GALLERY[BENCH.reference], text, GALLERY)
-    assert torch.allclose(sums, baselines.image_plus_text(BENCH, Reader(text), GALLERY) @ GALLERY.T, atol=1e-6)
+    assert torch.allclose(
+        sums, baselines.image_plus_text(BENCH, Reader(text), GALLERY) @ GALLERY.T, atol=1e-6
+    )
     assert torch.allclose(slerp(GALLERY[BENCH.reference], text, GALLERY), sums, atol=1e-5)
     assert (
-        benchmark_score_ranks(BENCH, sums) == benchmark_ranks(BENCH, normalize(GALLERY[BENCH.reference] + text), GALLERY)
+        benchmark_score_ranks(BENCH, sums)
+        == benchmark_ranks(BENCH, normalize(GALLERY[BENCH.reference] + text), GALLERY)
     ).all()
 
 
@@ -47,14 +55,21 @@ def test_slerp_divides_the_angle():
         degrees = np.deg2rad(90 * weight)
         there = torch.tensor([[np.cos(degrees), np.sin(degrees)]], dtype=torch.float32)
         assert slerp(image, text, there, weight).item() == pytest.approx(1, abs=1e-6)
-    assert slerp(image, image, image, 0.3).item() == pytest.approx(1, abs=1e-3)  # nothing between equal embeddings
+    # nothing between equal embeddings
+    assert slerp(image, image, image, 0.3).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_product_by_hand():
     # similarities 0.6 and -0.2 -> 0.8 and 0.4
-    image, text, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[0.6, -0.2]])
+    image, text, gallery = (
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([[0.6, -0.2]]),
+    )
     assert product(image, text, gallery).item() == pytest.approx(np.sqrt(0.8 * 0.4), abs=1e-6)
-    assert product(image, text, gallery, 0.25).item() == pytest.approx(0.8**0.75 * 0.4**0.25, abs=1e-6)
+    assert product(image, text, gallery, 0.25).item() == pytest.approx(
+        0.8**0.75 * 0.4**0.25, abs=1e-6
+    )
 
 
 def test_calibrated_against_a_loop():
@@ -72,10 +87,14 @@ def test_calibrated_against_a_loop():
 
 
 def test_calibrated_ignores_what_all_texts_share():
-    """The modality gap: all texts moved by one vector. Centring takes it out, the plain sum of similarities does not."""
+    """The modality gap: all texts moved by one vector. Centring takes it out, the plain sum of
+    similarities does not.
+    """
     gap = 5 * torch.ones(8)
     assert torch.allclose(
-        calibrated(IMAGE, TEXT + gap, GALLERY, CORPUS + gap), calibrated(IMAGE, TEXT, GALLERY, CORPUS), atol=1e-4
+        calibrated(IMAGE, TEXT + gap, GALLERY, CORPUS + gap),
+        calibrated(IMAGE, TEXT, GALLERY, CORPUS),
+        atol=1e-4,
     )
     moved = weighted_sum(IMAGE, normalize(TEXT + gap, dim=1), GALLERY)
     assert not torch.equal(moved.argsort(1), weighted_sum(IMAGE, TEXT, GALLERY).argsort(1))
@@ -83,7 +102,10 @@ def test_calibrated_ignores_what_all_texts_share():
 
 def test_the_weight_is_chosen_by_recall():
     gallery = normalize(torch.randn(30, 64), dim=1)
-    assert choose_weight(weighted_sum, BENCH, Reader(gallery[BENCH.target]), gallery, (0.0, 0.9)) == 0.9
+    assert (
+        choose_weight(weighted_sum, BENCH, Reader(gallery[BENCH.target]), gallery, (0.0, 0.9))
+        == 0.9
+    )
     misleading = -gallery[BENCH.target]
     near = gallery.clone()
     near[BENCH.target] = normalize(gallery[BENCH.reference] + 0.1 * gallery[BENCH.target], dim=1)

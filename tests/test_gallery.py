@@ -25,19 +25,30 @@ def test_search_is_sorting(gallery):
     every = queries.double().numpy() @ gallery.embeddings.double().numpy().T
     assert np.array_equal(found.numpy(), np.argsort(-every, axis=1)[:, :7])
     assert np.allclose(scores.numpy(), -np.sort(-every, axis=1)[:, :7], atol=1e-6)
-    assert (scores.diff(dim=1) <= 0).all() and torch.equal(gallery.search(queries, 40)[1][:, :7], found)
+    assert (scores.diff(dim=1) <= 0).all() and torch.equal(
+        gallery.search(queries, 40)[1][:, :7], found
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 9, 100])
 def test_search_in_chunks_with_references_left_out_is_sorting(gallery, chunk):
-    queries, exclude = normalize(torch.randn(9, 6), dim=1), torch.tensor([3, -1, 39, 0, -1, 7, 7, 12, 1])
+    queries, exclude = (
+        normalize(torch.randn(9, 6), dim=1),
+        torch.tensor([3, -1, 39, 0, -1, 7, 7, 12, 1]),
+    )
     queries[:3] = gallery.embeddings[[3, 3, 39]]  # the nearest would be the one that is left out
     before = gallery.embeddings.clone()
     scores, found = gallery.search(queries, 5, exclude, chunk)
     for q in range(9):
-        cosines = {g: float(queries[q].double() @ gallery.embeddings[g].double()) for g in range(40) if g != int(exclude[q])}
+        cosines = {
+            g: float(queries[q].double() @ gallery.embeddings[g].double())
+            for g in range(40)
+            if g != int(exclude[q])
+        }
         best = sorted(cosines, key=lambda g: -cosines[g])[:5]
-        assert found[q].tolist() == best and scores[q].tolist() == pytest.approx([cosines[g] for g in best], abs=1e-6)
+        assert found[q].tolist() == best and scores[q].tolist() == pytest.approx(
+            [cosines[g] for g in best], abs=1e-6
+        )
     assert found[1, 0] == 3 and torch.equal(gallery.embeddings, before)
 
 
@@ -48,7 +59,10 @@ def test_a_reference_is_never_found_and_minus_one_excludes_nothing(gallery):
     assert gallery.search(queries, 1)[1].flatten().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("k, exclude, most", [(0, None, 40), (-1, None, 40), (41, None, 40), (40, [3], 39), (41, [-1], 40)])
+@pytest.mark.parametrize(
+    "k, exclude, most",
+    [(0, None, 40), (-1, None, 40), (41, None, 40), (40, [3], 39), (41, [-1], 40)],
+)
 def test_k_must_fit(gallery, k, exclude, most):
     with pytest.raises(ValueError, match=f"between 1 and {most}.*not {k}"):
         gallery.search(gallery.embeddings[:1], k, exclude and torch.tensor(exclude))
@@ -58,9 +72,16 @@ def test_a_gallery_on_disk_is_the_same(gallery, tmp_path):
     gallery.save(tmp_path / "gallery.safetensors")
     gallery.save(str(tmp_path / "gallery.safetensors"))  # over the old one
     again = Gallery.load(tmp_path / "gallery.safetensors")
-    assert torch.equal(again.embeddings, gallery.embeddings) and list(again.ids) == gallery.ids and len(again) == 40
-    assert torch.equal(again.search(again.embeddings, 3)[1], gallery.search(gallery.embeddings, 3)[1])
-    assert [p.name for p in tmp_path.iterdir()] == ["gallery.safetensors"]  # no temporary file is left
+    assert (
+        torch.equal(again.embeddings, gallery.embeddings)
+        and list(again.ids) == gallery.ids
+        and len(again) == 40
+    )
+    assert torch.equal(
+        again.search(again.embeddings, 3)[1], gallery.search(gallery.embeddings, 3)[1]
+    )
+    # no temporary file is left
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery.safetensors"]
 
 
 def test_ids_and_embeddings_belong_together():
@@ -70,7 +91,11 @@ def test_ids_and_embeddings_belong_together():
         Gallery(torch.eye(3)[:2], ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("embeddings, ids", [(None, "ab"), (torch.eye(2), {"a", "b"}), (torch.eye(2), {"a": 1, "b": 2})], ids=str)
+@pytest.mark.parametrize(
+    "embeddings, ids",
+    [(None, "ab"), (torch.eye(2), {"a", "b"}), (torch.eye(2), {"a": 1, "b": 2})],
+    ids=str,
+)
 def test_what_is_no_list_of_vectors_or_names_is_refused(embeddings, ids):
     with pytest.raises(ValueError, match="^(embeddings|ids) must be"):
         Gallery(embeddings, list(ids) if embeddings is None else ids)
@@ -81,7 +106,9 @@ def clustered(count: int, width: int = 16, seed: int = 0) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     centres = torch.randn(30, width, generator=draw)
     return normalize(
-        centres[torch.randint(30, (count,), generator=draw)] + 0.5 * torch.randn(count, width, generator=draw), dim=1
+        centres[torch.randint(30, (count,), generator=draw)]
+        + 0.5 * torch.randn(count, width, generator=draw),
+        dim=1,
     )
 
 
@@ -90,7 +117,12 @@ def indexed(embeddings: torch.Tensor, **settings) -> FaissGallery:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kind": "flat"}, {"kind": "ivf", "lists": 20, "probes": 20}, {"kind": "ivf", "probes": 10**6}]
+    "settings",
+    [
+        {"kind": "flat"},
+        {"kind": "ivf", "lists": 20, "probes": 20},
+        {"kind": "ivf", "probes": 10**6},
+    ],
 )
 @pytest.mark.parametrize("exclude", [None, torch.tensor([5, -1, 1999, 0, 3, -1])])
 @pytest.mark.parametrize("chunk", [1024, 4])
@@ -106,9 +138,15 @@ def test_faiss_that_looks_everywhere_is_exact_search(settings, exclude, chunk):
 
 def test_more_probes_find_more_and_one_list_does_not_find_all():
     embeddings = clustered(3000)
-    queries = normalize(embeddings[:200] + 0.1 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+    queries = normalize(
+        embeddings[:200] + 0.1 * torch.randn(200, 16, generator=torch.Generator().manual_seed(1)),
+        dim=1,
+    )
     exact = Gallery(embeddings, range(3000)).search(queries, 10)[1]
-    shares = [agreement(indexed(embeddings, kind="ivf", probes=p).search(queries, 10)[1], exact) for p in (1, 4, 16, 55)]
+    shares = [
+        agreement(indexed(embeddings, kind="ivf", probes=p).search(queries, 10)[1], exact)
+        for p in (1, 4, 16, 55)
+    ]
     assert shares == sorted(shares) and shares[0] < 95 and shares[-1] == 100
     again = indexed(embeddings, kind="ivf", probes=1).search(queries, 10)[1]
     assert agreement(again, exact) == shares[0]  # k-means from a fixed seed
@@ -121,11 +159,21 @@ def test_agreement_counts_what_both_found_wherever_it_stands():
 
 def test_a_list_that_holds_too_few_leaves_places_empty():
     embeddings = clustered(400)
-    scores, found = indexed(embeddings, kind="ivf", lists=40, probes=1).search(embeddings[:5], 300, torch.arange(5))
-    assert (found[:, -1] == -1).all() and (scores[found < 0] == float("-inf")).all() and (scores[found >= 0] <= 1.001).all()
+    scores, found = indexed(embeddings, kind="ivf", lists=40, probes=1).search(
+        embeddings[:5], 300, torch.arange(5)
+    )
+    assert (
+        (found[:, -1] == -1).all()
+        and (scores[found < 0] == float("-inf")).all()
+        and (scores[found >= 0] <= 1.001).all()
+    )
     for row, own in zip(found.tolist(), range(5), strict=True):
         kept = [i for i in row if i >= 0]
-        assert own not in row and len(set(kept)) == len(kept) and row == kept + [-1] * (300 - len(kept))
+        assert (
+            own not in row
+            and len(set(kept)) == len(kept)
+            and row == kept + [-1] * (300 - len(kept))
+        )
 
 
 @pytest.mark.parametrize("count", [1, 5, 38, 39, 200])
@@ -163,7 +211,8 @@ def test_a_gallery_knows_its_model_also_from_disk_and_as_an_index(gallery, tmp_p
     )
 
 
-# ------------------------------------------------------------------------------------- what goes in is checked
+# ------------------------------------------------------------------------------------- what goes in
+# is checked
 
 EYE = torch.eye(3)
 
@@ -188,7 +237,17 @@ def test_embeddings_that_cannot_be_searched_are_refused(embeddings, kind):
 
 
 @pytest.mark.parametrize(
-    "ids", ["abc", b"abc", ["a", "b", "a"], ["a", None, "b"], [1, 2.5, 3], [True, 2, 3], np.array([1, 2, 2]), 3]
+    "ids",
+    [
+        "abc",
+        b"abc",
+        ["a", "b", "a"],
+        ["a", None, "b"],
+        [1, 2.5, 3],
+        [True, 2, 3],
+        np.array([1, 2, 2]),
+        3,
+    ],
 )
 def test_ids_that_do_not_tell_images_apart_are_refused(ids):
     with pytest.raises(ValueError, match="ids"):
@@ -256,14 +315,20 @@ def test_searches_that_cannot_work_are_refused(gallery, kind, queries, k, exclud
         kind(gallery.embeddings, gallery.ids).search(queries, k, exclude)
 
 
-# ---------------------------------------------------------------------------------------------------- ties
+# ----------------------------------------------------------------------------------------------------
+# ties
 
 
-@pytest.mark.parametrize("settings", [None, {"kind": "flat"}, {"kind": "ivf", "lists": 3, "probes": 3}])
+@pytest.mark.parametrize(
+    "settings", [None, {"kind": "flat"}, {"kind": "ivf", "lists": 3, "probes": 3}]
+)
 @pytest.mark.parametrize("k", [1, 2, 7, 49, 50, 120])
 def test_of_equal_scores_the_first_in_the_gallery_is_found_first(settings, k):
     place = torch.randint(3, (120,), generator=torch.Generator().manual_seed(0))
-    embeddings, exclude = torch.eye(4)[place], torch.tensor([-1, int((place == 1).nonzero()[0]), -1])
+    embeddings, exclude = (
+        torch.eye(4)[place],
+        torch.tensor([-1, int((place == 1).nonzero()[0]), -1]),
+    )
     made = Gallery(embeddings, range(120)) if settings is None else indexed(embeddings, **settings)
     found = made.search(torch.eye(4)[:3], k)[1].tolist()
     for query in range(3):
@@ -274,11 +339,14 @@ def test_of_equal_scores_the_first_in_the_gallery_is_found_first(settings, k):
         assert made.search(torch.eye(4)[:3], k, exclude)[1][1].tolist() == order[:k]
 
 
-# -------------------------------------------------------------------------------------------------- damage
+# --------------------------------------------------------------------------------------------------
+# damage
 
 
 def damaged(path: Path) -> dict:
-    """Ways in which a file of a gallery can be damaged, or be another file, by what is wrong with it."""
+    """Ways in which a file of a gallery can be damaged, or be another file, by what is wrong with
+    it.
+    """
     whole = path.read_bytes()
     metadata = {"info": json.dumps({"ids": ["a", "b", "c"], "vl_model": ""})}
     return {
@@ -292,8 +360,12 @@ def damaged(path: Path) -> dict:
         "info is a list": save({"embeddings": EYE}, {"info": "[]"}),
         "info is no JSON": save({"embeddings": EYE}, {"info": "{"}),
         "ids are objects": save({"embeddings": EYE}, {"info": json.dumps({"ids": [{}, [], 1]})}),
-        "twice the same id": save({"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "a", "b"]})}),
-        "model is a number": save({"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "b", "c"], "vl_model": 3})}),
+        "twice the same id": save(
+            {"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "a", "b"]})}
+        ),
+        "model is a number": save(
+            {"embeddings": EYE}, {"info": json.dumps({"ids": ["a", "b", "c"], "vl_model": 3})}
+        ),
         "nan": save({"embeddings": EYE * float("nan")}, metadata),
         "too long": save({"embeddings": 100 * EYE}, metadata),
         "whole numbers": save({"embeddings": EYE.long()}, metadata),

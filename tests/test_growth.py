@@ -35,7 +35,8 @@ def test_ranks_in_a_growing_gallery_are_those_of_ranking_everything_at_once(benc
     shards = []
     for _ in range(3):
         keys = torch.randint(10**9, (10,), generator=draw)
-        keys[torch.randint(10, (1,), generator=draw)] = scene_key(bench.scenes[bench.target[2]])  # shows what query 2 asks for
+        # shows what query 2 asks for
+        keys[torch.randint(10, (1,), generator=draw)] = scene_key(bench.scenes[bench.target[2]])
         shards.append((vectors(10).half(), keys))
     sizes = [5, 10, 23, 30]
     found = growth_ranks(bench, {"m": query}, gallery, shards, sizes)["m"]
@@ -44,8 +45,11 @@ def test_ranks_in_a_growing_gallery_are_those_of_ranking_everything_at_once(benc
     for row, size in zip(found, sizes, strict=True):
         everything = torch.cat([gallery, torch.cat([e for e, _ in shards])[:size].float()])
         keys = torch.cat([own, torch.cat([k for _, k in shards])[:size]])
-        assert (row == score_ranks(query @ everything.T, bench.reference, keys == wanted[:, None])).all()
-    assert (np.diff(np.delete(found, 2, axis=1), axis=0) >= 0).all()  # more distractors never help, unless they are hits
+        assert (
+            row == score_ranks(query @ everything.T, bench.reference, keys == wanted[:, None])
+        ).all()
+    # more distractors never help, unless they are hits
+    assert (np.diff(np.delete(found, 2, axis=1), axis=0) >= 0).all()
 
 
 def test_shards_are_kept_and_begin_alike_whatever_the_count(vl, tmp_path, monkeypatch):
@@ -70,7 +74,9 @@ def test_the_time_of_a_shard_is_that_of_its_making(vl, tmp_path, monkeypatch):
     monkeypatch.setattr(growth, "SHARD", 20)
     monkeypatch.setattr(growth, "distractors", partial(distractors, shard=20))
     encoder = QueryEncoder.for_model(vl, num_tokens=1)
-    first, again = (growth.growth(vl, encoder, tmp_path, (10, 30), queries=5, progress=False) for _ in range(2))
+    first, again = (
+        growth.growth(vl, encoder, tmp_path, (10, 30), queries=5, progress=False) for _ in range(2)
+    )
     assert first["embedding_seconds"] == again["embedding_seconds"] > 0  # the second call made none
 
 

@@ -1,4 +1,6 @@
-"""What lives on the network: the cache first, fetching only what was named, and at once an error where nothing answers."""
+"""What lives on the network: the cache first, fetching only what was named, and at once an error
+where nothing answers.
+"""
 
 import http.server
 import json
@@ -52,11 +54,21 @@ NAMED = [
 
 @pytest.mark.parametrize("how", ["offline", "refused", "silent"])
 @pytest.mark.parametrize("name, tag, message", NAMED)
-def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message, how, monkeypatch, own_cache):
+def test_without_a_network_what_was_named_is_refused_at_once(
+    name, tag, message, how, monkeypatch, own_cache
+):
     if "SigLIP" in name or "roberta" in name or "blip" in name:
         pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
-    monkeypatch.setattr(open_clip, "create_model_from_pretrained", lambda *a, **k: pytest.fail("built before it was refused"))
-    reason = {"offline": "HF_HUB_OFFLINE is set", "refused": "refused", "silent": "no answer within 0.2 seconds|timed out"}[how]
+    monkeypatch.setattr(
+        open_clip,
+        "create_model_from_pretrained",
+        lambda *a, **k: pytest.fail("built before it was refused"),
+    )
+    reason = {
+        "offline": "HF_HUB_OFFLINE is set",
+        "refused": "refused",
+        "silent": "no answer within 0.2 seconds|timed out",
+    }[how]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
     if how == "silent":  # a server that never answers, as a non-routed address
         monkeypatch.setattr(hub, "PATIENCE", 0.2)
@@ -70,7 +82,10 @@ def test_without_a_network_what_was_named_is_refused_at_once(name, tag, message,
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv4_conv_small_050.e3000_r224_in1k"])
 def test_weights_of_a_backbone_out_of_reach_are_refused_at_once(backbone, monkeypatch, own_cache):
-    monkeypatch.setattr("timm.create_model", lambda *a, create=timm.create_model, pretrained=False, **k: create(*a, **k))
+    monkeypatch.setattr(
+        "timm.create_model",
+        lambda *a, create=timm.create_model, pretrained=False, **k: create(*a, **k),
+    )
     began = time.perf_counter()
     with pytest.raises(ConnectionError, match=f"backbone {backbone}.*pretrained"):
         build_backbone(backbone, 64, pretrained=True)
@@ -101,8 +116,17 @@ def test_a_command_says_so_in_a_line(arguments, capsys):
 def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, monkeypatch):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 20, "width": 32, "heads": 2, "layers": 1}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
-    look = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "resize_mode": "squash"}
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "tiny",
+        {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+    )
+    look = {
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
     tags = {"ours": {"hf_hub": "me/tiny/", "url": "", **look}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
     torch.manual_seed(0)
@@ -119,8 +143,18 @@ def test_cached_weights_need_no_network_and_keep_their_preprocessing(own_cache, 
 def test_a_tag_of_weights_that_were_trained_with_quick_gelu_gets_it(own_cache, monkeypatch):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 20, "width": 32, "heads": 2, "layers": 1}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text})
-    tag = {"hf_hub": "me/tiny/", "url": "", "mean": (0.5,) * 3, "std": (0.5,) * 3, "quick_gelu": True}
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "tiny",
+        {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+    )
+    tag = {
+        "hf_hub": "me/tiny/",
+        "url": "",
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "quick_gelu": True,
+    }
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"ours": tag})
     torch.manual_seed(0)
     clip = open_clip.create_model("tiny", force_quick_gelu=True)
@@ -129,14 +163,20 @@ def test_a_tag_of_weights_that_were_trained_with_quick_gelu_gets_it(own_cache, m
     fill(own_cache, "me/tiny", {"open_clip_model.safetensors": save(clip.state_dict())})
     vl, ids = load_vl_model("tiny", "ours"), open_clip.get_tokenizer("tiny")(["make it red"])
     with torch.no_grad():
-        torch.testing.assert_close(vl.encode_text(["make it red"]), clip.encode_text(ids, normalize=True))
+        torch.testing.assert_close(
+            vl.encode_text(["make it red"]), clip.encode_text(ids, normalize=True)
+        )
         pixels = torch.randn(2, 3, 32, 32)
-        torch.testing.assert_close(vl.encode_pixels(pixels), clip.encode_image(pixels, normalize=True))
+        torch.testing.assert_close(
+            vl.encode_pixels(pixels), clip.encode_image(pixels, normalize=True)
+        )
 
 
 def test_whoever_fetches_a_file_of_weights_by_hand_hears_of_quick_gelu():
     for model, tag in open_clip.list_pretrained():
-        if open_clip.get_pretrained_cfg(model, tag).get("quick_gelu") and not open_clip.get_model_config(model).get("quick_gelu"):
+        if open_clip.get_pretrained_cfg(model, tag).get(
+            "quick_gelu"
+        ) and not open_clip.get_model_config(model).get("quick_gelu"):
             assert open_clip.get_model_config(f"{model}-quickgelu")["quick_gelu"]
     with pytest.raises(ConnectionError, match="pretrained=.*ViT-L-14-quickgelu"):
         load_vl_model("ViT-L-14", "openai")
@@ -146,8 +186,12 @@ def test_whoever_fetches_a_file_of_weights_by_hand_hears_of_quick_gelu():
 
 @pytest.fixture
 def server(vl_folder, monkeypatch):
-    """A hub of one repository, me/model, with a few more files than are needed; what was fetched from it is in its `asked`."""
-    files = {p.name: p.read_bytes() for p in vl_folder.iterdir() if p.name.startswith("open_clip")} | {"README.md": b"x"}
+    """A hub of one repository, me/model, with a few more files than are needed; what was fetched
+    from it is in its `asked`.
+    """
+    files = {
+        p.name: p.read_bytes() for p in vl_folder.iterdir() if p.name.startswith("open_clip")
+    } | {"README.md": b"x"}
     files["open_clip_pytorch_model.bin"] = b"not this one"
     asked: list[str] = []
 
@@ -159,9 +203,18 @@ def server(vl_folder, monkeypatch):
             path = self.path.split("?")[0].strip("/")
             body = files.get(path.rpartition("/")[2])
             if path in ("api/models/me/model", "api/models/me/model/revision/main"):
-                body = json.dumps({"id": "me/model", "sha": "0" * 40, "siblings": [{"rfilename": n} for n in files]}).encode()
+                body = json.dumps(
+                    {
+                        "id": "me/model",
+                        "sha": "0" * 40,
+                        "siblings": [{"rfilename": n} for n in files],
+                    }
+                ).encode()
             elif path.startswith("api/models/me/model/tree"):
-                entries = [{"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in files.items()]
+                entries = [
+                    {"type": "file", "path": n, "size": len(b), "oid": "0"}
+                    for n, b in files.items()
+                ]
                 body = json.dumps(entries).encode()
             elif body is not None and self.command == "GET":
                 asked.append(path.rpartition("/")[2])
@@ -180,7 +233,8 @@ def server(vl_folder, monkeypatch):
     threading.Thread(target=running.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{running.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"  # the client reads its address once, at import
+    # the client reads its address once, at import
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     yield address, asked
     running.shutdown()
@@ -192,17 +246,25 @@ def test_something_that_answers_is_reachable(server):
 
 
 def test_a_hub_repository_in_the_cache_loads_without_a_network(own_cache, vl_folder, monkeypatch):
-    fill(own_cache, "me/model", {p.name: p.read_bytes() for p in vl_folder.iterdir() if p.name.startswith("open_clip")})
+    fill(
+        own_cache,
+        "me/model",
+        {p.name: p.read_bytes() for p in vl_folder.iterdir() if p.name.startswith("open_clip")},
+    )
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
     texts = ["a red circle", "zebra"]
-    assert torch.equal(load_vl_model("hf-hub:me/model").encode_text(texts), load_vl_model(str(vl_folder)).encode_text(texts))
+    assert torch.equal(
+        load_vl_model("hf-hub:me/model").encode_text(texts),
+        load_vl_model(str(vl_folder)).encode_text(texts),
+    )
 
 
 def test_a_hub_repository_is_fetched_once_and_only_what_is_needed(server, vl_folder, own_cache):
     address, asked = server
     texts = ["a red circle", "zebra"]
     first = load_vl_model("hf-hub:me/model").encode_text(texts)
-    assert sorted(asked) == ["open_clip_config.json", "open_clip_model.safetensors"]  # and not the pickled weights
+    # and not the pickled weights
+    assert sorted(asked) == ["open_clip_config.json", "open_clip_model.safetensors"]
     asked.clear()
     assert torch.equal(load_vl_model("hf-hub:me/model").encode_text(texts), first) and asked == []
     assert torch.equal(first, load_vl_model(str(vl_folder)).encode_text(texts))

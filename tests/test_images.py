@@ -1,4 +1,6 @@
-"""Odd image files: each is seen as it should be, or refused with its name. All files are made here."""
+"""Odd image files: each is seen as it should be, or refused with its name. All files are made
+here.
+"""
 
 import random
 import struct
@@ -19,7 +21,13 @@ from isa_lite.support.images import ImageFolder, decode, read_image
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says how large it is and ends where its pixels should begin."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">II", zlib.crc32(body), 9) + b"IDAT"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">II", zlib.crc32(body), 9)
+        + b"IDAT"
+    )
 
 
 @pytest.fixture
@@ -32,7 +40,8 @@ def save(path, array: np.ndarray, **options):
     return path
 
 
-# ------------------------------------------------------------------------------------------- duplicates
+# -------------------------------------------------------------------------------------------
+# duplicates
 
 
 def test_copies_are_counted_and_left_out_or_kept(tmp_path, picture):
@@ -43,7 +52,10 @@ def test_copies_are_counted_and_left_out_or_kept(tmp_path, picture):
     with pytest.warns(UserWarning, match=r"2 of 4 files.*copies.*b\.png.*a copy\.png"):
         folder = ImageFolder(tmp_path)
     assert [p.name for p in folder.files] == ["a copy.png", "c.png"]
-    assert {a.name: b.name for a, b in folder.duplicates.items()} == {"b.png": "a copy.png", "z copy.png": "a copy.png"}
+    assert {a.name: b.name for a, b in folder.duplicates.items()} == {
+        "b.png": "a copy.png",
+        "z copy.png": "a copy.png",
+    }
     with pytest.warns(UserWarning, match="kept 2 of 4 files"):
         kept = ImageFolder(tmp_path, keep_duplicates=True)
     assert len(kept) == 4 and kept.duplicates == folder.duplicates and kept.key != folder.key
@@ -60,18 +72,27 @@ def test_a_broken_file_and_its_copy_are_broken(tmp_path, picture):
 
 
 def test_a_gallery_keeps_every_copy_and_counts_them(tmp_path, picture, vl):
-    files = [save(tmp_path / "a.png", picture), tmp_path / "b.png", save(tmp_path / "c.png", picture[::-1].copy())]
+    files = [
+        save(tmp_path / "a.png", picture),
+        tmp_path / "b.png",
+        save(tmp_path / "c.png", picture[::-1].copy()),
+    ]
     files[1].write_bytes(files[0].read_bytes())
     for _ in range(2):  # computed, and from the cache
         with pytest.warns(UserWarning, match=r"1 of 3 files.*b\.png.*a\.png"):
             found = embed_files(files, vl, tmp_path / "cache", shard=1, progress=False)
-        assert len(found) == 3 and np.allclose(found[0], found[1], atol=1e-6) and not np.allclose(found[0], found[2], atol=1e-5)
+        assert (
+            len(found) == 3
+            and np.allclose(found[0], found[1], atol=1e-6)
+            and not np.allclose(found[0], found[2], atol=1e-5)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed_files(files[1:], vl, tmp_path / "cache", progress=False)
 
 
-# ---------------------------------------------------------------------------------------------- refused
+# ----------------------------------------------------------------------------------------------
+# refused
 
 
 @pytest.mark.parametrize(
@@ -100,7 +121,9 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, picture, vl, data, rea
     assert [w.category for w in seen] == [UserWarning] and folder.files == [good]
 
 
-def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_over(tmp_path, picture):
+def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_over(
+    tmp_path, picture
+):
     (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(ValueError, match=r"phone\.HEIC"):
@@ -115,7 +138,13 @@ def test_kinds_of_pictures_that_pillow_does_not_read_are_counted_and_not_passed_
 def test_every_cut_of_a_file_is_read_or_refused(tmp_path, picture):
     """Whatever a decoder throws, it comes out as the one error that names the file."""
     rng = random.Random(0)
-    for options in ({"format": "PNG"}, {"format": "JPEG"}, {"format": "GIF"}, {"format": "TIFF"}, {"format": "BMP"}):
+    for options in (
+        {"format": "PNG"},
+        {"format": "JPEG"},
+        {"format": "GIF"},
+        {"format": "TIFF"},
+        {"format": "BMP"},
+    ):
         path = tmp_path / "cut"
         save(path, picture, **options)
         whole = path.read_bytes()
@@ -147,24 +176,34 @@ def test_the_limit_is_pillows_and_can_be_raised(tmp_path, picture, monkeypatch):
             assert np.array_equal(np.asarray(read_image(path)), picture)
 
 
-# ------------------------------------------------------------------------------------------ seen rightly
+# ------------------------------------------------------------------------------------------ seen
+# rightly
 
 
 def test_tiny_and_long_pictures_are_embedded(tmp_path, vl):
-    files = [save(tmp_path / f"{w}x{h}.png", np.full((h, w, 3), 77, np.uint8)) for w, h in ((1, 1), (2, 1), (1, 1000), (300, 1))]
+    files = [
+        save(tmp_path / f"{w}x{h}.png", np.full((h, w, 3), 77, np.uint8))
+        for w, h in ((1, 1), (2, 1), (1, 1000), (300, 1))
+    ]
     found = embed_files(files, vl, progress=False)
-    assert found.isfinite().all() and np.allclose(found[0], found[1:], atol=1e-4)  # all are one grey
+    # all are one grey
+    assert found.isfinite().all() and np.allclose(found[0], found[1:], atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "mode, ending", [("P", "png"), ("P", "gif"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("L", "jpg"), ("1", "bmp")]
+    "mode, ending",
+    [("P", "png"), ("P", "gif"), ("CMYK", "jpg"), ("CMYK", "tiff"), ("L", "jpg"), ("1", "bmp")],
 )
 def test_colours_of_other_modes(tmp_path, mode, ending):
     halves = np.zeros((40, 40, 3), np.uint8)
     halves[:, 20:] = 255  # black and white exist in every mode
     Image.fromarray(halves).convert(mode).save(tmp_path / f"a.{ending}")
     seen = np.asarray(read_image(tmp_path / f"a.{ending}"), int)
-    assert seen.shape == (40, 40, 3) and abs(seen[:, :12] - 0).max() < 40 and abs(seen[:, 28:] - 255).max() < 40
+    assert (
+        seen.shape == (40, 40, 3)
+        and abs(seen[:, :12] - 0).max() < 40
+        and abs(seen[:, 28:] - 255).max() < 40
+    )
 
 
 def test_sixteen_bits_are_scaled_however_dark(tmp_path):
@@ -216,7 +255,11 @@ def test_rotated_photographs_stand_upright(tmp_path, picture):
 
 
 def test_odd_metadata_is_no_reason_to_warn_or_refuse(tmp_path, picture):
-    save(tmp_path / "a.jpg", picture, exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 40)
+    save(
+        tmp_path / "a.jpg",
+        picture,
+        exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01" * 40,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(ImageFolder(tmp_path)) == 1
@@ -224,7 +267,9 @@ def test_odd_metadata_is_no_reason_to_warn_or_refuse(tmp_path, picture):
 
 def test_threads_leave_the_filters_of_warnings_alone(tmp_path, vl):
     rng = np.random.default_rng(0)
-    files = [save(tmp_path / f"{i}.png", rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(60)]
+    files = [
+        save(tmp_path / f"{i}.png", rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(60)
+    ]
     with warnings.catch_warnings():
         before = list(warnings.filters)
         embed_files(files, vl, batch_size=1, num_workers=4, progress=False)
@@ -233,11 +278,14 @@ def test_threads_leave_the_filters_of_warnings_alone(tmp_path, vl):
         assert warnings.filters == before
 
 
-# ------------------------------------------------------------------------- one way in, whatever the source
+# ------------------------------------------------------------------------- one way in, whatever the
+# source
 
 
 def odd_files(folder) -> list:
-    """A photograph on its side, transparency of three kinds, palettes, CMYK, 16 and 32 bits, an animation."""
+    """A photograph on its side, transparency of three kinds, palettes, CMYK, 16 and 32 bits, an
+    animation.
+    """
     rng = np.random.default_rng(1)
     noise = Image.fromarray(rng.integers(0, 256, (40, 64, 3), np.uint8))
     exif = Image.Exif()
@@ -255,7 +303,11 @@ def odd_files(folder) -> list:
     Image.fromarray(alpha).save(folder / "alpha.webp")
     Image.fromarray(alpha[..., :2], "LA").save(folder / "la.png")
     ramp = np.arange(40 * 64, dtype=np.uint16).reshape(40, 64) * 25
-    for name, values in (("16.png", ramp), ("32.tif", ramp.astype(np.int32)), ("float.tif", (ramp / 65535).astype(np.float32))):
+    for name, values in (
+        ("16.png", ramp),
+        ("32.tif", ramp.astype(np.int32)),
+        ("float.tif", (ramp / 65535).astype(np.float32)),
+    ):
         Image.fromarray(values).save(folder / name)
     return sorted(folder.iterdir())
 
@@ -265,9 +317,16 @@ def test_a_picture_gives_one_embedding_as_a_file_and_as_an_opened_image(tmp_path
     by_path = embed_files(files, vl, progress=False)
     by_image = vl.encode_images([Image.open(f) for f in files])
     assert len(files) == 14 and np.allclose(by_path, by_image, atol=1e-5)
-    moved = {f.name for f in files if (vl.preprocess(Image.open(f)) - vl.pixels([Image.open(f)])[0]).abs().mean() > 0.1}
-    assert {"turned.jpg", "alpha.png", "16.png"} <= moved  # the tower's own way would see something else
-    assert images_module.images_key([Image.open(f) for f in files]) == images_module.images_key([read_image(f) for f in files])
+    moved = {
+        f.name
+        for f in files
+        if (vl.preprocess(Image.open(f)) - vl.pixels([Image.open(f)])[0]).abs().mean() > 0.1
+    }
+    # the tower's own way would see something else
+    assert {"turned.jpg", "alpha.png", "16.png"} <= moved
+    assert images_module.images_key([Image.open(f) for f in files]) == images_module.images_key(
+        [read_image(f) for f in files]
+    )
 
 
 def test_a_client_without_this_package_reads_every_picture_alike(tmp_path):
@@ -276,14 +335,19 @@ def test_a_client_without_this_package_reads_every_picture_alike(tmp_path):
             assert np.array_equal(client.decode(source), decode(source)), file.name
         assert np.array_equal(client.read_image(file), read_image(file)), file.name
     assert client.FORMATS == images_module.FORMATS
-    assert (client.LONGEST, client.LARGEST_FILE) == (images_module.LONGEST, images_module.LARGEST_FILE)
+    assert (client.LONGEST, client.LARGEST_FILE) == (
+        images_module.LONGEST,
+        images_module.LARGEST_FILE,
+    )
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\nshowpage\n%%EOF\n"
 
 
 @pytest.mark.parametrize("name", ["a.eps", "a.png", "a.jpg"])
-def test_no_other_program_is_started_whatever_a_file_is_called(tmp_path, picture, monkeypatch, name):
+def test_no_other_program_is_started_whatever_a_file_is_called(
+    tmp_path, picture, monkeypatch, name
+):
     def started(*args, **kwargs):
         raise AssertionError("Pillow started another program")
 
@@ -328,7 +392,8 @@ def test_no_message_holds_an_address_in_memory(tmp_path):
         assert "0x" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------- which files
+# ------------------------------------------------------------------------------------------- which
+# files
 
 
 def test_linked_folders_are_followed_without_loops_and_hidden_ones_left_out(tmp_path):
@@ -337,7 +402,11 @@ def test_linked_folders_are_followed_without_loops_and_hidden_ones_left_out(tmp_
     for path in ("inside/a.png", "inside/sub/b.png", "outside/c.png", "outside/deep/d.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         save(tmp_path / path, rng.integers(0, 256, (9, 9, 3), np.uint8))
-    for path in ("inside/.ipynb_checkpoints/a-checkpoint.png", "inside/.hidden/e.png", "inside/._a.png"):
+    for path in (
+        "inside/.ipynb_checkpoints/a-checkpoint.png",
+        "inside/.hidden/e.png",
+        "inside/._a.png",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         save(tmp_path / path, rng.integers(0, 256, (9, 9, 3), np.uint8))
     try:
@@ -353,7 +422,8 @@ def test_linked_folders_are_followed_without_loops_and_hidden_ones_left_out(tmp_
         ImageFolder(inside)
 
 
-# ---------------------------------------------------------------------------------------- what is no list
+# ---------------------------------------------------------------------------------------- what is
+# no list
 
 
 @pytest.mark.slow
@@ -379,14 +449,26 @@ def test_linked_folders_are_followed_without_loops_and_hidden_ones_left_out(tmp_
 )
 def test_what_is_no_list_of_pictures_is_refused(vl, wrong, named):
     encoder = QueryEncoder.for_model(vl, num_tokens=2, width=32, depth=1)
-    for call in (vl.encode_images, vl.pixels, encoder.sentences, encoder.pixels, images_module.images_key):
+    for call in (
+        vl.encode_images,
+        vl.pixels,
+        encoder.sentences,
+        encoder.pixels,
+        images_module.images_key,
+    ):
         with pytest.raises(ValueError, match=named):
             call(wrong)
 
 
 def test_a_folder_is_a_list_of_pictures(tmp_path, vl):
     for i in range(3):
-        save(tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, 256, (30, 40, 3), np.uint8))
+        save(
+            tmp_path / f"{i}.png", np.random.default_rng(i).integers(0, 256, (30, 40, 3), np.uint8)
+        )
     folder = ImageFolder(tmp_path)
-    assert np.allclose(vl.encode_images(folder, batch_size=2), embed_files(folder.files, vl, progress=False), atol=1e-5)
+    assert np.allclose(
+        vl.encode_images(folder, batch_size=2),
+        embed_files(folder.files, vl, progress=False),
+        atol=1e-5,
+    )
     assert [p.size for p in folder[1:]] == [(40, 30)] * 2 and folder[-1].size == (40, 30)

@@ -1,4 +1,6 @@
-"""What a sentence depends on: reads replaced or left out, by hand and on the shipped encoder; covered parts of images."""
+"""What a sentence depends on: reads replaced or left out, by hand and on the shipped encoder;
+covered parts of images.
+"""
 
 import numpy as np
 import pytest
@@ -45,9 +47,12 @@ def test_what_is_changed_and_what_is_not(shipped, bench):
 
         by_hand = {
             "first read: even maps": written(mean + learner.identity, memory),
-            "first read: another image's maps": written(whole.maps[[1, 2, 0]].flatten(2) @ memory + learner.identity, memory),
+            "first read: another image's maps": written(
+                whole.maps[[1, 2, 0]].flatten(2) @ memory + learner.identity, memory
+            ),
             "first read: left out": written(learner.identity.expand(3, -1, -1), memory),
-            # To attend to the mean alone is to attend to every position alike: values are a linear map of what is there.
+            # To attend to the mean alone is to attend to every position alike: values are a linear
+            # map of what is there.
             "second read: even maps": written(picked + learner.identity, mean),
             "second read: left out": written(picked + learner.identity, None),
             "both reads: even maps": written(mean + learner.identity, mean),
@@ -60,7 +65,9 @@ def test_what_is_changed_and_what_is_not(shipped, bench):
 
 @pytest.mark.slow
 def test_both_reads_of_the_shipped_encoder_are_needed(vl, shipped):
-    """R@1 of 250 queries in a gallery of 1200, as first measured: 94.0, 84.4, 83.2, 73.6, and 61.6 without the second read."""
+    """R@1 of 250 queries in a gallery of 1200, as first measured: 94.0, 84.4, 83.2, 73.6, and 61.6
+    without the second read.
+    """
     bench = make_benchmark(250, 1200, 3, vl.image_size)
     gallery = vl.encode_images(bench.images)
     expected = {
@@ -73,8 +80,12 @@ def test_both_reads_of_the_shipped_encoder_are_needed(vl, shipped):
         "both reads: even maps": 32.4,
     }
     changed = sentences_changed(shipped, bench.images[bench.reference])
-    found = {name: recall(benchmark_ranks(bench, compose(vl, t, bench.texts), gallery), 1) for name, t in changed.items()}
-    assert found == pytest.approx(expected, abs=1.3)  # three queries of 250: near ties fall otherwise on other processors
+    found = {
+        name: recall(benchmark_ranks(bench, compose(vl, t, bench.texts), gallery), 1)
+        for name, t in changed.items()
+    }
+    # three queries of 250: near ties fall otherwise on other processors
+    assert found == pytest.approx(expected, abs=1.3)
 
 
 def test_what_has_no_two_reads_is_refused(vl, bench):
@@ -94,12 +105,16 @@ def test_the_named_pixels_and_no_others_are_covered():
     regions[0, 0, 0] = regions[1, 1, 2] = 1  # the upper left cell, and the lower right one
     painted = covered(images, regions, 1 / 6)
     assert np.array_equal(images, kept)
-    for image, before, (rows, columns) in zip(painted, images, (((0, 4), (0, 4)), ((4, 8), (8, 12))), strict=True):
+    for image, before, (rows, columns) in zip(
+        painted, images, (((0, 4), (0, 4)), ((4, 8), (8, 12))), strict=True
+    ):
         changed = (image != before).any(-1)
-        assert 14 <= changed.sum() <= 16  # of 96 pixels, one of which may have had the colour already
+        # of 96 pixels, one of which may have had the colour already
+        assert 14 <= changed.sum() <= 16
         inside = np.zeros((8, 12), bool)
         inside[slice(*rows), slice(*columns)] = True
-        assert (changed & inside).sum() >= 0.7 * changed.sum()  # stretched smoothly, a cell is no sharp square
+        # stretched smoothly, a cell is no sharp square
+        assert (changed & inside).sum() >= 0.7 * changed.sum()
         assert (image[changed] == before.reshape(-1, 3).mean(0).round()).all()
     assert np.array_equal(covered(images, regions, 0), images)
     assert len(np.unique(covered(images, regions, 1)[0].reshape(-1, 3), axis=0)) == 1
@@ -119,19 +134,34 @@ def test_regions_are_means_over_tokens_and_blocks():
     assert torch.allclose(found["both reads"][1], (found["first read"][1] + second) / 2)
     assert torch.equal(found["first read, another image's"][0], found["first read"][1])
     assert (
-        torch.equal(found["random cells"], region_maps(images, reads, seed=1)["random cells"]) and found["random cells"].std() > 0
+        torch.equal(found["random cells"], region_maps(images, reads, seed=1)["random cells"])
+        and found["random cells"].std() > 0
     )
-    assert found["contrast"][0].tolist() == [[0, 0, 10, 0, 0], [0] * 5] and not found["contrast"][1:].any()
+    assert (
+        found["contrast"][0].tolist() == [[0, 0, 10, 0, 0], [0] * 5]
+        and not found["contrast"][1:].any()
+    )
 
 
 def test_a_curve_has_a_value_for_every_share_and_query(vl, shipped, bench):
     images, texts = bench.images[bench.reference[:4]], bench.texts[:4]
     whole = compose(vl, shipped.sentences(images).tokens, texts)
-    regions = {"top": torch.tensor([[1.0], [0.0]]).expand(4, 2, 1), "bottom": torch.tensor([[0.0], [1.0]]).expand(4, 2, 1)}
-    found = cover_curves(shipped, vl, images, texts, regions, (0, 0.25, 1), lambda q: (q * whole).sum(1).numpy())
-    assert {name: values.shape for name, values in found.items()} == {"top": (3, 4), "bottom": (3, 4)}
+    regions = {
+        "top": torch.tensor([[1.0], [0.0]]).expand(4, 2, 1),
+        "bottom": torch.tensor([[0.0], [1.0]]).expand(4, 2, 1),
+    }
+    found = cover_curves(
+        shipped, vl, images, texts, regions, (0, 0.25, 1), lambda q: (q * whole).sum(1).numpy()
+    )
+    assert {name: values.shape for name, values in found.items()} == {
+        "top": (3, 4),
+        "bottom": (3, 4),
+    }
     for values in found.values():
         assert values[0] == pytest.approx(np.ones(4), abs=1e-5) and (values[1] < 1 - 1e-4).any()
-    assert found["top"][2] == pytest.approx(found["bottom"][2], abs=1e-5)  # all of an image is all of it
-    expected = compose(vl, shipped.sentences(interventions.covered(images, regions["top"], 0.25)).tokens, texts)
+    # all of an image is all of it
+    assert found["top"][2] == pytest.approx(found["bottom"][2], abs=1e-5)
+    expected = compose(
+        vl, shipped.sentences(interventions.covered(images, regions["top"], 0.25)).tokens, texts
+    )
     assert found["top"][1] == pytest.approx((expected * whole).sum(1).numpy(), abs=1e-5)

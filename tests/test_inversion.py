@@ -1,4 +1,6 @@
-"""Single-word inversions on the shipped VL model: each learns what it promises, from what it may see."""
+"""Single-word inversions on the shipped VL model: each learns what it promises, from what it may
+see.
+"""
 
 import numpy as np
 import pytest
@@ -7,7 +9,13 @@ from torch.nn.functional import normalize
 
 from isa_lite import prompt
 from isa_lite.methods import inversion
-from isa_lite.methods.inversion import keyword_prompt, lincir_like, optimize_words, pic2word_like, searle_like
+from isa_lite.methods.inversion import (
+    keyword_prompt,
+    lincir_like,
+    optimize_words,
+    pic2word_like,
+    searle_like,
+)
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.world import scenes
 
@@ -33,7 +41,9 @@ def found_by(vl, words, images):
 @pytest.mark.slow
 def test_pic2word_like_learns_to_name_images_and_leaves_the_model_alone(vl, images):
     before = vl.fingerprint
-    short, long = (pic2word_like(vl, images, steps=n, batch_size=64, lr=3e-3, progress=False) for n in (1, 30))
+    short, long = (
+        pic2word_like(vl, images, steps=n, batch_size=64, lr=3e-3, progress=False) for n in (1, 30)
+    )
     assert found_by(vl, short(images), images) < 0.2 < 0.7 < found_by(vl, long(images), images)
     assert vl.fingerprint == before
 
@@ -44,12 +54,25 @@ START = "large red circle"
 def test_a_word_starts_as_the_first_of_the_start_words(vl, images):
     large = vl.word_vectors(torch.tensor(vl.words.ids("large"))).detach()[0]
     made = {
-        "Pic2Word-like": pic2word_like(vl, images, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False)(images),
-        "SEARLE-like": searle_like(
-            vl, images, torch.randn(64, vl.word_width), steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False
+        "Pic2Word-like": pic2word_like(
+            vl, images, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False
         )(images),
-        "LinCIR-like": lincir_like(vl, CAPTIONS, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False)(images),
-        "optimised": optimize_words(vl, images[:4], steps=1, lr=1e-9, start_words=START, progress=False),
+        "SEARLE-like": searle_like(
+            vl,
+            images,
+            torch.randn(64, vl.word_width),
+            steps=1,
+            batch_size=8,
+            lr=1e-9,
+            start_words=START,
+            progress=False,
+        )(images),
+        "LinCIR-like": lincir_like(
+            vl, CAPTIONS, steps=1, batch_size=8, lr=1e-9, start_words=START, progress=False
+        )(images),
+        "optimised": optimize_words(
+            vl, images[:4], steps=1, lr=1e-9, start_words=START, progress=False
+        ),
     }
     for name, words in made.items():
         assert torch.nn.functional.cosine_similarity(words, large, dim=1).min() > 0.9, name
@@ -57,17 +80,29 @@ def test_a_word_starts_as_the_first_of_the_start_words(vl, images):
         pic2word_like(vl, images, steps=1, start_words="red zebra", progress=False)
 
 
-@pytest.mark.parametrize("aid", [{"word_noise": 0.0, "negatives": 0}, {"word_noise": 1.0}, {"negatives": 40}])
+@pytest.mark.parametrize(
+    "aid", [{"word_noise": 0.0, "negatives": 0}, {"word_noise": 1.0}, {"negatives": 40}]
+)
 def test_an_aid_changes_what_is_learned_and_zero_leaves_it_out(vl, images, aid):
     fit = {"steps": 2, "batch_size": 8, "progress": False}
     words = torch.randn(64, vl.word_width, generator=torch.Generator().manual_seed(0))
     learned = {
-        "Pic2Word-like": lambda **aids: pic2word_like(vl, images, **fit, **aids).to_word.direction.weight,
-        "SEARLE-like": lambda **aids: searle_like(vl, images, words, **fit, **aids).to_word.direction.weight,
-        "LinCIR-like": lambda **aids: lincir_like(vl, CAPTIONS, **fit, **aids).to_word.direction.weight,
+        "Pic2Word-like": lambda **aids: (
+            pic2word_like(vl, images, **fit, **aids).to_word.direction.weight
+        ),
+        "SEARLE-like": lambda **aids: (
+            searle_like(vl, images, words, **fit, **aids).to_word.direction.weight
+        ),
+        "LinCIR-like": lambda **aids: (
+            lincir_like(vl, CAPTIONS, **fit, **aids).to_word.direction.weight
+        ),
         "optimised": lambda **aids: optimize_words(vl, images[:4], steps=2, progress=False, **aids),
     }
-    places = {"SEARLE-like": ("negatives",), "LinCIR-like": ("word_noise",), "optimised": ("word_noise",)}
+    places = {
+        "SEARLE-like": ("negatives",),
+        "LinCIR-like": ("word_noise",),
+        "optimised": ("word_noise",),
+    }
     for name, learn in learned.items():
         given = {n: value for n, value in aid.items() if n in places.get(name, aid)}
         if given:
@@ -79,26 +114,42 @@ def test_further_negatives_are_other_images_than_the_batchs(images):
     batch = torch.tensor([3, 60, 7])
     found = inversion._others(rows, batch, 50, 0, 0).flatten().tolist()
     assert len(set(found)) == 50 and not set(found) & {3, 60, 7}
-    assert len(inversion._others(rows, batch, 1000, 0, 0)) == 61 and len(inversion._others(rows, batch, 0, 0, 0)) == 0
+    assert (
+        len(inversion._others(rows, batch, 1000, 0, 0)) == 61
+        and len(inversion._others(rows, batch, 0, 0, 0)) == 0
+    )
 
 
 def test_a_seed_gives_a_mapping(vl, images):
-    a, b, c = (pic2word_like(vl, images, steps=3, batch_size=8, seed=s, progress=False).state_dict() for s in (0, 0, 1))
+    a, b, c = (
+        pic2word_like(vl, images, steps=3, batch_size=8, seed=s, progress=False).state_dict()
+        for s in (0, 0, 1)
+    )
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
 @pytest.mark.slow
 def test_optimized_words_name_their_images_whatever_shares_their_batch(vl, images):
     words = optimize_words(vl, images[:16], steps=30, progress=False)
-    assert torch.allclose(words.norm(dim=1), torch.full((16,), vl.word_norm)) and found_by(vl, words, images[:16]) > 0.8
-    assert torch.allclose(words, optimize_words(vl, images[:16], steps=30, batch_size=7, progress=False), atol=1e-3)
+    assert (
+        torch.allclose(words.norm(dim=1), torch.full((16,), vl.word_norm))
+        and found_by(vl, words, images[:16]) > 0.8
+    )
+    assert torch.allclose(
+        words, optimize_words(vl, images[:16], steps=30, batch_size=7, progress=False), atol=1e-3
+    )
 
 
 def test_gravity_keeps_words_near_real_ones(vl, images):
     known = vl.word_vectors(torch.arange(49408)).detach()
     known = normalize(known[known.norm(dim=1) > 0], dim=1)
     free, held = (
-        (normalize(optimize_words(vl, images[:6], steps=40, gravity=g, progress=False), dim=1) @ known.T).amax(1).mean()
+        (
+            normalize(optimize_words(vl, images[:6], steps=40, gravity=g, progress=False), dim=1)
+            @ known.T
+        )
+        .amax(1)
+        .mean()
         for g in (0.0, 3.0)
     )
     assert held > free + 0.2
@@ -115,7 +166,10 @@ def test_searle_like_guesses_the_given_words(vl, images):
 
 def test_key_words_become_placeholders(vl):
     ids, marks = keyword_prompt(vl, "a photo of two red stars, on grass")
-    kept = [vl.tokenizer.decode([i]).strip() if not mark else "*" for i, mark in zip(ids, marks, strict=True)]
+    kept = [
+        vl.tokenizer.decode([i]).strip() if not mark else "*"
+        for i, mark in zip(ids, marks, strict=True)
+    ]
     assert kept == ["a", "photo", "of", "*", ",", "on", "*"]
 
 
@@ -124,7 +178,8 @@ def test_lincir_like_replaces_the_key_words_of_captions_and_sees_no_image(vl, mo
     for touched in ("encode_images", "encode_pixels", "encode_pixels_and_patches"):
         monkeypatch.setattr(vl, touched, None)
     mapping = lincir_like(vl, CAPTIONS, steps=40, batch_size=32, lr=3e-3, noise=0.2, progress=False)
-    # The keywords of a caption as one pseudo-word made from the caption's embedding: nearest to that caption?
+    # The keywords of a caption as one pseudo-word made from the caption's embedding: nearest to
+    # that caption?
     latent = vl.encode_text(CAPTIONS)
     with torch.no_grad():
         words, found = mapping(latent), []

@@ -42,7 +42,9 @@ def test_the_loss_is_the_error_of_averaged_features_in_standard_deviations():
     for image in range(2):
         for row in range(2):
             for column in range(2):
-                seen = fine[image, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((1, 2))
+                seen = fine[image, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean(
+                    (1, 2)
+                )
                 errors.append((seen - (patches[image, 2 * row + column] - mean) / std) ** 2)
     loss = feature_loss(*(torch.from_numpy(x) for x in (fine, patches, mean, std)))
     assert loss.item() == pytest.approx(np.mean(errors))
@@ -51,7 +53,9 @@ def test_the_loss_is_the_error_of_averaged_features_in_standard_deviations():
 @pytest.mark.slow
 def test_the_features_of_the_large_tower_are_learned(vl, images, tmp_path):
     encoder = fresh(vl)
-    loss, _ = learn_features(images, vl, encoder, BackboneConfig(steps=120, batch_size=32, warmup=10), tmp_path)
+    loss, _ = learn_features(
+        images, vl, encoder, BackboneConfig(steps=120, batch_size=32, warmup=10), tmp_path
+    )
     assert loss < 0.8  # 1: the mean feature, whatever the image
     assert not encoder.backbone.training
 
@@ -76,7 +80,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(vl, images, tmp_path, mon
     monkeypatch.undo()
     again = fresh(vl, seed=1)
     learn_features(images, vl, again, config, tmp_path, state)
-    for (name, a), b in zip(whole.backbone.state_dict().items(), again.backbone.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        whole.backbone.state_dict().items(), again.backbone.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     with pytest.raises(ValueError, match=r"state.safetensors.*config.steps.*7"):
         learn_features(images, vl, again, BackboneConfig(**FEW | {"steps": 7}), tmp_path, state)
@@ -91,7 +97,9 @@ def test_settings_that_cannot_work_are_refused(name):
 @pytest.mark.parametrize("name, value", [("backbone", "resnet18"), ("stride", 32)])
 def test_another_backbone_than_the_encoders_is_refused(vl, images, tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} {value!r}"):
-        learn_features(images, vl, fresh(vl), BackboneConfig(**FEW | {name: value}), tmp_path / "cache")
+        learn_features(
+            images, vl, fresh(vl), BackboneConfig(**FEW | {name: value}), tmp_path / "cache"
+        )
     assert not (tmp_path / "cache").exists()
 
 
@@ -119,22 +127,33 @@ def test_a_query_encoder_starts_from_what_the_command_wrote(vl, images, folder, 
         assert torch.equal(value, stored[name]), name
     record = json.loads((folder / f"{WEIGHTS}.json").read_text())
     assert encoder.config.image_size == record["image_size"] == vl.image_size
-    assert record["config"]["steps"] == 3 and record["loss"] > 0 and record["vl_model"] == vl.fingerprint
+    assert (
+        record["config"]["steps"] == 3
+        and record["loss"] > 0
+        and record["vl_model"] == vl.fingerprint
+    )
     random = fresh(vl).backbone.model.state_dict()
-    assert any(not torch.equal(random[name], value) for name, value in encoder.backbone.model.state_dict().items())
+    assert any(
+        not torch.equal(random[name], value)
+        for name, value in encoder.backbone.model.state_dict().items()
+    )
     encoder.save(tmp_path)  # and is loaded where the folder is not
     config = json.loads((tmp_path / "query_encoder.json").read_text())
     assert config["config"]["backbone_weights"] == str(folder)
     folder.rename(folder.with_name("moved"))
     try:
         loaded = QueryEncoder.load(tmp_path, vl)
-        assert torch.equal(loaded.sentences(images[:2]).tokens, encoder.sentences(images[:2]).tokens)
+        assert torch.equal(
+            loaded.sentences(images[:2]).tokens, encoder.sentences(images[:2]).tokens
+        )
     finally:
         folder.with_name("moved").rename(folder)
 
 
 def test_the_shipped_weights_say_more_than_random_ones(vl, images):
-    """Of what the large tower says about unseen images, a linear layer on the shipped backbone's map explains most."""
+    """Of what the large tower says about unseen images, a linear layer on the shipped backbone's
+    map explains most.
+    """
     with torch.inference_mode():
         wanted = vl.encode_pixels_and_patches(vl.pixels(images))[1].float().flatten(1)  # N x PC
 
@@ -143,8 +162,12 @@ def test_the_shipped_weights_say_more_than_random_ones(vl, images):
             kernel = seen @ seen.T + 1e-2 * seen.square().sum(1).mean() * torch.eye(len(seen))
             train, test = slice(0, 64), slice(64, None)
             centre = wanted[train].mean(0)
-            guess = centre + kernel[test, train] @ torch.linalg.solve(kernel[train, train], wanted[train] - centre)
-            return ((guess - wanted[test]).square().sum() / (centre - wanted[test]).square().sum()).item()
+            guess = centre + kernel[test, train] @ torch.linalg.solve(
+                kernel[train, train], wanted[train] - centre
+            )
+            return (
+                (guess - wanted[test]).square().sum() / (centre - wanted[test]).square().sum()
+            ).item()
 
         assert left(fresh(vl, backbone_weights=SCENES)) < 0.8 * left(fresh(vl))
 
@@ -152,12 +175,18 @@ def test_the_shipped_weights_say_more_than_random_ones(vl, images):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backbone_weights": "scnes"}, "unknown backbone_weights 'scnes': there are 'scenes', 'lite0', and any folder"),
+        (
+            {"backbone_weights": "scnes"},
+            "unknown backbone_weights 'scnes': there are 'scenes', 'lite0', and any folder",
+        ),
         (
             {"backbone": "resnet18", "backbone_weights": SCENES},
             "are the weights of 'mobilenetv4_conv_small_050', but .* 'resnet18'",
         ),
-        ({"backbone": "vl", "backbone_weights": SCENES}, "backbone 'vl' has its own weights; set backbone_weights to ''"),
+        (
+            {"backbone": "vl", "backbone_weights": SCENES},
+            "backbone 'vl' has its own weights; set backbone_weights to ''",
+        ),
         ({"backbone_weights": SCENES, "pretrained": True}, "but pretrained=True asks for others"),
         ({"backbone_weights": SCENES, "stride": 32}, "end before stride 32"),
     ],
@@ -177,10 +206,20 @@ def test_weights_learned_from_another_model_are_refused(vl, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"mean": [0.5, 0.5]}, {"std": [0, 1, 1]}, {"image_size": "96"}, {"backbone": None}, {"image_size": 10**9}], ids=str
+    "change",
+    [
+        {"mean": [0.5, 0.5]},
+        {"std": [0, 1, 1]},
+        {"image_size": "96"},
+        {"backbone": None},
+        {"image_size": 10**9},
+    ],
+    ids=str,
 )
 def test_a_damaged_record_of_weights_is_named(vl, folder, tmp_path, change):
-    (tmp_path / f"{WEIGHTS}.safetensors").write_bytes((folder / f"{WEIGHTS}.safetensors").read_bytes())
+    (tmp_path / f"{WEIGHTS}.safetensors").write_bytes(
+        (folder / f"{WEIGHTS}.safetensors").read_bytes()
+    )
     record = json.loads((folder / f"{WEIGHTS}.json").read_text()) | change
     (tmp_path / f"{WEIGHTS}.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"{WEIGHTS}.json.*{next(iter(change))}"):
@@ -188,7 +227,9 @@ def test_a_damaged_record_of_weights_is_named(vl, folder, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda t: t.fill_(float("nan")), lambda t: t[None], lambda t: t.long()], ids=["nan", "shape", "kind"]
+    "damage",
+    [lambda t: t.fill_(float("nan")), lambda t: t[None], lambda t: t.long()],
+    ids=["nan", "shape", "kind"],
 )
 def test_weights_that_are_damaged_are_named(vl, folder, tmp_path, damage):
     (tmp_path / f"{WEIGHTS}.json").write_bytes((folder / f"{WEIGHTS}.json").read_bytes())

@@ -1,4 +1,6 @@
-"""A folder of the user's own: captions and triplets as people write them, and what is said about those that cannot be used."""
+"""A folder of the user's own: captions and triplets as people write them, and what is said about
+those that cannot be used.
+"""
 
 import difflib
 import json
@@ -16,14 +18,23 @@ from isa_lite.course import figures
 from isa_lite.methods.own_queries import composed, untrained
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.own_data import beside, fingerprint, part, read_captions, read_triplets, unseen_words
+from isa_lite.retrieval.own_data import (
+    beside,
+    fingerprint,
+    part,
+    read_captions,
+    read_triplets,
+    unseen_words,
+)
 from isa_lite.support.images import ImageFolder, images_key
 from isa_lite.world import icons
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four images (one in a subfolder, one with an accent in its name as macOS stores it), and a file that is no image."""
+    """Four images (one in a subfolder, one with an accent in its name as macOS stores it), and a
+    file that is no image.
+    """
     names = ["a.png", "b.png", "sub/c.png", unicodedata.normalize("NFD", "é.png")]
     for i, name in enumerate(names):
         path = tmp_path / "pictures" / name
@@ -41,16 +52,29 @@ def csv(folder: ImageFolder, content: str | bytes):
 
 def captions(folder: ImageFolder, content: str | bytes) -> dict[str, list[str]]:
     said = read_captions(csv(folder, content), folder)
-    return {f.relative_to(folder.folder).as_posix(): c for f, c in zip(folder.files, said, strict=True) if c}
+    return {
+        f.relative_to(folder.folder).as_posix(): c
+        for f, c in zip(folder.files, said, strict=True)
+        if c
+    }
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_any_usual_table_is_read(folder, mark, delimiter, end):
-    rows = [["image", "caption"], ["a.png", "a cat"], ["b.png", '"one, two; three|four\tfive"'], ["sub/c.png", "a dog"]]
+    rows = [
+        ["image", "caption"],
+        ["a.png", "a cat"],
+        ["b.png", '"one, two; three|four\tfive"'],
+        ["sub/c.png", "a dog"],
+    ]
     table = mark + end.join(delimiter.join(row) for row in rows) + end
-    assert captions(folder, table) == {"a.png": ["a cat"], "b.png": ["one, two; three|four five"], "sub/c.png": ["a dog"]}
+    assert captions(folder, table) == {
+        "a.png": ["a cat"],
+        "b.png": ["one, two; three|four five"],
+        "sub/c.png": ["a dog"],
+    }
 
 
 def test_columns_go_by_their_names_and_others_are_ignored(folder):
@@ -80,31 +104,44 @@ def test_any_unicode_is_a_caption_and_so_are_words_that_tables_take_for_gaps(fol
 
 def test_several_captions_an_image_and_a_row_twice(folder):
     table = "image,caption\na.png,a cat\na.png,a red cat\na.png,a  cat \n./b.png,a dog\nsub\\c.png,a cow\n"
-    assert captions(folder, table) == {"a.png": ["a cat", "a red cat"], "b.png": ["a dog"], "sub/c.png": ["a cow"]}
+    assert captions(folder, table) == {
+        "a.png": ["a cat", "a red cat"],
+        "b.png": ["a dog"],
+        "sub/c.png": ["a cow"],
+    }
 
 
 def test_a_name_is_found_whichever_way_its_accent_is_stored(folder):
     for form in ("NFC", "NFD"):
-        (said,) = captions(folder, f"image,caption\n{unicodedata.normalize(form, 'é.png')},x\n").values()
+        (said,) = captions(
+            folder, f"image,caption\n{unicodedata.normalize(form, 'é.png')},x\n"
+        ).values()
         assert said == ["x"]
 
 
 def test_an_absolute_path_inside_the_folder_is_as_good_as_a_relative_one(folder):
-    assert captions(folder, f"image,caption\n{folder.folder.resolve() / 'sub/c.png'},x\n") == {"sub/c.png": ["x"]}
+    assert captions(folder, f"image,caption\n{folder.folder.resolve() / 'sub/c.png'},x\n") == {
+        "sub/c.png": ["x"]
+    }
 
 
 def test_what_is_said_about_a_copy_is_said_about_the_image_that_was_kept(folder):
     (folder.folder / "copy.png").write_bytes(folder.files[0].read_bytes())
     with pytest.warns(UserWarning, match="copies of others"):
         doubled = ImageFolder(folder.folder)
-    assert captions(doubled, "image,caption\na.png,a kite\ncopy.png,a kite\ncopy.png,a ray") == {"a.png": ["a kite", "a ray"]}
+    assert captions(doubled, "image,caption\na.png,a kite\ncopy.png,a kite\ncopy.png,a ray") == {
+        "a.png": ["a kite", "a ray"]
+    }
     entry = {"reference": "copy.png", "modifier": "in red", "targets": ["b.png"]}
     assert triplets(doubled, [entry]).reference.tolist() == [0]
     with pytest.raises(ValueError, match="no target"):
         triplets(doubled, [{**entry, "targets": ["a.png"]}])
     with pytest.warns(UserWarning, match="copies of others"):
         kept = ImageFolder(folder.folder, keep_duplicates=True)
-    assert captions(kept, "image,caption\na.png,a kite\ncopy.png,a ray") == {"a.png": ["a kite"], "copy.png": ["a ray"]}
+    assert captions(kept, "image,caption\na.png,a kite\ncopy.png,a ray") == {
+        "a.png": ["a kite"],
+        "copy.png": ["a ray"],
+    }
 
 
 @pytest.mark.parametrize("mark", ["&lt;end_of_text>", "&amp;lt;end_of_text>", "<start_of_text>"])
@@ -139,7 +176,9 @@ def test_a_caption_cannot_end_or_begin_the_text_in_its_middle(folder, vl, mark):
         ("image,caption\na.png,x\n".encode("utf-16"), "is not UTF-8"),
     ],
 )  # fmt: skip
-def test_a_table_that_cannot_be_used_is_refused_with_its_name_the_row_and_what_to_do(folder, table, message):
+def test_a_table_that_cannot_be_used_is_refused_with_its_name_the_row_and_what_to_do(
+    folder, table, message
+):
     with pytest.raises(ValueError, match=message) as error:
         captions(folder, table)
     assert "captions.csv" in str(error.value)
@@ -171,7 +210,8 @@ def test_a_file_is_found_in_the_folder_before_it_is_found_beside_it(folder):
     assert beside(folder, "captions.csv") == folder.folder / "captions.csv"
 
 
-# ------------------------------------------------------------------------------------------------ triplets
+# ------------------------------------------------------------------------------------------------
+# triplets
 
 
 def triplets(folder: ImageFolder, content):
@@ -180,12 +220,19 @@ def triplets(folder: ImageFolder, content):
     return read_triplets(path, folder)
 
 
-GOOD = {"reference": "a.png", "modifier": " in  blue ", "targets": ["b.png", "sub/c.png", "b.png", "a.png"]}
+GOOD = {
+    "reference": "a.png",
+    "modifier": " in  blue ",
+    "targets": ["b.png", "sub/c.png", "b.png", "a.png"],
+}
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_queries_are_read_and_a_reference_is_never_its_own_answer(folder, mark):
-    found = triplets(folder, mark + json.dumps([GOOD, GOOD | {"reference": "b.png", "targets": ["a.png"], "note": 1}]))
+    found = triplets(
+        folder,
+        mark + json.dumps([GOOD, GOOD | {"reference": "b.png", "targets": ["a.png"], "note": 1}]),
+    )
     names = [f.relative_to(folder.folder).as_posix() for f in folder.files]
     assert len(found) == 2 and found.texts == ["in blue"] * 2
     assert [names[i] for i in found.reference] == ["a.png", "b.png"]
@@ -220,38 +267,64 @@ def test_the_rank_is_that_of_the_best_target_with_the_reference_left_out(folder)
     found = triplets(folder, [GOOD, GOOD | {"targets": ["sub/c.png"]}])  # files sort to a, b, é, c
     order = [f.name for f in folder.files]
     angle = {"a.png": 0.0, "b.png": 0.3, "c.png": 0.2}
-    gallery = torch.tensor([[np.cos(angle.get(n, 0.1)), np.sin(angle.get(n, 0.1))] for n in order], dtype=torch.float32)
+    gallery = torch.tensor(
+        [[np.cos(angle.get(n, 0.1)), np.sin(angle.get(n, 0.1))] for n in order], dtype=torch.float32
+    )
     query = torch.tensor([[1.0, 0.0]] * 2)
-    # By the angle: a (the reference), é (wrong), c, b. In the first query c is the best of two targets.
+    # By the angle: a (the reference), é (wrong), c, b. In the first query c is the best of two
+    # targets.
     assert found.ranks(query, gallery).tolist() == [2, 2]
-    assert triplets(folder, [GOOD | {"targets": ["b.png"]}]).ranks(query[:1], gallery).tolist() == [3]
+    assert triplets(folder, [GOOD | {"targets": ["b.png"]}]).ranks(query[:1], gallery).tolist() == [
+        3
+    ]
 
 
 def test_simple_methods_and_ceilings_are_what_their_words_say(folder, vl):
     found = triplets(folder, [GOOD, GOOD | {"reference": "b.png", "targets": ["sub/c.png"]}])
     gallery = vl.encode_images(list(folder))
-    said = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\nb.png,big dog\nsub/c.png,cow\n"), folder)
+    said = read_captions(
+        csv(folder, "image,caption\na.png,cat\nb.png,dog\nb.png,big dog\nsub/c.png,cow\n"), folder
+    )
     vectors = untrained(found, vl, gallery, said)
     assert torch.equal(vectors["image only"], gallery[found.reference])
     assert torch.allclose(vectors["text only"], vl.encode_text(["in blue"] * 2))
     assert torch.allclose(
-        vectors["image + text"], F.normalize(gallery[found.reference] + vl.encode_text(["in blue"] * 2), dim=-1)
+        vectors["image + text"],
+        F.normalize(gallery[found.reference] + vl.encode_text(["in blue"] * 2), dim=-1),
     )
-    assert torch.allclose(vectors["composition ceiling"], vl.encode_text(["cat, in blue", "dog, in blue"]))
+    assert torch.allclose(
+        vectors["composition ceiling"], vl.encode_text(["cat, in blue", "dog, in blue"])
+    )
     assert torch.allclose(vectors["target ceiling"], vl.encode_text(["dog", "cow"]))
     uncaptioned = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\n"), folder)
-    assert list(untrained(found, vl, gallery, uncaptioned)) == ["image only", "text only", "image + text", "composition ceiling"]
+    assert list(untrained(found, vl, gallery, uncaptioned)) == [
+        "image only",
+        "text only",
+        "image + text",
+        "composition ceiling",
+    ]
     assert list(untrained(found, vl, gallery, None)) == ["image only", "text only", "image + text"]
     found.reference[1] = found.targets[0][1]  # of the references a and c only one has a caption
-    assert list(untrained(found, vl, gallery, uncaptioned)) == ["image only", "text only", "image + text"]
+    assert list(untrained(found, vl, gallery, uncaptioned)) == [
+        "image only",
+        "text only",
+        "image + text",
+    ]
 
 
 def test_a_query_encoder_writes_the_sentence_of_each_querys_own_reference(folder, vl):
-    found = triplets(folder, [GOOD | {"reference": "sub/c.png", "targets": ["a.png"]}, GOOD, GOOD | {"modifier": "red"}])
+    found = triplets(
+        folder,
+        [GOOD | {"reference": "sub/c.png", "targets": ["a.png"]}, GOOD, GOOD | {"modifier": "red"}],
+    )
     encoder = QueryEncoder.for_model(vl, width=32, num_tokens=2).eval()
     template = "{sentence} {modifier}"
     tokens = encoder.sentences([folder[int(i)] for i in found.reference]).tokens
-    assert torch.allclose(composed(found, folder, vl, encoder, template), compose(vl, tokens, found.texts, template), atol=1e-5)
+    assert torch.allclose(
+        composed(found, folder, vl, encoder, template),
+        compose(vl, tokens, found.texts, template),
+        atol=1e-5,
+    )
 
 
 def test_words_that_a_model_has_never_read_are_named(vl):
@@ -272,21 +345,37 @@ def test_a_part_of_a_folder_is_a_folder_with_its_own_key(folder):
 
 def test_the_digest_changes_with_a_caption_and_with_an_image(folder):
     none = [[]] * 4
-    assert fingerprint(folder, none) == fingerprint(folder, none) != fingerprint(folder, [["a"], [], [], []])
+    assert (
+        fingerprint(folder, none)
+        == fingerprint(folder, none)
+        != fingerprint(folder, [["a"], [], [], []])
+    )
     assert fingerprint(folder, none) != fingerprint(part(folder, [1, 0, 2, 3]), none)
 
 
-# ------------------------------------------------------------------------------------------- example, figure
+# -------------------------------------------------------------------------------------------
+# example, figure
 
 
 def test_the_example_folder_is_one_that_a_user_could_have_made(tmp_path):
     folder = icons.write_icons(tmp_path / "x", 120, 30, seed=3, size=32)
     images = ImageFolder(folder / "images")
-    said, queries = read_captions(folder / "captions.csv", images), read_triplets(folder / "triplets.json", images)
-    assert len(images) == 120 and all(said) and len(queries) == 30 and max(map(len, queries.targets)) > 1
+    said, queries = (
+        read_captions(folder / "captions.csv", images),
+        read_triplets(folder / "triplets.json", images),
+    )
+    assert (
+        len(images) == 120
+        and all(said)
+        and len(queries) == 30
+        and max(map(len, queries.targets)) > 1
+    )
     values = {v for values in icons._VALUES.values() for v in values}
     for i, text, targets in zip(queries.reference, queries.texts, queries.targets, strict=True):
-        before, asked = values & set(said[i][0].replace(",", "").split()), values & set(text.split())
+        before, asked = (
+            values & set(said[i][0].replace(",", "").split()),
+            values & set(text.split()),
+        )
         for target in targets:  # one value is exchanged for the one that the words name
             after = values & set(said[target][0].replace(",", "").split())
             assert after - before == asked and len(asked) == 1 and len(before - after) == 1
@@ -302,7 +391,9 @@ def test_a_figure_marks_every_target_of_a_query(folder):
     figure = figures.own_retrieval(folder, found, [0], shown)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "reference" and figure.axes[0].get_xlabel() == "“in blue”"
-    assert [t.endswith("target") for t in titles[1:]] == [int(i) in found.targets[0] for i in shown[0]]
+    assert [t.endswith("target") for t in titles[1:]] == [
+        int(i) in found.targets[0] for i in shown[0]
+    ]
 
 
 def test_of_names_that_differ_in_one_character_the_one_that_begins_alike_is_meant(tmp_path):
@@ -313,7 +404,9 @@ def test_of_names_that_differ_in_one_character_the_one_that_begins_alike_is_mean
         read_captions(tmp_path / "captions.csv", ImageFolder(tmp_path))
 
 
-def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_place_is_no_crash(folder):
+def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_place_is_no_crash(
+    folder,
+):
     Image.new("RGB", (8, 8), "lime").save(folder.folder / "B2.PNG")
     images = ImageFolder(folder.folder)
     with pytest.raises(ValueError, match=r"row 2.*'A\.PNG'.*'a\.png'"):
@@ -322,7 +415,8 @@ def test_a_name_that_differs_in_capitals_alone_is_meant_and_a_caption_in_its_pla
         captions(images, f"image,caption\n{'a red star ' * 40},a.png\n")
 
 
-# -------------------------------------------------------------------------------------------- large folders
+# -------------------------------------------------------------------------------------------- large
+# folders
 
 
 def many(count: int) -> SimpleNamespace:
@@ -332,17 +426,30 @@ def many(count: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda name: name[:-4], lambda name: f"data/{name}", lambda name: name.replace("photo", "phot")]
+    "change",
+    [
+        lambda name: name[:-4],
+        lambda name: f"data/{name}",
+        lambda name: name.replace("photo", "phot"),
+    ],
 )
-def test_thousands_of_names_that_are_nearly_right_are_not_compared_with_all_others(tmp_path, change, monkeypatch):
-    """Five are shown with what was probably meant. Letters are compared for these alone, with a part of the names."""
+def test_thousands_of_names_that_are_nearly_right_are_not_compared_with_all_others(
+    tmp_path, change, monkeypatch
+):
+    """Five are shown with what was probably meant. Letters are compared for these alone, with a
+    part of the names.
+    """
     compared, close = [], difflib.get_close_matches
     monkeypatch.setattr(
-        difflib, "get_close_matches", lambda word, known, **k: compared.append(len(known)) or close(word, known, **k)
+        difflib,
+        "get_close_matches",
+        lambda word, known, **k: compared.append(len(known)) or close(word, known, **k),
     )
     images = many(5000)
     names = [change(f.relative_to("pictures").as_posix()) for f in images.files[:3000]]
-    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a cat\n" for name in names))
+    (tmp_path / "captions.csv").write_text(
+        "image,caption\n" + "".join(f"{name},a cat\n" for name in names)
+    )
     entries = [{"reference": name, "modifier": "in red", "targets": [name]} for name in names]
     (tmp_path / "triplets.json").write_text(json.dumps(entries))
     for read, file in ((read_captions, "captions.csv"), (read_triplets, "triplets.json")):

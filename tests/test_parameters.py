@@ -60,7 +60,13 @@ def test_a_missing_parameter_is_named():
 def test_a_notebook_may_be_run_again_in_the_same_kernel():
     left = {"p": check(GOOD, **RULES), "number_of_steps": 3, "step": 2}  # by its own cells
     cell = "steps: int = 9  # so many\nsmoke: bool = False"
-    ran = ["%matplotlib inline", "steps: int = 5\nsmoke: bool = False", "step = 2", cell, "number_of_steps = 3"]
+    ran = [
+        "%matplotlib inline",
+        "steps: int = 5\nsmoke: bool = False",
+        "step = 2",
+        cell,
+        "number_of_steps = 3",
+    ]
     assert check(GOOD | left | {"steps": 9, "In": ran}, **RULES).steps == 9
     for wrong in ("stesp: int = 9", "stesp = 9"):
         ran = [cell, "step = 2", f"smoke: bool = False\n{wrong}"]
@@ -70,7 +76,9 @@ def test_a_notebook_may_be_run_again_in_the_same_kernel():
         check(GOOD | left | {"steps": 0, "In": ran}, **RULES)
 
 
-PARAMETERS = "steps: int = 5  # so many\nweight: float = 0.5\nsmoke: bool = False\ndevice: str = 'cpu'"
+PARAMETERS = (
+    "steps: int = 5  # so many\nweight: float = 0.5\nsmoke: bool = False\ndevice: str = 'cpu'"
+)
 
 
 def test_variables_of_a_startup_file_and_paths_of_papermill_are_no_parameters():
@@ -128,7 +136,10 @@ def test_where_results_go_can_be_made(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, FileNotFoundError, ConnectionError, ImportError])
 def test_what_goes_wrong_with_a_parameter_names_it(error):
-    with pytest.raises(error, match="^parameters 'vl_model', 'pretrained': gone"), naming("vl_model", "pretrained"):
+    with (
+        pytest.raises(error, match="^parameters 'vl_model', 'pretrained': gone"),
+        naming("vl_model", "pretrained"),
+    ):
         raise error("gone")
     with pytest.raises(ValueError, match="^parameter 'out_dir': .*full"), naming("out_dir"):
         raise OSError(28, "disk is full")
@@ -140,11 +151,17 @@ def some(count: int, where=None, more=()):
 
 
 def test_a_checked_function_takes_what_keeps_the_rules():
-    assert some(2) == (2, None, ()) and some(count=np.int64(3), where=Path("x"), more="y") == (3, Path("x"), "y")
+    assert some(2) == (2, None, ()) and some(count=np.int64(3), where=Path("x"), more="y") == (
+        3,
+        Path("x"),
+        "y",
+    )
 
 
 @pytest.mark.parametrize(
-    "name, value", [("count", v) for v in (0, 1.5, True, "2", None)] + [("where", v) for v in ("", 3, "a\0b", b"", [])]
+    "name, value",
+    [("count", v) for v in (0, 1.5, True, "2", None)]
+    + [("where", v) for v in ("", 3, "a\0b", b"", [])],
 )
 def test_a_checked_function_names_itself_and_the_parameter(name, value):
     with pytest.raises(ValueError, match=f"some.*{name}"):

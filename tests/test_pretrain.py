@@ -8,17 +8,40 @@ import torch
 
 from isa_lite.experiments import cards
 from isa_lite.models.vl_model import load_vl_model
-from isa_lite.pretraining.towers import PretrainConfig, SceneBatches, contrastive_loss, export, train_matcher, train_towers
+from isa_lite.pretraining.towers import (
+    PretrainConfig,
+    SceneBatches,
+    contrastive_loss,
+    export,
+    train_matcher,
+    train_towers,
+)
 from isa_lite.support import training
 from isa_lite.support.settings import DATA, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER
 from isa_lite.world import scenes
 
-TINY = {"image_size": 32, "embed_dim": 16, "vision_width": 4, "text_width": 32, "text_layers": 1, "context_length": 77}
+TINY = {
+    "image_size": 32,
+    "embed_dim": 16,
+    "vision_width": 4,
+    "text_width": 32,
+    "text_layers": 1,
+    "context_length": 77,
+}
 
 
 def tiny(**settings) -> PretrainConfig:
     return PretrainConfig(
-        **TINY | {"steps": 3, "matching_steps": 2, "families": 2, "singles": 3, "num_workers": 0, "warmup": 1} | settings
+        **TINY
+        | {
+            "steps": 3,
+            "matching_steps": 2,
+            "families": 2,
+            "singles": 3,
+            "num_workers": 0,
+            "warmup": 1,
+        }
+        | settings
     )
 
 
@@ -59,13 +82,17 @@ def test_contrastive_loss_against_loops():
         others = [np.exp(logits[n][o]) for n in range(5) if owner[n] != o or n == m]
         to_text.append(-logits[m][o] + np.log(sum(others)))
     expected = (np.mean(to_image) + np.mean(to_text)) / 2
-    assert float(contrastive_loss(images, texts, owner, torch.tensor(7.0))) == pytest.approx(expected, abs=1e-5)
+    assert float(contrastive_loss(images, texts, owner, torch.tensor(7.0))) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_batches_are_a_function_of_seed_and_number_and_never_show_a_held_out_pair(monkeypatch):
     drawn: list[scenes.Scene] = []
     render_many = scenes.render_many
-    monkeypatch.setattr(scenes, "render_many", lambda s, *rest: drawn.extend(s) or render_many(s, *rest))
+    monkeypatch.setattr(
+        scenes, "render_many", lambda s, *rest: drawn.extend(s) or render_many(s, *rest)
+    )
     config = tiny(families=10)
     images, texts, owner = SceneBatches(config, 1, 4, 9)[2]
     again = SceneBatches(config, 1, 6, 9)[0]  # number 6, from another start
@@ -80,8 +107,25 @@ def test_batches_are_a_function_of_seed_and_number_and_never_show_a_held_out_pai
 
 def test_a_caption_of_change_ends_in_the_words_of_an_edit():
     images, texts, owner = SceneBatches(tiny(), 1)[0]
-    changes = [t for i, t in enumerate(texts) if owner.count(owner[i]) == 2 and (i > 0 and owner[i - 1] == owner[i])]
-    verbs = ("make", "change", "now", "move", "put", "add", "with", "there is also", "remove", "without", "take away", "instead")
+    changes = [
+        t
+        for i, t in enumerate(texts)
+        if owner.count(owner[i]) == 2 and (i > 0 and owner[i - 1] == owner[i])
+    ]
+    verbs = (
+        "make",
+        "change",
+        "now",
+        "move",
+        "put",
+        "add",
+        "with",
+        "there is also",
+        "remove",
+        "without",
+        "take away",
+        "instead",
+    )
     assert len(changes) == 6 and all(any(v in t for v in verbs) for t in changes)
 
 
@@ -118,23 +162,36 @@ def test_what_is_exported_loads_with_open_clips_own_loader(tmp_path):
     theirs = torch.nn.functional.normalize(clip.eval().encode_text(tokenizer([text])), dim=-1)
     loaded = load_vl_model(str(tmp_path))
     assert torch.allclose(loaded.encode_text([text]), theirs, atol=1e-5)
-    assert torch.allclose(loaded.encode_text([text]), vl.encode_text([text]), atol=5e-3)  # stored as float16
+    # stored as float16
+    assert torch.allclose(loaded.encode_text([text]), vl.encode_text([text]), atol=5e-3)
     image = scenes.render(scenes.sample_scenes(1, 0)[0], size=32)
     theirs = torch.nn.functional.normalize(clip.encode_image(preprocess(image)[None]), dim=-1)
     assert torch.allclose(loaded.encode_images([image]), theirs, atol=1e-5)
-    assert json.loads((tmp_path / "matching_encoder.json").read_text())["patches"] == loaded.matcher.patch_position.shape[0]
+    assert (
+        json.loads((tmp_path / "matching_encoder.json").read_text())["patches"]
+        == loaded.matcher.patch_position.shape[0]
+    )
     unseen = open_clip.tokenize(["zebra"])[0, 1]
     assert clip.token_embedding.weight[unseen].norm() == 0  # a word that training never met
 
 
-CARDS = {SCENES_CLIP: "training.json", SCENES_BACKBONE: "backbone.json", SCENES_ENCODER: "query_encoder.json"}
+CARDS = {
+    SCENES_CLIP: "training.json",
+    SCENES_BACKBONE: "backbone.json",
+    SCENES_ENCODER: "query_encoder.json",
+}
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_damaged_record_of_a_training_is_named_before_anything_is_measured(tmp_path, monkeypatch, name):
+def test_a_damaged_record_of_a_training_is_named_before_anything_is_measured(
+    tmp_path, monkeypatch, name
+):
     monkeypatch.setattr(cards, "measure", lambda *_: pytest.fail("measured"))
     folder = shutil.copytree(DATA / name, tmp_path / name)
     (folder / CARDS[name]).write_text("{}")
-    make = {SCENES_CLIP: lambda: cards.vl_card(folder, None), SCENES_BACKBONE: lambda: cards.backbone_card(folder)}
+    make = {
+        SCENES_CLIP: lambda: cards.vl_card(folder, None),
+        SCENES_BACKBONE: lambda: cards.backbone_card(folder),
+    }
     with pytest.raises(ValueError, match=CARDS[name]):
         make.get(name, lambda: cards.encoder_card(folder, None, None))()

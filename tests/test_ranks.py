@@ -1,4 +1,6 @@
-"""Several processes make the run of one: the same losses, the same targets, the same query encoder, and files written once."""
+"""Several processes make the run of one: the same losses, the same targets, the same query encoder,
+and files written once.
+"""
 
 import json
 import os
@@ -33,13 +35,36 @@ def folder(tmp_path) -> Path:
 
 
 def arguments(folder: Path, vl: Path, out: str) -> list[str]:
-    return ["--images", str(folder / "images"), "--out", str(folder / out), "--vl-model", str(vl), *SETTINGS.split()]
+    return [
+        "--images",
+        str(folder / "images"),
+        "--out",
+        str(folder / out),
+        "--vl-model",
+        str(vl),
+        *SETTINGS.split(),
+    ]
 
 
 def torchrun(processes: int, *given: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, "-m", "isa_lite", "distill", *given], env=environment, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(isa_lite.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [*command, "-m", "isa_lite", "distill", *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -67,15 +92,24 @@ def test_two_processes_make_the_run_of_one(folder, vl_folder, matching, capsys):
 
     vl = load_vl_model(str(vl_folder))
     images = render_many(sample_scenes(6, 1), range(6), 64)
-    a, b = (QueryEncoder.load(folder / name, vl).sentences(images).tokens for name in ("one", "two"))
-    before = QueryEncoder.for_model(vl, backbone="test_convnext", num_tokens=3, width=32, depth=1).sentences(images).tokens
+    a, b = (
+        QueryEncoder.load(folder / name, vl).sentences(images).tokens for name in ("one", "two")
+    )
+    before = (
+        QueryEncoder.for_model(vl, backbone="test_convnext", num_tokens=3, width=32, depth=1)
+        .sentences(images)
+        .tokens
+    )
     assert (a - b).abs().max() < 0.02 * (a - before).abs().max()
     info = json.loads((folder / "two" / "query_encoder.json").read_text())["info"]
     assert info["processes"] == 2 and info["images"] == 21 and info["config"]["batch_size"] == 8
 
 
 def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
-    images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
+    images, encoder = (
+        render_many(sample_scenes(20, 0), range(20), 64),
+        QueryEncoder.for_model(vl, num_tokens=2),
+    )
     config = distill.DistillConfig(steps=1, batch_size=8, validation=4)
     monkeypatch.setattr(distributed, "count", lambda: 3)
     with pytest.raises(ValueError, match="batch_size 8.*multiple of 3"):
@@ -88,8 +122,13 @@ def test_what_several_processes_cannot_share_is_refused(vl, monkeypatch):
         distill.distill(images, vl, encoder, config, progress=False)
 
 
-def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, monkeypatch, tmp_path):
-    images, encoder = render_many(sample_scenes(20, 0), range(20), 64), QueryEncoder.for_model(vl, num_tokens=2)
+def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(
+    vl, monkeypatch, tmp_path
+):
+    images, encoder = (
+        render_many(sample_scenes(20, 0), range(20), 64),
+        QueryEncoder.for_model(vl, num_tokens=2),
+    )
     config = distill.DistillConfig(steps=2, batch_size=8, validation=4)
     distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
 
@@ -108,10 +147,16 @@ def test_processes_that_see_other_files_stop_and_do_not_wait_for_each_other(vl, 
         distill.distill(images, vl, encoder, config, tmp_path, tmp_path / "state", progress=False)
 
 
-def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_the_others(monkeypatch):
+def test_a_process_without_a_gpu_is_told_and_one_that_fails_does_not_wait_for_the_others(
+    monkeypatch,
+):
     said = []
-    monkeypatch.setattr(distributed.distributed, "init_process_group", lambda _: said.append("joined"))
-    monkeypatch.setattr(distributed.distributed, "destroy_process_group", lambda: said.append("left"))
+    monkeypatch.setattr(
+        distributed.distributed, "init_process_group", lambda _: said.append("joined")
+    )
+    monkeypatch.setattr(
+        distributed.distributed, "destroy_process_group", lambda: said.append("left")
+    )
     monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")

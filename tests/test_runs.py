@@ -1,4 +1,6 @@
-"""Long runs: one process works on a state at a time; what is saved when; Ctrl-C and SIGTERM lose nothing."""
+"""Long runs: one process works on a state at a time; what is saved when; Ctrl-C and SIGTERM lose
+nothing.
+"""
 
 import os
 import signal
@@ -23,7 +25,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1]
 def other_process(code: str, *given) -> subprocess.Popen:
     """A process that says a line when it is ready, and then waits for its end."""
     command = [sys.executable, "-c", code, *map(str, given)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline().strip() == "ready"
     return process
 
@@ -63,7 +67,9 @@ def test_minutes_that_cannot_work_are_named(tmp_path, minutes):
         Keeper(tmp_path / "a", minutes)
 
 
-@pytest.mark.parametrize("minutes, saved", [(0, [0, 1, 2, 3]), (5, [0, 3]), (1e-9, [0, 1, 2, 3]), (float("inf"), [0, 3])])
+@pytest.mark.parametrize(
+    "minutes, saved", [(0, [0, 1, 2, 3]), (5, [0, 3]), (1e-9, [0, 1, 2, 3]), (float("inf"), [0, 3])]
+)
 def test_a_state_is_saved_at_the_start_by_time_and_at_the_end(tmp_path, minutes, saved):
     found = []
     with Keeper(tmp_path / "a", minutes) as keeper:
@@ -115,7 +121,8 @@ def test_signals_are_as_before_behind_an_error(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# --------------------------------------------------------------------------------------------- the state
+# --------------------------------------------------------------------------------------------- the
+# state
 
 
 def model(seed: int = 0) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
@@ -136,7 +143,12 @@ def train(modules, optimizer, start: int, stop: int) -> None:
 def state(tmp_path) -> Path:
     modules, optimizer = model()
     train(modules, optimizer, 0, 3)
-    save_run(tmp_path / "s", modules, optimizer, {"identity": {"config": {"lr": 0.1, "seed": 0}}, "step": 3})
+    save_run(
+        tmp_path / "s",
+        modules,
+        optimizer,
+        {"identity": {"config": {"lr": 0.1, "seed": 0}}, "step": 3},
+    )
     return tmp_path / "s"
 
 
@@ -149,7 +161,9 @@ def test_a_run_that_was_saved_goes_on_to_the_same_bits(state):
     again = model(seed=9)
     assert resume_run(state, *again, SAME, 6)["step"] == 3
     train(*again, 3, 6)
-    for a, b in zip(whole[0]["net"].state_dict().values(), again[0]["net"].state_dict().values(), strict=True):
+    for a, b in zip(
+        whole[0]["net"].state_dict().values(), again[0]["net"].state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -185,10 +199,16 @@ def test_a_state_with_damaged_tensors_is_named_and_nothing_is_loaded(state, how)
     before = {k: v.clone() for k, v in modules["net"].state_dict().items()}
     with pytest.raises(ValueError, match=state.name):
         resume_run(state, modules, optimizer, SAME, 6)
-    assert all(torch.equal(v, before[k]) for k, v in modules["net"].state_dict().items()) and not optimizer.state
+    assert (
+        all(torch.equal(v, before[k]) for k, v in modules["net"].state_dict().items())
+        and not optimizer.state
+    )
 
 
-@pytest.mark.parametrize("info", [{}, {"identity": []}, {"step": 3}, *({"step": s} for s in (-1, 7, "3", None, True, 2.5))])
+@pytest.mark.parametrize(
+    "info",
+    [{}, {"identity": []}, {"step": 3}, *({"step": s} for s in (-1, 7, "3", None, True, 2.5))],
+)
 def test_a_state_with_damaged_info_is_named(state, info):
     tensors, whole = read_tensors(state)
     write_tensors(state, tensors, ({} if info in ({}, {"step": 3}) else whole) | info)
@@ -196,7 +216,8 @@ def test_a_state_with_damaged_info_is_named(state, info):
         resume_run(state, *model(), SAME, 6)
 
 
-# ------------------------------------------------------------------------------------------ a whole training
+# ------------------------------------------------------------------------------------------ a whole
+# training
 
 
 CHILD = """
@@ -222,11 +243,14 @@ def test_a_distillation_that_is_stopped_in_its_first_steps_and_taken_up_again_eq
 
     images = render_many(sample_scenes(20, 0), range(20), 64)
     np.save(tmp_path / "images.npy", images)
-    process = other_process(CHILD, Path(__file__).parent, vl_folder, tmp_path, torch.get_num_threads())
+    process = other_process(
+        CHILD, Path(__file__).parent, vl_folder, tmp_path, torch.get_num_threads()
+    )
     run = tmp_path / "run.safetensors"
     while not run.exists() and process.poll() is None:
         time.sleep(0.05)
-    with pytest.raises(ValueError, match=str(process.pid)), Keeper(run):  # nobody else may work on it meanwhile
+    # nobody else may work on it meanwhile
+    with pytest.raises(ValueError, match=str(process.pid)), Keeper(run):
         pass
     time.sleep(0.5)
     process.send_signal(number)

@@ -26,7 +26,8 @@ from isa_lite.world import scenes
 
 
 def test_attention_on_objects_by_hand():
-    maps = torch.tensor([[[0.5, 0.25], [0.25, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])  # two tokens on 2 x 2 cells
+    # two tokens on 2 x 2 cells
+    maps = torch.tensor([[[0.5, 0.25], [0.25, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
     masks = np.zeros((2, 4, 4), bool)
     masks[0, :2, :2] = True  # all of the first cell
     masks[1, 2:, 3:] = True  # half of the last
@@ -44,8 +45,12 @@ def test_attention_on_objects_against_a_loop_over_pixels():
     spread = maps.repeat_interleave(16, 1).repeat_interleave(16, 2) / 256
     for token in range(3):
         for n, mask in enumerate(masks):
-            by_pixel = sum(float(spread[token, y, x]) for y, x in zip(*np.nonzero(mask), strict=True))
-            assert object_attention(maps, masks)[token, n].item() == pytest.approx(by_pixel, rel=1e-4)
+            by_pixel = sum(
+                float(spread[token, y, x]) for y, x in zip(*np.nonzero(mask), strict=True)
+            )
+            assert object_attention(maps, masks)[token, n].item() == pytest.approx(
+                by_pixel, rel=1e-4
+            )
 
 
 def test_even_attention_scores_one():
@@ -74,8 +79,11 @@ def test_the_nearest_word_of_a_word_is_itself():
 def test_words_that_the_model_never_met_are_nearest_to_nothing():
     vl = load_vl_model()
     table = vl.word_vectors(torch.arange(49408)).detach()
-    met = {vl.tokenizer.decode([int(i)]).strip() for i in (table.norm(dim=1) > 0).nonzero().flatten()}
-    away = -normalize(table[table.norm(dim=1) > 0], dim=1).mean(0)  # below zero with most words; a zero vector would win
+    met = {
+        vl.tokenizer.decode([int(i)]).strip() for i in (table.norm(dim=1) > 0).nonzero().flatten()
+    }
+    # below zero with most words; a zero vector would win
+    away = -normalize(table[table.norm(dim=1) > 0], dim=1).mean(0)
     assert all(word in met for word, _ in nearest_words(vl, away[None], k=len(met) // 2)[0])
 
 
@@ -87,49 +95,119 @@ def test_deleting_a_token_takes_that_token_out():
     found = ranks_without(bench, vl, tokens, gallery)
     assert sorted(found) == [-1, 0, 1, 2]
     for i, kept in ((-1, tokens), (1, torch.stack([tokens[:, 0], tokens[:, 2]], 1))):
-        assert np.array_equal(found[i], benchmark_ranks(bench, compose(vl, kept, bench.texts), gallery))
+        assert np.array_equal(
+            found[i], benchmark_ranks(bench, compose(vl, kept, bench.texts), gallery)
+        )
     with pytest.raises(ValueError, match="a sentence of one token"):
         ranks_without(bench, vl, tokens[:, :1], gallery)
 
 
 def test_what_the_nearest_words_name():
     vl = load_vl_model()
-    say = [["red", "white", "large"], ["checkered", "left", "heart"]]  # two sentences of three tokens
-    tokens = torch.stack([torch.stack([vl.word_vectors(torch.tensor(vl.tokenizer.encode(w)[:1]))[0] for w in s]) for s in say])
+    # two sentences of three tokens
+    say = [["red", "white", "large"], ["checkered", "left", "heart"]]
+    tokens = torch.stack(
+        [
+            torch.stack([vl.word_vectors(torch.tensor(vl.tokenizer.encode(w)[:1]))[0] for w in s])
+            for s in say
+        ]
+    )
     kinds = word_kinds(vl, tokens.detach())
-    assert kinds.loc["token 1"].to_dict() == {"background": 50, "style": 0, "color": 50, "shape": 0, "place": 0, "other": 0}
-    assert kinds.loc["token 2"].to_dict() == {"background": 50, "style": 0, "color": 0, "shape": 0, "place": 50, "other": 0}
-    assert kinds.loc["token 3"].to_dict() == {"background": 0, "style": 0, "color": 0, "shape": 50, "place": 0, "other": 50}
+    assert kinds.loc["token 1"].to_dict() == {
+        "background": 50,
+        "style": 0,
+        "color": 50,
+        "shape": 0,
+        "place": 0,
+        "other": 0,
+    }
+    assert kinds.loc["token 2"].to_dict() == {
+        "background": 50,
+        "style": 0,
+        "color": 0,
+        "shape": 0,
+        "place": 50,
+        "other": 0,
+    }
+    assert kinds.loc["token 3"].to_dict() == {
+        "background": 0,
+        "style": 0,
+        "color": 0,
+        "shape": 50,
+        "place": 0,
+        "other": 50,
+    }
 
 
 def test_whether_the_nearest_words_are_true_by_hand():
     vl = load_vl_model()
     one = scenes.Scene((scenes.Object(0, "star", "red", "small"),), "white", "flat")
-    two = scenes.Scene((scenes.Object(1, "heart", "red", "small"), scenes.Object(5, "moon", "blue", "large")), "sand", "flat")
-    say = [["red", "heart", "left", "large"], ["green", "moon", "left", "sand"]]  # "left" is true of the top left only
-    tokens = torch.stack([torch.cat([vl.word_vectors(torch.tensor(vl.words.ids(w))) for w in words]) for words in say]).detach()
+    two = scenes.Scene(
+        (scenes.Object(1, "heart", "red", "small"), scenes.Object(5, "moon", "blue", "large")),
+        "sand",
+        "flat",
+    )
+    # "left" is true of the top left only
+    say = [["red", "heart", "left", "large"], ["green", "moon", "left", "sand"]]
+    tokens = torch.stack(
+        [
+            torch.cat([vl.word_vectors(torch.tensor(vl.words.ids(w))) for w in words])
+            for words in say
+        ]
+    ).detach()
     table = word_truth(vl, tokens, [one, two])
-    # red: of both scenes; green: of none. heart: of the next scene only; moon: of its own only. Sizes are of no kind.
-    assert table["words"].to_dict() == {"background": 1, "style": 0, "color": 2, "shape": 2, "place": 2}
-    assert table["true, %"].drop("style").to_dict() == {"background": 100, "color": 50, "shape": 50, "place": 50}
-    assert table["true of the next image, %"].drop("style").to_dict() == {"background": 0, "color": 50, "shape": 50, "place": 50}
+    # red: of both scenes; green: of none. heart: of the next scene only; moon: of its own only.
+    # Sizes are of no kind.
+    assert table["words"].to_dict() == {
+        "background": 1,
+        "style": 0,
+        "color": 2,
+        "shape": 2,
+        "place": 2,
+    }
+    assert table["true, %"].drop("style").to_dict() == {
+        "background": 100,
+        "color": 50,
+        "shape": 50,
+        "place": 50,
+    }
+    assert table["true of the next image, %"].drop("style").to_dict() == {
+        "background": 0,
+        "color": 50,
+        "shape": 50,
+        "place": 50,
+    }
     with pytest.raises(ValueError, match="2 sentences but 1 scenes"):
         word_truth(vl, tokens, [one])
 
 
 def test_what_an_answer_kept_and_followed_by_hand():
     star = scenes.Object(0, "star", "red", "small")
-    blue, large = (scenes.Object(0, "star", color, size) for color, size in (("blue", "small"), ("red", "large")))
-    reference, target = scenes.Scene((star,), "white", "flat"), scenes.Scene((blue,), "white", "flat")
+    blue, large = (
+        scenes.Object(0, "star", color, size)
+        for color, size in (("blue", "small"), ("red", "large"))
+    )
+    reference, target = (
+        scenes.Scene((star,), "white", "flat"),
+        scenes.Scene((blue,), "white", "flat"),
+    )
     assert kept_and_followed(reference, target, target) == (1, 1)
     assert kept_and_followed(reference, target, reference) == (1, 0)
     # the size, which the two share, is another; the colour is the old one
-    assert kept_and_followed(reference, target, scenes.Scene((large,), "white", "flat")) == (3 / 4, 0)
+    assert kept_and_followed(reference, target, scenes.Scene((large,), "white", "flat")) == (
+        3 / 4,
+        0,
+    )
     # neither the old colour nor the new one: half of the change, red is gone and blue is not there
     green = scenes.Object(0, "star", "green", "small")
-    assert kept_and_followed(reference, target, scenes.Scene((green,), "white", "flat")) == (1, 1 / 2)
+    assert kept_and_followed(reference, target, scenes.Scene((green,), "white", "flat")) == (
+        1,
+        1 / 2,
+    )
     empty = scenes.Scene((), "white", "flat")
-    assert kept_and_followed(reference, empty, empty) == (1, 1) and kept_and_followed(reference, empty, reference) == (1, 0)
+    assert kept_and_followed(reference, empty, empty) == (1, 1) and kept_and_followed(
+        reference, empty, reference
+    ) == (1, 0)
 
 
 def test_a_moved_token_goes_to_the_farther_end_and_the_others_keep_their_order():
@@ -142,9 +220,15 @@ def test_sentences_are_ranked_in_the_order_that_is_asked_for():
     gallery = vl.encode_images(bench.images)
     torch.manual_seed(0)
     tokens = torch.randn(8, 3, vl.word_width) * vl.word_norm / vl.word_width**0.5
-    found = ranks_rearranged(bench, vl, tokens, gallery, {"as written": [0, 1, 2], "reversed": [2, 1, 0]})
-    assert np.array_equal(found["reversed"], benchmark_ranks(bench, compose(vl, tokens.flip(1), bench.texts), gallery))
-    assert np.array_equal(found["as written"], benchmark_ranks(bench, compose(vl, tokens, bench.texts), gallery))
+    found = ranks_rearranged(
+        bench, vl, tokens, gallery, {"as written": [0, 1, 2], "reversed": [2, 1, 0]}
+    )
+    assert np.array_equal(
+        found["reversed"], benchmark_ranks(bench, compose(vl, tokens.flip(1), bench.texts), gallery)
+    )
+    assert np.array_equal(
+        found["as written"], benchmark_ranks(bench, compose(vl, tokens, bench.texts), gallery)
+    )
     assert not np.array_equal(found["reversed"], found["as written"])
 
 

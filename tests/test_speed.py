@@ -1,4 +1,6 @@
-"""What was made cheaper gives the same: attention, the text tower's short cuts, LAR on a share of a batch; and dtypes."""
+"""What was made cheaper gives the same: attention, the text tower's short cuts, LAR on a share of a
+batch; and dtypes.
+"""
 
 import os
 import platform
@@ -51,9 +53,14 @@ def test_embeddings_alone_and_with_what_lar_reads_are_the_same_with_their_gradie
         found.append((query.detach(), leaf.grad))
     for query, gradient in found[1:]:
         assert torch.allclose(query, found[0][0], atol=1e-5)
-        assert torch.allclose(gradient, found[0][1], rtol=1e-3, atol=1e-3 * float(found[0][1].abs().max()))
+        assert torch.allclose(
+            gradient, found[0][1], rtol=1e-3, atol=1e-3 * float(found[0][1].abs().max())
+        )
     _, context, places = read_sentences(vl, tokens, TEMPLATE, 2)
-    assert torch.allclose(context, sentence_embeddings(vl, tokens, TEMPLATE)[1][:2], atol=1e-5) and len(places) == 2
+    assert (
+        torch.allclose(context, sentence_embeddings(vl, tokens, TEMPLATE)[1][:2], atol=1e-5)
+        and len(places) == 2
+    )
     assert read_sentences(vl, tokens, TEMPLATE, 0)[1:] == (None, None)
 
 
@@ -61,19 +68,24 @@ def test_lar_is_computed_on_its_share_of_a_step():
     assert local_count(128, DistillConfig(lar_share=0.25)) == 32
     assert local_count(128, DistillConfig(lar_share=1.0)) == 128
     assert local_count(128, DistillConfig(lar_weight=0.0)) == 0
-    assert local_count(4, DistillConfig(lar_share=0.01)) == 2 and local_count(1, DistillConfig()) == 1
+    assert (
+        local_count(4, DistillConfig(lar_share=0.01)) == 2 and local_count(1, DistillConfig()) == 1
+    )
     for share in (0.0, 1.5, -0.1, float("nan"), "all"):
         with pytest.raises(ValueError, match="lar_share"):
             DistillConfig(lar_share=share)
 
 
-def test_a_cpu_trains_in_float32_and_an_explicit_bfloat16_is_obeyed_with_the_measured_ratio(monkeypatch):
+def test_a_cpu_trains_in_float32_and_an_explicit_bfloat16_is_obeyed_with_the_measured_ratio(
+    monkeypatch,
+):
     assert training_dtype("auto", "cpu") == "float32"
     assert training_dtype("auto", "cpu", recorded="bfloat16") == "bfloat16"
     monkeypatch.setattr(precision, "bfloat16_cost", lambda: 41.5)
     with pytest.warns(UserWarning, match=r"bfloat16.*41\.5"):
         assert training_dtype("bfloat16", "cpu") == "bfloat16"
-    monkeypatch.setattr(precision, "bfloat16_cost", lambda: 0.5)  # a processor that has the instructions
+    # a processor that has the instructions
+    monkeypatch.setattr(precision, "bfloat16_cost", lambda: 0.5)
     assert training_dtype("bfloat16", "cpu") == "bfloat16"
     for bad in ("float16", "", None):
         with pytest.raises(ValueError, match="dtype"):
@@ -94,7 +106,15 @@ def test_a_run_records_its_dtype_and_a_resume_takes_the_recorded_one(vl, tmp_pat
     def run(dtype: str) -> History:
         torch.manual_seed(0)
         encoder = QueryEncoder.for_model(vl, num_tokens=2)
-        return distill(images, vl, encoder, DistillConfig(dtype=dtype, **settings), None, tmp_path / "state", progress=False)
+        return distill(
+            images,
+            vl,
+            encoder,
+            DistillConfig(dtype=dtype, **settings),
+            None,
+            tmp_path / "state",
+            progress=False,
+        )
 
     with pytest.warns(UserWarning, match="bfloat16"):
         assert run("bfloat16").dtype == "bfloat16"
@@ -104,7 +124,10 @@ def test_a_run_records_its_dtype_and_a_resume_takes_the_recorded_one(vl, tmp_pat
         run("float32")
 
 
-@pytest.mark.parametrize("info", [{}, {"identity": None}, {"config": []}, {"identity": {"config": {"dtype": ["float32"]}}}])
+@pytest.mark.parametrize(
+    "info",
+    [{}, {"identity": None}, {"config": []}, {"identity": {"config": {"dtype": ["float32"]}}}],
+)
 def test_a_damaged_state_says_nothing_of_a_dtype(tmp_path, info):
     write_tensors(tmp_path / "state", {"a": torch.zeros(1)}, info)
     assert with_dtype(DistillConfig(), tmp_path / "state").dtype == "float32"
@@ -114,10 +137,15 @@ def test_the_parts_of_a_step_add_up_and_bring_the_gradients_of_a_whole_one(vl):
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     table = step_cost(vl, encoder, DistillConfig(batch_size=6, negatives=8), rounds=1)
     parts = table.drop(index="whole step")
-    assert {"backbone forward", "LAR backward", "text tower backward", "optimizer"} <= set(parts.index)
+    assert {"backbone forward", "LAR backward", "text tower backward", "optimizer"} <= set(
+        parts.index
+    )
     assert np.allclose(parts.sum(), table.loc["whole step"]) and (parts["s"] > 0).all()
     assert np.allclose(table["s x rate"], table["s"] * table.attrs["rate"])
-    assert "LAR forward" not in step_cost(vl, encoder, DistillConfig(batch_size=6, lar_weight=0.0), rounds=1).index
+    assert (
+        "LAR forward"
+        not in step_cost(vl, encoder, DistillConfig(batch_size=6, lar_weight=0.0), rounds=1).index
+    )
     assert product_rate(((64, 64, 64),), rounds=3) > 0
 
 
@@ -138,7 +166,13 @@ def test_freed_memory_is_kept_for_the_next_step():
     environment = os.environ | {"PYTHONPATH": str(Path(isa_lite.__file__).parents[1])}
 
     def faults(how: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, how],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return int(done.stdout)
 
     assert faults("keep") < faults("leave") / 4

@@ -1,4 +1,6 @@
-"""The large tower as a query side: its map, what is trained and saved, and that distillation runs on it."""
+"""The large tower as a query side: its map, what is trained and saved, and that distillation runs
+on it.
+"""
 
 import copy
 
@@ -37,11 +39,16 @@ def test_only_the_token_learner_is_trained_and_saved(vl, images, tmp_path):
     encoder, before = symmetric(vl), copy.deepcopy(vl.state_dict())
     assert all(name.startswith("mapping.") for name in encoder.state_dict())
     start = {k: v.clone() for k, v in encoder.state_dict().items()}
-    config = DistillConfig(steps=3, batch_size=4, validation=4, validate_every=2, warmup=1, dtype="float32")
-    history = distill(images, vl, encoder, config, checkpoint=tmp_path / "state.safetensors", progress=False)
+    config = DistillConfig(
+        steps=3, batch_size=4, validation=4, validate_every=2, warmup=1, dtype="float32"
+    )
+    history = distill(
+        images, vl, encoder, config, checkpoint=tmp_path / "state.safetensors", progress=False
+    )
     assert len(history.gcd) == 3 and np.isfinite(history.gcd).all()
     assert any(not torch.equal(start[k], v) for k, v in encoder.state_dict().items())
-    assert all(torch.equal(before[k], v) for k, v in vl.state_dict().items())  # weights and running means alike
+    # weights and running means alike
+    assert all(torch.equal(before[k], v) for k, v in vl.state_dict().items())
     assert not encoder.train().backbone.vl.training
     encoder.save(tmp_path)
     loaded = QueryEncoder.load(tmp_path, vl)
@@ -62,6 +69,8 @@ def test_without_the_model_it_is_refused(vl, tmp_path):
 
 
 def test_patches_that_form_no_square_are_refused(vl, monkeypatch):
-    monkeypatch.setattr(vl, "encode_pixels_and_patches", lambda pixels: (None, torch.zeros(1, 5, 8)))
+    monkeypatch.setattr(
+        vl, "encode_pixels_and_patches", lambda pixels: (None, torch.zeros(1, 5, 8))
+    )
     with pytest.raises(ValueError, match="5 patch tokens"):
         symmetric(vl)

@@ -11,7 +11,9 @@ from isa_lite.token_learner import AdaptiveTokenLearner
 
 def build(name: str, num_tokens: int = 5, **settings) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=num_tokens, word_width=16, norm=0.3, **settings).eval()
+    return MAPPINGS[name](
+        channels=10, grid=(4, 4), num_tokens=num_tokens, word_width=16, norm=0.3, **settings
+    ).eval()
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -22,10 +24,15 @@ def test_every_mapping_gives_a_sentence(name):
     count = 1 if name == "single vector" else 5
     assert tokens.shape == (6, count, 16) and maps.shape == (6, count, 4, 4)
     assert (maps >= 0).all() and torch.allclose(maps.sum((2, 3)), torch.ones(6, count), atol=1e-5)
-    assert torch.allclose(tokens.norm(dim=-1), torch.tensor(0.3), atol=1e-5)  # the stretch starts at one
+    # the stretch starts at one
+    assert torch.allclose(tokens.norm(dim=-1), torch.tensor(0.3), atol=1e-5)
     torch.nn.init.normal_(mapping.to_word.stretch.weight, std=10)
     norms = mapping(3 * torch.randn(6, 10, 4, 4)).tokens.norm(dim=-1)
-    assert norms.min() >= 0.15 - 1e-5 and norms.max() <= 0.6 + 1e-5 and norms.max() > norms.min() + 0.05
+    assert (
+        norms.min() >= 0.15 - 1e-5
+        and norms.max() <= 0.6 + 1e-5
+        and norms.max() > norms.min() + 0.05
+    )
 
 
 def test_the_maps_are_the_weights_of_what_is_pooled():
@@ -35,7 +42,9 @@ def test_the_maps_are_the_weights_of_what_is_pooled():
     seen = learner.project(features) + learner.position  # B x width x 4 x 4
     for b in range(2):
         for token in range(5):
-            pooled = sum(maps[b, token, i, j] * seen[b, :, i, j] for i in range(4) for j in range(4))
+            pooled = sum(
+                maps[b, token, i, j] * seen[b, :, i, j] for i in range(4) for j in range(4)
+            )
             word = learner.to_word(learner.norm(pooled + learner.identity[token]))
             assert torch.allclose(word, tokens[b, token], atol=1e-5)
 
@@ -62,14 +71,22 @@ def test_only_attention_knows_where_things_are(name, blind):
     mapping, features = build(name), torch.randn(2, 10, 4, 4)
     shuffled = features.flatten(2)[:, :, torch.randperm(16)].view_as(features)
     for other in (shuffled, features.flip(2), features.flip(3)):
-        difference = float((mapping(features).tokens - mapping(other).tokens).norm(dim=-1).max().detach())
+        difference = float(
+            (mapping(features).tokens - mapping(other).tokens).norm(dim=-1).max().detach()
+        )
         assert difference < 1e-5 if blind else difference > 1e-3  # of vectors 0.3 long
     assert (mapping(features).maps == 1 / 16).all() == blind
 
 
 @pytest.mark.parametrize(
     "name, count, of_maps",
-    [("adaptive", 3, 0), ("slot attention", 3, -1), ("resampler", 2, -1), ("single vector", 1, 0), ("average pooling", 1, 0)],
+    [
+        ("adaptive", 3, 0),
+        ("slot attention", 3, -1),
+        ("resampler", 2, -1),
+        ("single vector", 1, 0),
+        ("average pooling", 1, 0),
+    ],
 )
 def test_all_reads_of_the_image_come_when_asked_for_and_change_nothing(name, count, of_maps):
     mapping, features = build(name), torch.randn(2, 10, 3, 4)
@@ -78,7 +95,9 @@ def test_all_reads_of_the_image_come_when_asked_for_and_change_nothing(name, cou
     assert asked.reads.shape == (2, count, length, 3, 4) and (asked.reads >= 0).all()
     assert torch.allclose(asked.reads.sum((3, 4)), torch.ones(2, count, length), atol=1e-5)
     assert torch.equal(asked.reads[:, of_maps], asked.maps)
-    assert torch.allclose(asked.tokens, plain.tokens, atol=1e-5) and torch.allclose(asked.maps, plain.maps, atol=1e-5)
+    assert torch.allclose(asked.tokens, plain.tokens, atol=1e-5) and torch.allclose(
+        asked.maps, plain.maps, atol=1e-5
+    )
 
 
 def test_the_second_read_is_the_blocks_cross_attention_by_hand():
@@ -89,8 +108,12 @@ def test_the_second_read_is_the_blocks_cross_attention_by_hand():
     w_query, w_key, _ = block.cross.in_proj_weight.chunk(3)
     b_query, b_key, _ = block.cross.in_proj_bias.chunk(3)
     q, k = block.norm1(start) @ w_query.T + b_query, memory @ w_key.T + b_key
-    heads = [(q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)]
-    assert torch.allclose(learner(features, reads=True).reads[0, 1].flatten(1), torch.stack(heads).mean(0), atol=1e-5)
+    heads = [
+        (q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)
+    ]
+    assert torch.allclose(
+        learner(features, reads=True).reads[0, 1].flatten(1), torch.stack(heads).mean(0), atol=1e-5
+    )
 
 
 def test_training_does_not_compute_weights_that_nobody_asked_for(monkeypatch):
@@ -102,7 +125,8 @@ def test_training_does_not_compute_weights_that_nobody_asked_for(monkeypatch):
 
     for module in (token_learner, mappings):
         monkeypatch.setattr(module, "attend", watched)
-    for name, expected in (("adaptive", [False] * 4), ("resampler", [False, True])):  # its maps are those of the last
+    # its maps are those of the last
+    for name, expected in (("adaptive", [False] * 4), ("resampler", [False, True])):
         asked.clear()
         build(name)(torch.randn(1, 10, 4, 4))
         assert asked == expected
@@ -111,7 +135,12 @@ def test_training_does_not_compute_weights_that_nobody_asked_for(monkeypatch):
 def test_the_position_code_is_stretched_over_another_grid():
     # The logit map shows the code's first channel alone: 0, 1, 2, 3 from left to right.
     learner = build("adaptive", 1)
-    for parameter in (learner.project.weight, learner.project.bias, learner.attend.weight, learner.attend.bias):
+    for parameter in (
+        learner.project.weight,
+        learner.project.bias,
+        learner.attend.weight,
+        learner.attend.bias,
+    ):
         torch.nn.init.zeros_(parameter)
     with torch.no_grad():
         learner.attend.weight[:, 0] = 1
@@ -126,7 +155,11 @@ def test_another_grid_interpolates_the_position_code():
     assert learner(torch.randn(1, 10, 7, 3)).maps.shape == (1, 5, 7, 3)
     torch.nn.init.constant_(learner.position, 0.7)
     flat = torch.randn(1, 10, 1, 1)  # one colour everywhere: how fine the grid is cannot matter
-    assert torch.allclose(learner(flat.expand(1, 10, 4, 4)).tokens, learner(flat.expand(1, 10, 9, 6)).tokens, atol=1e-5)
+    assert torch.allclose(
+        learner(flat.expand(1, 10, 4, 4)).tokens,
+        learner(flat.expand(1, 10, 9, 6)).tokens,
+        atol=1e-5,
+    )
 
 
 def test_tokens_start_out_different():
@@ -144,7 +177,9 @@ def test_tokens_start_out_different():
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_without_norm_matching_nothing_holds_the_length_of_a_pseudo_word(name):
     torch.manual_seed(0)
-    mapping = MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=None).eval()
+    mapping = MAPPINGS[name](
+        channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=None
+    ).eval()
     with torch.no_grad():
         mapping.to_word.direction.weight.mul_(100)
     assert (
@@ -155,7 +190,9 @@ def test_without_norm_matching_nothing_holds_the_length_of_a_pseudo_word(name):
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_a_sentence_that_starts_from_words_is_near_them_whatever_it_sees(name):
     torch.manual_seed(0)
-    mapping = MAPPINGS[name](channels=10, grid=(4, 4), num_tokens=5, word_width=64, norm=None).eval()
+    mapping = MAPPINGS[name](
+        channels=10, grid=(4, 4), num_tokens=5, word_width=64, norm=None
+    ).eval()
     words = torch.randn(3, 64)  # of length 8 or so
     mapping.to_word.start_from(words)
     tokens = mapping(3 * torch.randn(20, 10, 4, 4)).tokens  # 20 x L x 64
@@ -190,7 +227,9 @@ def test_a_resamplers_maps_are_its_attention_without_the_latents():
     w_query, w_key, _ = mapping.attends[0].in_proj_weight.chunk(3)
     b_query, b_key, _ = mapping.attends[0].in_proj_bias.chunk(3)
     q, k = query @ w_query.T + b_query, torch.cat([memory, query]) @ w_key.T + b_key
-    heads = [(q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)]
+    heads = [
+        (q[:, h : h + 32] @ k[:, h : h + 32].T / 32**0.5).softmax(1) for h in range(0, 128, 32)
+    ]
     on_places = torch.stack(heads).mean(0)[:, :16]
     assert on_places.sum(1).max() < 0.999  # some goes to latents, so that the scaling matters
     expected = on_places / on_places.sum(1, keepdim=True)

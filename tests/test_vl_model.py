@@ -24,7 +24,12 @@ from isa_lite.support.checkpoint import read_tensors, write_tensors
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 4}
-TIMM = {"image_size": 64, "timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear"}
+TIMM = {
+    "image_size": 64,
+    "timm_model_name": "convnext_atto",
+    "timm_pool": "",
+    "timm_proj": "linear",
+}
 TEXT = {"context_length": 20, "width": 32, "heads": 2, "layers": 2}
 TEXTS = [
     "a red circle",
@@ -33,23 +38,32 @@ TEXTS = [
     "zebra " * 40,
     "$ * {x} \n ü 🙂",
 ]
-#: class and text settings: what ViT-B-32, OpenAI's models, SigLIP and less common towers look like, in small
+#: class and text settings: what ViT-B-32, OpenAI's models, SigLIP and less common towers look like,
+#: in small
 TOWERS = {
     "plain": (open_clip.CLIP, {}),
     "quick gelu": (open_clip.CLIP, {"quick_gelu": True}),
     "custom": (open_clip.CustomTextCLIP, {}),
     "custom, end by its id": (open_clip.CustomTextCLIP, {"pool_type": "eos", "eos_id": 49407}),
     "plain, end by its id": (open_clip.CLIP, {"pool_type": "eos", "eos_id": 49407}),
-    "last, both ways, bias": (open_clip.CustomTextCLIP, {"pool_type": "last", "no_causal_mask": True, "proj_bias": True}),
+    "last, both ways, bias": (
+        open_clip.CustomTextCLIP,
+        {"pool_type": "last", "no_causal_mask": True, "proj_bias": True},
+    ),
     "plain, both ways": (open_clip.CLIP, {"no_causal_mask": True}),
-    "both ways, padding masked": (open_clip.CustomTextCLIP, {"no_causal_mask": True, "use_pad_mask": True}),
+    "both ways, padding masked": (
+        open_clip.CustomTextCLIP,
+        {"no_causal_mask": True, "use_pad_mask": True},
+    ),
     "no projection": (open_clip.CustomTextCLIP, {"proj_type": "none"}),
     "class token behind the text": (open_clip.CustomTextCLIP, {"embed_cls": True}),
     "layers of another kind": (open_clip.CLIP, {"qk_norm": True}),
 }
 
 
-def build(kind=open_clip.CLIP, vision=VISION, quick_gelu=False, use_pad_mask=False, **text) -> VLModel:
+def build(
+    kind=open_clip.CLIP, vision=VISION, quick_gelu=False, use_pad_mask=False, **text
+) -> VLModel:
     """A random model of open_clip, with weights large enough for texts to differ, as `VLModel`."""
     torch.manual_seed(0)
     clip = kind(32, vision, TEXT | text, quick_gelu=quick_gelu)
@@ -60,7 +74,12 @@ def build(kind=open_clip.CLIP, vision=VISION, quick_gelu=False, use_pad_mask=Fal
         tower.use_pad_mask = True
     clip.visual.image_mean, clip.visual.image_std = MEAN, STD
     preprocess = open_clip.image_transform(vision["image_size"], is_train=False, mean=MEAN, std=STD)
-    return VLModel(clip, preprocess, open_clip.SimpleTokenizer(context_length=TEXT["context_length"]), name="built")
+    return VLModel(
+        clip,
+        preprocess,
+        open_clip.SimpleTokenizer(context_length=TEXT["context_length"]),
+        name="built",
+    )
 
 
 def theirs(vl: VLModel, texts: list[str]) -> torch.Tensor:
@@ -71,7 +90,10 @@ def theirs(vl: VLModel, texts: list[str]) -> torch.Tensor:
 @pytest.fixture
 def images() -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3))
-    return (noise * np.array([[1, 0.1, 0.1], [0.1, 1, 0.1], [0.1, 0.1, 1]])[:, None, None]).astype(np.uint8)  # of three colours
+    # of three colours
+    return (noise * np.array([[1, 0.1, 0.1], [0.1, 1, 0.1], [0.1, 0.1, 1]])[:, None, None]).astype(
+        np.uint8
+    )
 
 
 @pytest.fixture
@@ -85,7 +107,8 @@ def no_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
 
 
-# ------------------------------------------------------------------------------------------------- text
+# -------------------------------------------------------------------------------------------------
+# text
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -95,7 +118,8 @@ def test_texts_are_encoded_as_open_clip_does_it(tower):
     ours = vl.encode_text(TEXTS)
     assert torch.allclose(ours, theirs(vl, TEXTS), atol=1e-5)
     assert torch.allclose(ours.norm(dim=1), torch.ones(len(TEXTS)))
-    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.999  # the model tells texts apart, else this shows nothing
+    # the model tells texts apart, else this shows nothing
+    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.999
     assert torch.allclose(vl.encode_text(TEXTS, batch_size=2), ours, atol=1e-6)
 
 
@@ -113,7 +137,12 @@ def test_what_is_cut_changes_nothing(tower):
         whole, cut = (vl.encode_vectors(vl.word_vectors(i), i) for i in (ids, short))
     assert torch.allclose(whole, cut, atol=1e-6)
     end = max(len(vl.tokenizer.encode(t)) for t in TEXTS[:3]) + 2  # with start and end
-    waiting = ("last, both ways, bias", "plain, both ways", "both ways, padding masked", "class token behind the text")
+    waiting = (
+        "last, both ways, bias",
+        "plain, both ways",
+        "both ways, padding masked",
+        "class token behind the text",
+    )
     assert short.shape[1] == (20 if tower in waiting else end)
     assert vl.cut(vl.tokenize(TEXTS)).shape[1] == 20  # a text that fills the tower
 
@@ -133,13 +162,17 @@ def test_a_causal_tower_computes_what_is_pooled_and_words_that_are_known_once():
     for known in (0, 4):
         vl.encode_vectors(vectors, ids, known)  # what is known is read here
         new = length - known
-        layer = new * (12 * width**2 + 2 * length * width)  # projections and MLP; scores and weighted sums
-        last = new * 3 * width**2 + 9 * width**2 + 2 * length * width  # all are looked at, but only the end of text looks
+        # projections and MLP; scores and weighted sums
+        layer = new * (12 * width**2 + 2 * length * width)
+        # all are looked at, but only the end of text looks
+        last = new * 3 * width**2 + 9 * width**2 + 2 * length * width
         counted = multiply_adds(lambda known=known: vl.encode_vectors(vectors, ids, known))
         assert counted == 3 * ((layers - 1) * layer + last + width * 32) / 1e6
 
 
-@pytest.mark.parametrize("tower", ["plain", "quick gelu", "custom", "custom, end by its id", "layers of another kind"])
+@pytest.mark.parametrize(
+    "tower", ["plain", "quick gelu", "custom", "custom, end by its id", "layers of another kind"]
+)
 def test_gradients_reach_the_word_vectors_as_through_open_clip(tower):
     kind, settings = TOWERS[tower]
     vl = build(kind, **settings)
@@ -154,7 +187,9 @@ def test_gradients_reach_the_word_vectors_as_through_open_clip(tower):
     for known in (0, 1):
         ours = vl.encode_vectors(vectors, ids, known)
         (got,) = torch.autograd.grad((ours * direction).sum(), vectors)
-        assert torch.allclose(ours, expected, atol=1e-5) and torch.allclose(got[:, known:], wanted[:, known:], atol=1e-5)
+        assert torch.allclose(ours, expected, atol=1e-5) and torch.allclose(
+            got[:, known:], wanted[:, known:], atol=1e-5
+        )
 
 
 def test_what_is_remembered_of_known_words_follows_the_weights():
@@ -180,16 +215,22 @@ def test_what_is_remembered_of_known_words_follows_the_weights():
             vl.encode_text(TEXTS)
         before.append(vl.encode_text(TEXTS))
         assert torch.allclose(before[-1], theirs(vl, TEXTS), atol=1e-5)
-    assert all((one - two).abs().max() > 1e-3 for one, two in zip(before[:-1], before[1:], strict=True))
+    assert all(
+        (one - two).abs().max() > 1e-3 for one, two in zip(before[:-1], before[1:], strict=True)
+    )
 
 
 def test_many_beginnings_are_remembered_and_none_is_taken_for_another():
     vl = build()
-    texts = [f"{word} square with a star" for word in "a the one my red blue tiny big any old".split()]
+    texts = [
+        f"{word} square with a star" for word in "a the one my red blue tiny big any old".split()
+    ]
     for _ in range(2):
         for text in texts:
             ids = vl.cut(vl.tokenize([text]))
-            assert torch.allclose(vl.encode_vectors(vl.word_vectors(ids), ids, 3), theirs(vl, [text]), atol=1e-5)
+            assert torch.allclose(
+                vl.encode_vectors(vl.word_vectors(ids), ids, 3), theirs(vl, [text]), atol=1e-5
+            )
 
 
 def test_word_norm_leaves_out_words_that_were_never_seen(vl):
@@ -212,13 +253,18 @@ def test_refused_models(what):
 
 
 @pytest.mark.parametrize("part", ["pool", "embed"])
-def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(part, vl_folder, monkeypatch):
-    monkeypatch.setattr(f"isa_lite.models.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0])
+def test_a_model_that_says_something_else_from_vectors_than_from_ids_is_not_loaded(
+    part, vl_folder, monkeypatch
+):
+    monkeypatch.setattr(
+        f"isa_lite.models.text_tower.OpenClipText.{part}", lambda self, vectors, *_: vectors[:, 0]
+    )
     with pytest.raises(ValueError, match="word vectors.*ids"):
         load_vl_model(str(vl_folder))
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------------
+# images
 
 
 def test_arrays_take_a_short_way_with_the_same_result(vl, images):
@@ -239,10 +285,13 @@ def test_images_are_encoded_as_open_clip_does_it_with_and_without_patches(vision
     with torch.no_grad():
         if vision is RESNET:  # a random one says nearly the same of every image
             vl.clip.visual.attnpool.c_proj.bias -= vl.clip.encode_image(vl.pixels(images)).mean(0)
-        theirs = vl.clip.encode_image(torch.stack([vl.preprocess(p) for p in pictures]), normalize=True)
+        theirs = vl.clip.encode_image(
+            torch.stack([vl.preprocess(p) for p in pictures]), normalize=True
+        )
         embedding, patches = vl.encode_pixels_and_patches(vl.pixels(images))
     assert (theirs @ theirs.T).fill_diagonal_(0).max() < 0.9999  # the model tells the images apart
-    off = 1e-4 if vision is RESNET else 1e-5  # what is left of it is small, and its rounding with it
+    # what is left of it is small, and its rounding with it
+    off = 1e-4 if vision is RESNET else 1e-5
     for ours in (vl.encode_images(images), vl.encode_images(pictures, batch_size=2), embedding):
         assert torch.allclose(ours, theirs, atol=off)
     assert patches.shape[:2] == (3, (32 // 8) ** 2 if vision is VISION else (64 // 32) ** 2)
@@ -259,7 +308,9 @@ def test_patches_of_a_vit_are_its_last_layer_in_order_and_projected_as_its_class
     vl = build()
     pixels = vl.pixels(images[:, :32, :32])
     seen = []
-    vl.clip.visual.transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    vl.clip.visual.transformer.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     with torch.no_grad():
         embedding = F.normalize(vl.clip.encode_image(pixels), dim=-1)
         patches = vl.encode_pixels_and_patches(pixels)[1]
@@ -271,13 +322,17 @@ def test_patches_of_a_resnet_are_projected_as_if_they_had_all_the_attention():
     vl = build(vision=RESNET)
     pool = vl.clip.visual.attnpool
     nn.init.zeros_(pool.positional_embedding)
-    patch = torch.randn(5, pool.v_proj.in_features)  # the same at every place: where the attention goes is all one
+    # the same at every place: where the attention goes is all one
+    patch = torch.randn(5, pool.v_proj.in_features)
     with torch.no_grad():
         everywhere = pool(patch[:, :, None, None].expand(-1, -1, 2, 2))
-        assert torch.allclose(vl.project_patches(patch[:, None])[:, 0], F.normalize(everywhere, dim=-1), atol=1e-5)
+        assert torch.allclose(
+            vl.project_patches(patch[:, None])[:, 0], F.normalize(everywhere, dim=-1), atol=1e-5
+        )
 
 
-# ----------------------------------------------------------------------------------------------- loading
+# -----------------------------------------------------------------------------------------------
+# loading
 
 
 def test_a_folder_loads_frozen_complete_and_without_a_network(vl_folder, images, no_network):
@@ -298,14 +353,19 @@ def test_a_folder_without_a_matching_encoder_loads(vl_folder, tmp_path):
     assert load_vl_model(str(tmp_path)).matcher is None
 
 
-@pytest.mark.skipif(not (DATA / SCENES_CLIP / "open_clip_model.safetensors").is_file(), reason="the shipped model is not there")
+@pytest.mark.skipif(
+    not (DATA / SCENES_CLIP / "open_clip_model.safetensors").is_file(),
+    reason="the shipped model is not there",
+)
 def test_the_shipped_model_loads_without_a_network(no_network):
     vl = load_vl_model()
     assert torch.allclose(vl.encode_text(TEXTS), theirs(vl, TEXTS), atol=1e-5)
     assert vl.matcher is not None and not any(p.requires_grad for p in vl.parameters())
 
 
-def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch, images, no_network):
+def test_a_model_of_open_clip_loads_with_a_file_of_weights(
+    tmp_path, monkeypatch, images, no_network
+):
     model = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-ViT", model)
     saved = build()
@@ -313,7 +373,11 @@ def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch
     vl = load_vl_model("tiny-ViT", pretrained=str(tmp_path / "weights.pt"))
     assert torch.allclose(vl.encode_text(TEXTS), saved.encode_text(TEXTS), atol=1e-6)
     assert vl.matcher is None and vl.context_length == 20 and "tiny-ViT" in vl.name
-    assert torch.allclose(vl.pixels(images), torch.stack([vl.preprocess(Image.fromarray(i)) for i in images]), atol=1e-6)
+    assert torch.allclose(
+        vl.pixels(images),
+        torch.stack([vl.preprocess(Image.fromarray(i)) for i in images]),
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,7 +387,11 @@ def test_a_model_of_open_clip_loads_with_a_file_of_weights(tmp_path, monkeypatch
         ("scene-clip", None, "did you mean .*scenes-clip"),
         ("%%%%%%", None, "unknown VL model '%%%%%%'$"),
         ("ViT-B-32", None, "needs weights.*laion2b_s34b_b79k"),
-        ("ViT-B-32", "laion2b_s34b_b97k", "tag of weights for ViT-B-32.*did you mean.*laion2b_s34b_b79k"),
+        (
+            "ViT-B-32",
+            "laion2b_s34b_b97k",
+            "tag of weights for ViT-B-32.*did you mean.*laion2b_s34b_b79k",
+        ),
         ("ViT-B-32", "no/such/file.pt", "no file.*no/such/file.pt"),
         ("ViT-B-32", "missing.safetensors", "no file.*missing.safetensors"),
     ],
@@ -339,13 +407,21 @@ def test_a_folder_that_holds_no_model(tmp_path, no_network):
 
 
 def test_a_folder_that_holds_settings_but_no_weights(tmp_path, vl_folder, no_network):
-    (tmp_path / "open_clip_config.json").write_bytes((vl_folder / "open_clip_config.json").read_bytes())
+    (tmp_path / "open_clip_config.json").write_bytes(
+        (vl_folder / "open_clip_config.json").read_bytes()
+    )
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         load_vl_model(str(tmp_path))
 
 
-def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(tmp_path, vl_folder, monkeypatch, no_network):
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-ViT", {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT})
+def test_a_file_of_weights_that_is_cut_off_or_of_something_else_is_named(
+    tmp_path, vl_folder, monkeypatch, no_network
+):
+    monkeypatch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "tiny-ViT",
+        {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT},
+    )
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     (tmp_path / "garbage.pt").write_bytes(b"hello" * 100)
     (tmp_path / "garbage.safetensors").write_bytes(b"hello" * 100)
@@ -382,7 +458,12 @@ def test_fingerprint_is_of_weights_and_preprocessing(vl_folder, tmp_path):
     first = vl.fingerprint
     assert first == load_vl_model(str(vl_folder)).fingerprint
     seen = {first}
-    for weight in (vl.clip.visual.conv1.weight, vl.clip.text_projection, vl.clip.logit_scale, vl.matcher.head[1].bias):
+    for weight in (
+        vl.clip.visual.conv1.weight,
+        vl.clip.text_projection,
+        vl.clip.logit_scale,
+        vl.matcher.head[1].bias,
+    ):
         with torch.no_grad():
             weight.view(-1)[0] += 1
         seen.add(vl.fingerprint)
@@ -406,7 +487,8 @@ def test_the_same_weights_with_another_activation_are_another_model():
     assert one.fingerprint != other.fingerprint
 
 
-# ---------------------------------------------------------------------------------- what a model folder may say
+# ---------------------------------------------------------------------------------- what a model
+# folder may say
 
 
 def changed(vl_folder: Path, to: Path, change) -> Path:
@@ -457,7 +539,9 @@ def put(*path):
     ],
     ids=str,
 )
-def test_a_setting_that_is_not_known_to_be_harmless_or_cannot_work_is_refused(vl_folder, tmp_path, no_network, path):
+def test_a_setting_that_is_not_known_to_be_harmless_or_cannot_work_is_refused(
+    vl_folder, tmp_path, no_network, path
+):
     folder = changed(vl_folder, tmp_path / "m", put(*path))
     with pytest.raises(ValueError, match="open_clip_config.json"):
         load_vl_model(str(folder))
@@ -468,7 +552,11 @@ def test_a_local_folder_reaches_no_network(vl_folder, tmp_path, no_network, monk
     pytest.importorskip("transformers")
     asked = []
     monkeypatch.setattr("isa_lite.support.hub.no_answer", lambda *a: asked.append(a) or "")
-    folder = changed(vl_folder, tmp_path / "m", put("model_cfg", "text_cfg", key, "somebody/something-unheard-of"))
+    folder = changed(
+        vl_folder,
+        tmp_path / "m",
+        put("model_cfg", "text_cfg", key, "somebody/something-unheard-of"),
+    )
     with pytest.raises(ConnectionError, match=re.escape(str(folder))):
         load_vl_model(str(folder))
     assert not asked
@@ -499,7 +587,9 @@ def test_settings_of_a_matching_encoder_that_cannot_work_are_named(vl_folder, tm
 
 def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeypatch):
     shutil.copytree(vl_folder, tmp_path / "m")
-    config = PretrainConfig(image_size=64, embed_dim=16, vision_width=4, text_width=32, text_layers=1)
+    config = PretrainConfig(
+        image_size=64, embed_dim=16, vision_width=4, text_width=32, text_layers=1
+    )
     write = {"write_text": pretrain.write_text, "write_tensors": pretrain.write_tensors}
     for stop in range(4):  # before the first, second, ... file is written
         calls = iter(range(stop))
@@ -520,7 +610,8 @@ def test_an_export_that_was_cut_off_is_no_model(vl_folder, vl, tmp_path, monkeyp
     assert load_vl_model(str(tmp_path / "m")).matcher is not None
 
 
-# ------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------ what is
+# refused
 
 
 @torch.no_grad()
@@ -534,12 +625,16 @@ def test_embeddings_that_are_nothing_are_refused(vl):
         vl.encode_text(["a"])
 
 
-@pytest.mark.parametrize("wrong", ["a red circle", b"red", None, [], ["red", None], [3], [["red"]], {"red": 1}, {"red"}])
+@pytest.mark.parametrize(
+    "wrong", ["a red circle", b"red", None, [], ["red", None], [3], [["red"]], {"red": 1}, {"red"}]
+)
 def test_what_is_no_list_of_texts_is_refused(vl, wrong):
     for call in (vl.encode_text, vl.tokenize):
         with pytest.raises(ValueError, match="texts"):
             call(wrong)
-    assert torch.equal(vl.encode_text(np.array(["red", "a star"])), vl.encode_text(("red", "a star")))
+    assert torch.equal(
+        vl.encode_text(np.array(["red", "a star"])), vl.encode_text(("red", "a star"))
+    )
 
 
 @pytest.mark.parametrize("name", ["scenes-clip", "{}", "local-dir:{}", "hf-hub:{}", "blip:{}"])
@@ -549,7 +644,8 @@ def test_weights_beside_a_model_that_has_its_own_are_refused(vl_folder, name, no
 
 
 def test_no_weights_are_asked_for_by_an_empty_name(vl_folder, no_network):
-    assert load_vl_model(vl_folder, pretrained="").name == str(vl_folder)  # a Path, and notebooks' way of saying none
+    # a Path, and notebooks' way of saying none
+    assert load_vl_model(vl_folder, pretrained="").name == str(vl_folder)
 
 
 @pytest.mark.parametrize("vision", [VISION, RESNET, TIMM], ids=["vit", "resnet", "timm"])
@@ -559,6 +655,10 @@ def test_a_model_in_half_precision_reads_images_and_texts(vision, images):
     for kind in (torch.bfloat16, torch.float16):
         vl = vl.to(kind)
         with torch.no_grad():
-            rough = vl.encode_images(images), vl.encode_text(TEXTS), vl.encode_pixels_and_patches(vl.pixels(images))[0]
+            rough = (
+                vl.encode_images(images),
+                vl.encode_text(TEXTS),
+                vl.encode_pixels_and_patches(vl.pixels(images))[0],
+            )
         for one, other in zip(rough, (*exact, exact[0]), strict=True):
             assert one.dtype == torch.float32 and (one * other).sum(1).min() > 0.98

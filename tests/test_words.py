@@ -1,4 +1,6 @@
-"""Pieces of a prompt against the tokenizer's own rows of the whole text, for each kind of tokenizer there is."""
+"""Pieces of a prompt against the tokenizer's own rows of the whole text, for each kind of tokenizer
+there is.
+"""
 
 import open_clip
 import pytest
@@ -7,10 +9,17 @@ from open_clip.tokenizer import HFTokenizer
 
 from isa_lite.models.tokenization import Words
 
-transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'isa_lite[blip]'")
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra: pip install 'isa_lite[blip]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs the extra: pip install 'isa_lite[blip]'"
+)
+tokenizers = pytest.importorskip(
+    "tokenizers", reason="needs the extra: pip install 'isa_lite[blip]'"
+)
 
-CORPUS = ["a photo of a red cat, make it blue", "an image of the large star at the top left, without the circle"] * 4
+CORPUS = [
+    "a photo of a red cat, make it blue",
+    "an image of the large star at the top left, without the circle",
+] * 4
 WHOLE = [
     ("a photo of cat, make it blue", ["a photo of ", "cat", ", ", "make it blue"]),
     ("star but blue", ["star", " but ", "blue"]),
@@ -19,8 +28,18 @@ WHOLE += [("blue in a picture of the cat", ["blue", " in a picture of ", "the ca
 
 
 def made(kind: str, folder, side: str = "right", **settings) -> HFTokenizer:
-    """A tokenizer of a kind, trained on a few lines, framed as the models frame it, in open_clip's wrapper."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A tokenizer of a kind, trained on a few lines, framed as the models frame it, in open_clip's
+    wrapper.
+    """
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     if kind == "word pieces":  # BERT
@@ -33,9 +52,14 @@ def made(kind: str, folder, side: str = "right", **settings) -> HFTokenizer:
         own, own_pre = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
         own.pre_tokenizer, own.decoder = own_pre, decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=alphabet
+        )
     else:  # sentence pieces: T5, XLM-R (a mark before each word) or Gemma (a mark for each space)
-        own, scheme = Tokenizer(models.Unigram()), "always" if kind == "sentence pieces" else "never"
+        own, scheme = (
+            Tokenizer(models.Unigram()),
+            "always" if kind == "sentence pieces" else "never",
+        )
         own.pre_tokenizer, own.decoder = (
             pre_tokenizers.Metaspace(prepend_scheme=scheme),
             decoders.Metaspace(prepend_scheme=scheme),
@@ -47,7 +71,14 @@ def made(kind: str, folder, side: str = "right", **settings) -> HFTokenizer:
     own.post_processor = processors.TemplateProcessing(
         single=frame, special_tokens=[(t, special.index(t)) for t in ("<s>", "</s>")]
     )
-    names = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>", cls_token="<s>", unk_token="<unk>")
+    names = dict(
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        cls_token="<s>",
+        unk_token="<unk>",
+    )
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=own, padding_side=side, **names)
     wrapped.save_pretrained(folder)
     return HFTokenizer(str(folder), context_length=48, **settings)
@@ -68,7 +99,11 @@ def framed(words: Words, pieces: list[str]) -> list[int]:
 @pytest.mark.parametrize("kind", [*KINDS, "open_clip's own"])
 @pytest.mark.parametrize("text, pieces", WHOLE)
 def test_pieces_in_a_frame_are_the_row_of_the_whole_text(kind, text, pieces, tmp_path):
-    tokenizer = open_clip.SimpleTokenizer(context_length=48) if kind.startswith("open_clip") else made(kind, tmp_path)
+    tokenizer = (
+        open_clip.SimpleTokenizer(context_length=48)
+        if kind.startswith("open_clip")
+        else made(kind, tmp_path)
+    )
     words = Words(tokenizer)
     assert framed(words, pieces) == tokenizer([text])[0].tolist()
 
@@ -85,7 +120,10 @@ def test_a_frame_is_read_off_the_tokenizer(kind, settings, tmp_path):
     for text in ("red", "a photo of the large star", "make it blue without the circle"):
         assert words.frame(words.ids(text)) == tokenizer([text])[0].tolist()
     full = words.frame([words.placeholder] * words.room)
-    assert len(full) == 48 and words.pad not in full[len(words.prefix) : len(words.prefix) + words.room]
+    assert (
+        len(full) == 48
+        and words.pad not in full[len(words.prefix) : len(words.prefix) + words.room]
+    )
     assert words.placeholder not in (*words.prefix, *words.suffix, words.pad, 0)
 
 
@@ -101,10 +139,21 @@ def test_padding_that_is_also_the_end_is_told_from_it(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tag_typed_into_a_text_is_characters(kind, tmp_path):
     words = Words(made(kind, tmp_path))
-    for tag in ("</s>", "<s>", "<pad>", "&lt;/s&gt;", "</s></s>", "red </s> blue", "&amp;lt;pad&amp;gt;"):
+    for tag in (
+        "</s>",
+        "<s>",
+        "<pad>",
+        "&lt;/s&gt;",
+        "</s></s>",
+        "red </s> blue",
+        "&amp;lt;pad&amp;gt;",
+    ):
         for before in ("", "space", "word"):
             assert words.ids(tag, before) and not set(words.ids(tag, before)) & words.special, tag
-    assert words.ids("red </s> blue")[-len(words.ids("blue", "space")) :] == words.ids("blue", "space")  # what follows counts
+    # what follows counts
+    assert words.ids("red </s> blue")[-len(words.ids("blue", "space")) :] == words.ids(
+        "blue", "space"
+    )
 
 
 def test_ids_are_remembered_but_cannot_be_changed_from_outside(tmp_path):
@@ -117,7 +166,9 @@ def test_a_word_is_read_back(tmp_path):
     words = Words(made("byte pairs", tmp_path))
     assert "".join(words.word(i) for i in words.ids("star", "space")) == "star"
     own = Words(open_clip.SimpleTokenizer())
-    assert [own.word(i) for i in own.ids("a red star")] == ["a", "red", "star"] and own.word(torch.tensor(320)) == "a"
+    assert [own.word(i) for i in own.ids("a red star")] == ["a", "red", "star"] and own.word(
+        torch.tensor(320)
+    ) == "a"
 
 
 def test_ids_that_the_tower_reserves_are_no_placeholder():

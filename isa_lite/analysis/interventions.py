@@ -1,6 +1,8 @@
-"""What a sentence depends on: change how its tokens read the image, or cover parts of the image, and see what follows. Ours.
+"""What a sentence depends on: change how its tokens read the image, or cover parts of the image,
+and see what follows. Ours.
 
-A map of attention says where weight goes, and not what would be lost without it. An intervention says that.
+A map of attention says where weight goes, and not what would be lost without it. An intervention
+says that.
 """
 
 from __future__ import annotations
@@ -19,33 +21,51 @@ from isa_lite.token_learner import AdaptiveTokenLearner
 
 
 @torch.no_grad()
-def sentences_changed(encoder: QueryEncoder, images: np.ndarray | Sequence, batch_size: int = 128) -> dict[str, Tensor]:
-    """The sentences of B images, B x L x D on the CPU, as the encoder writes them and with its reads of the image changed.
+def sentences_changed(
+    encoder: QueryEncoder, images: np.ndarray | Sequence, batch_size: int = 128
+) -> dict[str, Tensor]:
+    """The sentences of B images, B x L x D on the CPU, as the encoder writes them and with its
+    reads of the image changed.
 
-    The first read is that of the maps, the second that of the blocks' cross-attention. "even maps": every position counts
-    alike, so that a token still sees what is in the image, but not where it chose to look. "another image's maps": those of
-    the next image. "left out": nothing is read. The modules are the trained ones, unchanged. Raises ValueError for an
-    encoder without the adaptive token learner and for a single image, which has no next one.
+    The first read is that of the maps, the second that of the blocks' cross-attention. "even maps":
+    every position counts alike, so that a token still sees what is in the image, but not where it
+    chose to look. "another image's maps": those of the next image. "left out": nothing is read. The
+    modules are the trained ones, unchanged. Raises ValueError for an encoder without the adaptive
+    token learner and for a single image, which has no next one.
     """
     learner = encoder.mapping
     if not isinstance(learner, AdaptiveTokenLearner):
-        raise ValueError(f"encoder: only the adaptive token learner has two kinds of reads, not {encoder.config.mapping!r}")
+        raise ValueError(
+            "encoder: only the adaptive token learner has two kinds of reads, not"
+            f" {encoder.config.mapping!r}"
+        )
     if len(images) < 2:
-        raise ValueError(f"images: at least two are needed, since one borrows the maps of the next, not {len(images)}")
+        raise ValueError(
+            "images: at least two are needed, since one borrows the maps of the next, not"
+            f" {len(images)}"
+        )
     was_training = encoder.training
     encoder.eval()
     starts = range(0, len(images), batch_size)
-    x = torch.cat([learner.placed(encoder.features(encoder.pixels(images[s : s + batch_size]))) for s in starts])
+    x = torch.cat(
+        [
+            learner.placed(encoder.features(encoder.pixels(images[s : s + batch_size])))
+            for s in starts
+        ]
+    )
     memory = x.flatten(2).transpose(1, 2)  # B x HW x width
     maps = learner.attend(x).flatten(2).softmax(-1)  # B x L x HW
     even = torch.full_like(maps, 1 / maps.shape[-1])
-    same = torch.zeros_like(memory)  # keys that are alike at every position: a query gives each the same weight
+    # keys that are alike at every position: a query gives each the same weight
+    same = torch.zeros_like(memory)
 
     def written(maps: Tensor, keys: Tensor | None) -> Tensor:
         tokens = maps @ memory + learner.identity
         for block in learner.blocks:
             if keys is not None:
-                tokens = tokens + block.cross(block.norm1(tokens), keys, memory, need_weights=False)[0]
+                tokens = (
+                    tokens + block.cross(block.norm1(tokens), keys, memory, need_weights=False)[0]
+                )
             tokens = block.think(tokens)
         return learner.to_word(learner.norm(tokens)).cpu()
 
@@ -63,32 +83,48 @@ def sentences_changed(encoder: QueryEncoder, images: np.ndarray | Sequence, batc
 
 
 def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
-    """Images B x H x W x 3 with a share of their pixels painted over, in the mean colour of each image.
+    """Images B x H x W x 3 with a share of their pixels painted over, in the mean colour of each
+    image.
 
-    regions: B x h x w maps, stretched over the image as figures show them; the pixels with the highest values are covered.
-    Raises ValueError for a share outside 0 to 1 or another number of maps.
+    regions: B x h x w maps, stretched over the image as figures show them; the pixels with the
+    highest values are covered. Raises ValueError for a share outside 0 to 1 or another number of
+    maps.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: the covered part of an image lies between 0 and 1, not {share}")
     if len(images) != len(regions):
         raise ValueError(f"regions: {len(regions)} maps for {len(images)} images")
     count, height, width = images.shape[:3]
-    order = F.interpolate(regions.unsqueeze(1).double(), (height, width), mode="bilinear").flatten(1).argsort(1, descending=True)
+    order = (
+        F.interpolate(regions.unsqueeze(1).double(), (height, width), mode="bilinear")
+        .flatten(1)
+        .argsort(1, descending=True)
+    )
     painted, flat = images.copy(), images.reshape(count, -1, 3)
     named = order[:, : round(share * height * width)].numpy()  # B x the covered pixels
-    np.put_along_axis(painted.reshape(count, -1, 3), named[..., None], flat.mean(1, keepdims=True).round().astype(np.uint8), 1)
+    np.put_along_axis(
+        painted.reshape(count, -1, 3),
+        named[..., None],
+        flat.mean(1, keepdims=True).round().astype(np.uint8),
+        1,
+    )
     return painted
 
 
 def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """What the reads of B images, B x N x L x h x w (`Sentence.reads`), name as regions, B x h x w each: means over tokens.
+    """What the reads of B images, B x N x L x h x w (`Sentence.reads`), name as regions, B x h x w
+    each: means over tokens.
 
-    "first read", "second read" (the mean over the blocks, so N must be at least 2: else ValueError), "both reads" (their mean),
-    and three controls: "random cells"; the first read of the next image, which has the same kind of shape; and "contrast", the
-    distance of the colours, images B x H x W x 3, from each image's median colour, for which no model is needed.
+    "first read", "second read" (the mean over the blocks, so N must be at least 2: else
+    ValueError), "both reads" (their mean), and three controls: "random cells"; the first read of
+    the next image, which has the same kind of shape; and "contrast", the distance of the colours,
+    images B x H x W x 3, from each image's median colour, for which no model is needed.
     """
     if reads.shape[1] < 2:
-        raise ValueError("reads: a first and a second one are needed; these are of an encoder that reads the image once")
+        raise ValueError(
+            "reads: a first and a second one are needed; these are of an encoder that reads the"
+            " image once"
+        )
     first, second = reads[:, 0].mean(1), reads[:, 1:].mean((1, 2))
     chance = torch.rand(first.shape, generator=torch.Generator().manual_seed(seed))
     away = np.abs(images - np.median(images, (1, 2), keepdims=True)).mean(-1)  # B x H x W
@@ -111,14 +147,19 @@ def cover_curves(
     shares: Sequence[float],
     score: Callable[[Tensor], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """What covering the regions that maps name costs: for each kind of region, shares x B values, one per query.
+    """What covering the regions that maps name costs: for each kind of region, shares x B values,
+    one per query.
 
-    The light encoder sees the covered images, B x H x W x 3; the text tower composes each sentence with its modifier ("": the
-    sentence alone); `score` turns the query embeddings, B x E, into B values: a cosine, or hits and misses. The same queries
-    stand in every row, so differences are paired (`evaluate.paired_interval`).
+    The light encoder sees the covered images, B x H x W x 3; the text tower composes each sentence
+    with its modifier ("": the sentence alone); `score` turns the query embeddings, B x E, into B
+    values: a cosine, or hits and misses. The same queries stand in every row, so differences are
+    paired (`evaluate.paired_interval`).
     """
 
     def at(maps: Tensor, share: float) -> np.ndarray:
-        return np.asarray(score(compose(vl, encoder.sentences(covered(images, maps, share)).tokens, modifiers)), float)
+        return np.asarray(
+            score(compose(vl, encoder.sentences(covered(images, maps, share)).tokens, modifiers)),
+            float,
+        )
 
     return {name: np.stack([at(maps, share) for share in shares]) for name, maps in regions.items()}

@@ -1,6 +1,8 @@
-"""What a sentence holds: how its tokens read an image, which words they are near, what follows when one goes or moves. Ours.
+"""What a sentence holds: how its tokens read an image, which words they are near, what follows when
+one goes or moves. Ours.
 
-Attention says where the weight of a read goes. What the sentence depends on is another question: see `interventions`.
+Attention says where the weight of a read goes. What the sentence depends on is another question:
+see `interventions`.
 """
 
 from __future__ import annotations
@@ -17,30 +19,47 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import TEMPLATE, compose
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import Benchmark, benchmark_ranks
-from isa_lite.world.scenes import BACKGROUNDS, COLORS, POSITIONS, SHAPES, STYLES, Scene, object_masks, render_many, sample_scenes
+from isa_lite.world.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    POSITIONS,
+    SHAPES,
+    STYLES,
+    Scene,
+    object_masks,
+    render_many,
+    sample_scenes,
+)
 
 
 def object_attention(maps: Tensor, masks: np.ndarray | Tensor) -> Tensor:
-    """How much of each token's attention falls on each object of one image: L x N, shares between 0 and 1.
+    """How much of each token's attention falls on each object of one image: L x N, shares between 0
+    and 1.
 
-    maps: L x h x w attention maps, each with sum 1; masks: N x H x W, true where object n is. A cell of a map spreads its
-    attention evenly over the pixels it covers; H and W must be multiples of h and w, else ValueError.
+    maps: L x h x w attention maps, each with sum 1; masks: N x H x W, true where object n is. A
+    cell of a map spreads its attention evenly over the pixels it covers; H and W must be multiples
+    of h and w, else ValueError.
     """
     masks = torch.as_tensor(np.asarray(masks), dtype=torch.float32)
     (height, width), (rows, columns) = masks.shape[-2:], maps.shape[-2:]
     if height % rows or width % columns:
-        raise ValueError(f"masks of {height} x {width} pixels do not divide into maps of {rows} x {columns} cells")
-    covered = F.avg_pool2d(masks.unsqueeze(1), (height // rows, width // columns)).squeeze(1)  # N x h x w: share of each cell
+        raise ValueError(
+            f"masks of {height} x {width} pixels do not divide into maps of {rows} x {columns}"
+            " cells"
+        )
+    # N x h x w: share of each cell
+    covered = F.avg_pool2d(masks.unsqueeze(1), (height // rows, width // columns)).squeeze(1)
     return torch.einsum("lhw,nhw->ln", maps.float(), covered)
 
 
 def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Grounding score of each token over many images: its attention on objects, relative to chance.
 
-    maps: B x L x h x w; masks: for each image its objects' masks, N x H x W (N may differ). Chance is the share of the image
-    that objects cover: what attention spread evenly gives. Both are summed over images before they are divided, so an image
-    with tiny objects cannot blow the score up. Returns two vectors of length L: the score with all objects of an image
-    taken together, and with only the one that has most of the token's attention, against that object's own area.
+    maps: B x L x h x w; masks: for each image its objects' masks, N x H x W (N may differ). Chance
+    is the share of the image that objects cover: what attention spread evenly gives. Both are
+    summed over images before they are divided, so an image with tiny objects cannot blow the score
+    up. Returns two vectors of length L: the score with all objects of an image taken together, and
+    with only the one that has most of the token's attention, against that object's own area.
     """
     if len(maps) != len(masks):
         raise ValueError(f"attention maps of {len(maps)} images but masks of {len(masks)}")
@@ -57,15 +76,18 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
 
 
 def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) -> dict[str, dict]:
-    """Several encoders over the same rendered scenes, by their number of tokens: the weights of their `maps`, in plain lists.
+    """Several encoders over the same rendered scenes, by their number of tokens: the weights of
+    their `maps`, in plain lists.
 
     maps: L x h x w, on one scene (`look_scene`); grounding: of each token with its best object,
-    over all the scenes; elsewhere: the same with each image's maps laid over another image's objects. Raises ValueError
-    for two encoders with the same number of tokens.
+    over all the scenes; elsewhere: the same with each image's maps laid over another image's
+    objects. Raises ValueError for two encoders with the same number of tokens.
     """
     lengths = [encoder.config.num_tokens for encoder in encoders]
     if len(set(lengths)) < len(lengths):
-        raise ValueError(f"the encoders are told apart by their number of tokens, and these have {lengths}")
+        raise ValueError(
+            f"the encoders are told apart by their number of tokens, and these have {lengths}"
+        )
     world, found = sample_scenes(images, seed), {}
     for encoder in sorted(encoders, key=lambda e: e.config.num_tokens):
         size = encoder.config.image_size
@@ -80,19 +102,30 @@ def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) 
 
 
 def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
-    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering seed.
+    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering
+    seed.
 
     The first with three filled objects on white: that shows well under a map.
     """
     world = enumerate(sample_scenes(images, seed))
-    return next((i, s) for i, s in world if len(s.objects) == 3 and (s.style, s.background) == ("flat", "white"))
+    return next(
+        (i, s)
+        for i, s in world
+        if len(s.objects) == 3 and (s.style, s.background) == ("flat", "white")
+    )
 
 
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
-    """For each vector of ... x D the k nearest words that the model has met, with their cosines, best first (flattened)."""
+    """For each vector of ... x D the k nearest words that the model has met, with their cosines,
+    best first (flattened).
+    """
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach().float().cpu()
-    met = (table.norm(dim=1) > 0).nonzero().flatten()  # words without training keep the zero vector in our own models
-    likeness = F.normalize(tokens.reshape(-1, tokens.shape[-1]).float().cpu(), dim=1) @ F.normalize(table[met], dim=1).T
+    # words without training keep the zero vector in our own models
+    met = (table.norm(dim=1) > 0).nonzero().flatten()
+    likeness = (
+        F.normalize(tokens.reshape(-1, tokens.shape[-1]).float().cpu(), dim=1)
+        @ F.normalize(table[met], dim=1).T
+    )
     found = likeness.topk(k)
     return [
         [(vl.words.word(met[i]), float(c)) for i, c in zip(row, cosines, strict=True)]
@@ -100,15 +133,20 @@ def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[st
     ]
 
 
-_PLACES = sorted({word for position in POSITIONS for word in position.split()})  # "top left" is two words
+# "top left" is two words
+_PLACES = sorted({word for position in POSITIONS for word in position.split()})
 #: What a word of a scene caption names. Words of size, and pieces of words, are "other".
 WORD_KINDS = {
     w: kind
     for kind, words in (
-        ("background", BACKGROUNDS), ("style", STYLES), ("color", COLORS), ("shape", SHAPES), ("place", _PLACES)
+        ("background", BACKGROUNDS),
+        ("style", STYLES),
+        ("color", COLORS),
+        ("shape", SHAPES),
+        ("place", _PLACES),
     )
     for w in words
-}  # fmt: skip
+}
 
 
 def _pieces(vl: VLModel, word: str) -> list[str]:
@@ -121,7 +159,8 @@ def _piece_kinds(vl: VLModel) -> dict[str, str]:
 
 
 def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
-    """What each token's nearest word names, over many sentences B x L x D: a row a token, a column a kind, shares in percent.
+    """What each token's nearest word names, over many sentences B x L x D: a row a token, a column
+    a kind, shares in percent.
 
     A word that the tokenizer splits ("checkered", "cyan") counts by any of its pieces.
     """
@@ -130,14 +169,19 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]
     grid = np.array(found).reshape(count, length)
-    return pd.DataFrame({kind: 100 * (grid == kind).mean(0) for kind in kinds}, index=[f"token {i + 1}" for i in range(length)])
+    return pd.DataFrame(
+        {kind: 100 * (grid == kind).mean(0) for kind in kinds},
+        index=[f"token {i + 1}" for i in range(length)],
+    )
 
 
 def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFrame:
-    """Whether the tokens' nearest words are true: sentences B x L x D and the scene of each; a row a kind of `WORD_KINDS`.
+    """Whether the tokens' nearest words are true: sentences B x L x D and the scene of each; a row
+    a kind of `WORD_KINDS`.
 
-    "words": how many of the B x L nearest words name something of this kind; "true, %": of these, the share that names what the
-    own scene has (any of its objects); "true of the next image, %": the same words beside another scene, which is chance.
+    "words": how many of the B x L nearest words name something of this kind; "true, %": of these,
+    the share that names what the own scene has (any of its objects); "true of the next image, %":
+    the same words beside another scene, which is chance.
     """
     if len(tokens) != len(world):
         raise ValueError(f"{len(tokens)} sentences but {len(world)} scenes")
@@ -154,12 +198,16 @@ def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFr
         {
             "kind": [kind_of.get(word, "other") for word in words],
             "true, %": [100 * (word in scene) for word, scene in zip(words, own, strict=True)],
-            "true of the next image, %": [100 * (word in scene) for word, scene in zip(words, other, strict=True)],
+            "true of the next image, %": [
+                100 * (word in scene) for word, scene in zip(words, other, strict=True)
+            ],
         }
     ).groupby("kind")
     kinds = list(dict.fromkeys(WORD_KINDS.values()))
     found = table.mean().assign(words=table.size()).reindex(kinds)
-    return found.fillna({"words": 0}).astype({"words": int})[["words", "true, %", "true of the next image, %"]]
+    return found.fillna({"words": 0}).astype({"words": int})[
+        ["words", "true, %", "true of the next image, %"]
+    ]
 
 
 def ranks_rearranged(
@@ -170,12 +218,16 @@ def ranks_rearranged(
     orders: Mapping[Hashable, Sequence[int]],
     template: str = TEMPLATE,
 ) -> dict[Hashable, np.ndarray]:
-    """`benchmark_ranks` with every sentence's tokens (B x L x D, of the references) in each of the given orders.
+    """`benchmark_ranks` with every sentence's tokens (B x L x D, of the references) in each of the
+    given orders.
 
-    An order lists places of the sentence; one that is left out is deleted. Raises IndexError for a place that is not there.
+    An order lists places of the sentence; one that is left out is deleted. Raises IndexError for a
+    place that is not there.
     """
     return {
-        name: benchmark_ranks(bench, compose(vl, tokens[:, list(order)], bench.texts, template), gallery)
+        name: benchmark_ranks(
+            bench, compose(vl, tokens[:, list(order)], bench.texts, template), gallery
+        )
         for name, order in orders.items()
     }
 
@@ -183,34 +235,46 @@ def ranks_rearranged(
 def ranks_without(
     bench: Benchmark, vl: VLModel, tokens: Tensor, gallery: Tensor, template: str = TEMPLATE
 ) -> dict[Hashable, np.ndarray]:
-    """`benchmark_ranks` with the whole sentences (key -1), and with token i deleted from every one of them (key i).
+    """`benchmark_ranks` with the whole sentences (key -1), and with token i deleted from every one
+    of them (key i).
 
-    tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single token.
+    tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single
+    token.
     """
     length = tokens.shape[1]
     if length < 2:
         raise ValueError("a sentence of one token has none to spare")
-    kept = {-1: list(range(length))} | {i: [j for j in range(length) if j != i] for i in range(length)}
+    kept = {-1: list(range(length))} | {
+        i: [j for j in range(length) if j != i] for i in range(length)
+    }
     return ranks_rearranged(bench, vl, tokens, gallery, kept, template)
 
 
 def moved(length: int, token: int) -> list[int]:
-    """The order of a sentence of `length` tokens in which one token, a place from 0, has gone to the farther end."""
+    """The order of a sentence of `length` tokens in which one token, a place from 0, has gone to
+    the farther end.
+    """
     rest = [i for i in range(length) if i != token]
     return [*rest, token] if token < length / 2 else [token, *rest]
 
 
 def _facts(scene: Scene) -> set[tuple]:
-    objects = {("object", o.cell, name, getattr(o, name)) for o in scene.objects for name in ("shape", "color", "size")}
+    objects = {
+        ("object", o.cell, name, getattr(o, name))
+        for o in scene.objects
+        for name in ("shape", "color", "size")
+    }
     return objects | {("background", scene.background), ("style", scene.style)}
 
 
 def kept_and_followed(reference: Scene, target: Scene, answer: Scene) -> tuple[float, float]:
-    """What an answer did with a query: the share of the reference that it keeps, and of the modifier that it follows.
+    """What an answer did with a query: the share of the reference that it keeps, and of the
+    modifier that it follows.
 
-    A scene is a set of facts: background, style, and shape, colour and size at each place. Kept: of the facts that reference
-    and target share, those that the answer has. Followed: of the facts that the change brings or takes away, those that the
-    answer has or lacks as the target does. Both are 1 for the target itself.
+    A scene is a set of facts: background, style, and shape, colour and size at each place. Kept: of
+    the facts that reference and target share, those that the answer has. Followed: of the facts
+    that the change brings or takes away, those that the answer has or lacks as the target does.
+    Both are 1 for the target itself.
     """
     old, new, found = _facts(reference), _facts(target), _facts(answer)
     followed = (new - old) & found | (old - new) - found

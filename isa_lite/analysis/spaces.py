@@ -1,4 +1,6 @@
-"""The spaces drawn and probed: the modality gap, maps in two dimensions, and what can be read off each token. Ours."""
+"""The spaces drawn and probed: the modality gap, maps in two dimensions, and what can be read off
+each token. Ours.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,22 @@ from isa_lite.world.scenes import Scene
 
 
 def modality_gap(a: Tensor, b: Tensor) -> float:
-    """The distance between the centres of two sets of L2-normalised embeddings, N x E and M x E; between 0 and 2.
+    """The distance between the centres of two sets of L2-normalised embeddings, N x E and M x E;
+    between 0 and 2.
 
     As Liang et al. define it ("Mind the gap", NeurIPS 2022).
     """
     return float((a.float().mean(0) - b.float().mean(0)).norm())
 
 
-def project(groups: Mapping[str, Tensor], method: str = "pca", seed: int = 0) -> dict[str, np.ndarray]:
-    """Named sets of embeddings n x E -> the same names with points n x 2, all sets in one common map.
+def project(
+    groups: Mapping[str, Tensor], method: str = "pca", seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Named sets of embeddings n x E -> the same names with points n x 2, all sets in one common
+    map.
 
-    method: "pca" (linear: distances mean something) or "tsne" (neighbourhoods mean something, distances do not).
-    Raises ValueError for another method, or fewer than three embeddings.
+    method: "pca" (linear: distances mean something) or "tsne" (neighbourhoods mean something,
+    distances do not). Raises ValueError for another method, or fewer than three embeddings.
     """
     if method not in ("pca", "tsne"):
         raise ValueError(f"method must be 'pca' or 'tsne', not {method!r}")
@@ -40,7 +46,9 @@ def project(groups: Mapping[str, Tensor], method: str = "pca", seed: int = 0) ->
     if method == "pca":
         points = PCA(2, random_state=seed).fit_transform(everything)
     else:
-        points = TSNE(perplexity=min(30, (len(everything) - 1) / 3), init="pca", random_state=seed).fit_transform(everything)
+        points = TSNE(
+            perplexity=min(30, (len(everything) - 1) / 3), init="pca", random_state=seed
+        ).fit_transform(everything)
     edges = np.cumsum([len(v) for v in groups.values()])[:-1]
     return dict(zip(groups, np.split(points, edges), strict=True))
 
@@ -57,16 +65,24 @@ FACTS = {
 
 
 def probes(
-    tokens: Tensor, scenes: Sequence[Scene], folds: int = 3, facts: Sequence[str] = tuple(FACTS), together: bool = True
+    tokens: Tensor,
+    scenes: Sequence[Scene],
+    folds: int = 3,
+    facts: Sequence[str] = tuple(FACTS),
+    together: bool = True,
 ) -> pd.DataFrame:
-    """How well a linear probe reads each fact off each single token: accuracy in percent, cross-validated.
+    """How well a linear probe reads each fact off each single token: accuracy in percent,
+    cross-validated.
 
-    tokens: B x L x D sentences of scenes with one object each (with several, "the colour" is not defined: ValueError).
-    A row a token, a column a fact; the last two rows are all tokens together (unless told otherwise), and always guessing the
-    commonest answer.
+    tokens: B x L x D sentences of scenes with one object each (with several, "the colour" is not
+    defined: ValueError). A row a token, a column a fact; the last two rows are all tokens together
+    (unless told otherwise), and always guessing the commonest answer.
     """
     if any(len(scene.objects) != 1 for scene in scenes):
-        raise ValueError("probes need scenes with exactly one object, so that its colour, shape, size and place are defined")
+        raise ValueError(
+            "probes need scenes with exactly one object, so that its colour, shape, size and place"
+            " are defined"
+        )
     if len(tokens) != len(scenes):
         raise ValueError(f"{len(tokens)} sentences but {len(scenes)} scenes")
     inputs = {f"token {i + 1}": tokens[:, i].numpy() for i in range(tokens.shape[1])}
@@ -77,10 +93,16 @@ def probes(
     def accuracy(x: np.ndarray, y: np.ndarray) -> float:
         # Ridge, its strength chosen within the training folds: D may be larger than the sample.
         probe = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 4, 6)))
-        with warnings.catch_warnings():  # an answer with fewer scenes than folds, as among few scenes, is only read seldom
+        # an answer with fewer scenes than folds, as among few scenes, is only read seldom
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The least populated class")
             return 100 * cross_val_score(probe, x, y, cv=folds).mean()
 
-    rows = {name: {fact: accuracy(x, y) for fact, y in answers.items()} for name, x in inputs.items()}
-    rows["guessing"] = {fact: 100 * np.unique(y, return_counts=True)[1].max() / len(y) for fact, y in answers.items()}
+    rows = {
+        name: {fact: accuracy(x, y) for fact, y in answers.items()} for name, x in inputs.items()
+    }
+    rows["guessing"] = {
+        fact: 100 * np.unique(y, return_counts=True)[1].max() / len(y)
+        for fact, y in answers.items()
+    }
     return pd.DataFrame.from_dict(rows, "index")

@@ -1,4 +1,5 @@
-"""CIRCO (Baldrati et al., ICCV 2023): several right answers a query, among all unlabeled photographs of COCO 2017.
+"""CIRCO (Baldrati et al., ICCV 2023): several right answers a query, among all unlabeled
+photographs of COCO 2017.
 
 Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_unlabeled2017.json`,
 `COCO2017_unlabeled/unlabeled2017/*.jpg`.
@@ -17,9 +18,10 @@ Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_u
     >>> list(circo.score(tasks, rankings))[:5]
     ['mAP@5', 'mAP@10', 'mAP@25', 'mAP@50', 'Recall@5']
 
-The gallery is every image of the info file, the reference included. mAP counts all right answers, Recall only the first
-annotated one. Adding `shared_concept` to the modifier tells the model what the two images have in common, which changes the
-numbers a lot: it is off unless asked for, and `Task.protocol` says so.
+The gallery is every image of the info file, the reference included. mAP counts all right answers,
+Recall only the first annotated one. Adding `shared_concept` to the modifier tells the model what
+the two images have in common, which changes the numbers a lot: it is off unless asked for, and
+`Task.protocol` says so.
 """
 
 from __future__ import annotations
@@ -48,40 +50,62 @@ from isa_lite.support import settings
 
 SPLITS = settings.SPLITS["circo"]
 KS = (5, 10, 25, 50)
-#: Queries of the complete split, and what the gallery has at least (a few thousand more): with less it is incomplete.
+#: Queries of the complete split, and what the gallery has at least (a few thousand more): with less
+#: it is incomplete.
 SIZES = {"val": 220, "test": 800}
 GALLERY = 120_000
-_LAYOUT = "CIRCO lies there as annotations/ and COCO2017_unlabeled/ with annotations/ and unlabeled2017/"
+_LAYOUT = (
+    "CIRCO lies there as annotations/ and COCO2017_unlabeled/ with annotations/ and unlabeled2017/"
+)
 
 
-def load(root: str | Path, split: str = "val", shared_concept: bool = False, partial: bool = False) -> list[Task]:
-    """The task of a split, as a list of one; shared_concept: put it before each modifier, with a comma."""
+def load(
+    root: str | Path, split: str = "val", shared_concept: bool = False, partial: bool = False
+) -> list[Task]:
+    """The task of a split, as a list of one; shared_concept: put it before each modifier, with a
+    comma.
+    """
     one_of("CIRCO's split", split, SPLITS)
     root, where = Path(root), f"annotations/{split}.json"
     keys = ["id", "reference_img_id", "relative_caption", "shared_concept"]
     keys += ["target_img_id", "gt_img_ids"] if split == "val" else []
     queries = []
-    for record, number, reference, caption, concept, *answer in entries(read_json(root, where, _LAYOUT), keys, where):
+    for record, number, reference, caption, concept, *answer in entries(
+        read_json(root, where, _LAYOUT), keys, where
+    ):
         target, truths = answer or (None, [])
         aspects = record.get("semantic_aspects", [])
         if not isinstance(truths, list) or not isinstance(aspects, list):
             raise ValueError(
-                f"query {number} of {where}: gt_img_ids and semantic_aspects are lists, not {truths!r} and {aspects!r}"
+                f"query {number} of {where}: gt_img_ids and semantic_aspects are lists, not"
+                f" {truths!r} and {aspects!r}"
             )
         if not all(isinstance(aspect, str) for aspect in aspects):
-            raise ValueError(f"query {number} of {where}: semantic_aspects must be texts, not {aspects!r}")
+            raise ValueError(
+                f"query {number} of {where}: semantic_aspects must be texts, not {aspects!r}"
+            )
         if not isinstance(caption, str) or not isinstance(concept, str):
-            raise ValueError(f"query {number} of {where}: relative_caption and shared_concept must be texts")
+            raise ValueError(
+                f"query {number} of {where}: relative_caption and shared_concept must be texts"
+            )
         if isinstance(number, bool) or not isinstance(number, (int, str)):
             raise ValueError(f"the id {number!r} of {where} is neither a number nor a text")
         check_ids([reference, *answer[:1], *truths], int, f"query {number} of {where}")
         if answer and target not in truths:
-            raise ValueError(f"query {number} of {where}: its target {target} is not among its ground truths {truths}")
+            raise ValueError(
+                f"query {number} of {where}: its target {target} is not among its ground truths"
+                f" {truths}"
+            )
         text = f"{concept}, {caption}" if shared_concept else caption
         targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
-        queries.append(Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record))
+        queries.append(
+            Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record)
+        )
     if split == "test" and {q.id for q in queries} != {str(i) for i in range(len(queries))}:
-        raise ValueError(f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is the file whole?")
+        raise ValueError(
+            f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is"
+            " the file whole?"
+        )
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
     folder = root / "COCO2017_unlabeled" / "unlabeled2017"
     info = read_json(root, where, _LAYOUT)
@@ -89,12 +113,22 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         raise ValueError(f"{where} has no list of images; is it another file under this name?")
     pictures = list(entries(info["images"], ("id", "file_name"), where))
     check_ids((number for _, number, _ in pictures), int, where)
-    if strange := [name for _, _, name in pictures if not isinstance(name, str) or not name or Path(name).name != name]:
-        raise ValueError(f"{where}: the file_name {strange[0]!r} is no name of a file in {folder.name}")
-    found = {number: path if is_picture(path := folder / name) else None for _, number, name in pictures}
+    if strange := [
+        name
+        for _, _, name in pictures
+        if not isinstance(name, str) or not name or Path(name).name != name
+    ]:
+        raise ValueError(
+            f"{where}: the file_name {strange[0]!r} is no name of a file in {folder.name}"
+        )
+    found = {
+        number: path if is_picture(path := folder / name) else None for _, number, name in pictures
+    }
     if None in found.values():
         others = by_stem(folder)  # with another ending
-        found = {number: found[number] or others.get(Path(name).stem) for _, number, name in pictures}
+        found = {
+            number: found[number] or others.get(Path(name).stem) for _, number, name in pictures
+        }
     if len(found) < len(pictures):
         raise ValueError(f"{where} lists an id twice: {len(pictures)} images have {len(found)} ids")
     protocol = {
@@ -103,31 +137,50 @@ def load(root: str | Path, split: str = "val", shared_concept: bool = False, par
         "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
     }
     known = SIZES[split], GALLERY
-    return [make_task("circo", split, found, [folder], queries, protocol, known, partial, or_more=True)]
+    return [
+        make_task("circo", split, found, [folder], queries, protocol, known, partial, or_more=True)
+    ]
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
-    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of each aspect, in percent.
+    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of
+    each aspect, in percent.
 
     The first annotation files had no aspects; with such a file there are none here.
     """
     (task,), (ranking,) = tasks, rankings
     precision = {
-        k: 100 * np.array([average_precision_at(k, row, q.targets) for q, row in zip(task.queries, ranking.top, strict=True)])
+        k: (
+            100
+            * np.array(
+                [
+                    average_precision_at(k, row, q.targets)
+                    for q, row in zip(task.queries, ranking.top, strict=True)
+                ]
+            )
+        )
         for k in KS
     }
     found = {f"mAP@{k}": float(precision[k].mean()) for k in KS}
-    found |= {f"Recall@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries]) for k in KS}
+    found |= {
+        f"Recall@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries]) for k in KS
+    }
     for aspect in sorted({a for q in task.queries for a in q.aspects}):
-        found[f"mAP@10 {aspect}"] = float(precision[10][[aspect in q.aspects for q in task.queries]].mean())
+        found[f"mAP@10 {aspect}"] = float(
+            precision[10][[aspect in q.aspects for q in task.queries]].mean()
+        )
     return found
 
 
-def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
+def write_submissions(
+    folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
+) -> list[Path]:
     """`circo.{split}.json`: for each query the numbers of its 50 best images."""
     (task,), (ranking,) = tasks, rankings
     lists = {q.id: row[:50] for q, row in zip(task.queries, ranking.top, strict=True)}
-    return [write_submission(Path(folder) / f"circo.{task.split}.json", lists, check_submission, task)]
+    return [
+        write_submission(Path(folder) / f"circo.{task.split}.json", lists, check_submission, task)
+    ]
 
 
 def check_submission(path: str | Path, task: Task) -> list[str]:
@@ -136,5 +189,7 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
     if not isinstance(content, dict):
         return ["the file is no object with a list for each query"]
     numbered = {str(i) for i in range(len(task.queries))} == {q.id for q in task.queries}
-    problems = [] if numbered else ["the annotations' ids are not 0 to N-1, which the server expects"]
+    problems = (
+        [] if numbered else ["the annotations' ids are not 0 to N-1, which the server expects"]
+    )
     return problems + check_lists(content, 50, task, lambda q: task.files.keys())

@@ -1,7 +1,9 @@
-"""CIRR (Liu et al., ICCV 2021): open-domain photographs, and for each query a subset of six look-alikes.
+"""CIRR (Liu et al., ICCV 2021): open-domain photographs, and for each query a subset of six
+look-alikes.
 
-Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{split}.json` (each image's name and its path; those of
-the split val lie in `dev/`), the images below the same root, its `img_raw/` or its `images/`.
+Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{split}.json` (each
+image's name and its path; those of the split val lie in `dev/`), the images below the same root,
+its `img_raw/` or its `images/`.
 
     >>> from isa_lite.benchmarks import cirr, run, tiny
     >>> from isa_lite.benchmarks.common import rank
@@ -17,8 +19,9 @@ the split val lie in `dev/`), the images below the same root, its `img_raw/` or 
     >>> list(cirr.score(tasks, rankings))
     ['R@1', 'R@5', 'R@10', 'R@50', 'Recall_subset@1', 'Recall_subset@2', 'Recall_subset@3']
 
-The reference is removed from each ranking. The subset metrics rank the five members of `img_set` that are not the reference.
-The target is `target_hard`; `target_soft` plays no part. The answers of test1 are with the test server.
+The reference is removed from each ranking. The subset metrics rank the five members of `img_set`
+that are not the reference. The target is `target_hard`; `target_soft` plays no part. The answers of
+test1 are with the test server.
 """
 
 from __future__ import annotations
@@ -47,19 +50,24 @@ SUBSET_KS = (1, 2, 3)
 #: Of the complete split: queries and images.
 SIZES = {"val": (4181, 2297), "test1": (4148, 2315)}
 _LAYOUT = (
-    "CIRR lies there as cirr/captions/, cirr/image_splits/ and the images (dev/, test1/, train/), or these in img_raw/ or images/"
+    "CIRR lies there as cirr/captions/, cirr/image_splits/ and the images (dev/, test1/, train/),"
+    " or these in img_raw/ or images/"
 )
 
 
 def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Task]:
-    """The task of a split, as a list of one. `root` is the folder around `cirr/`, or that folder itself."""
+    """The task of a split, as a list of one. `root` is the folder around `cirr/`, or that folder
+    itself.
+    """
     one_of("CIRR's split", split, SPLITS)
     root = Path(root)
     annotations = root / "cirr" if (root / "cirr").is_dir() else root
     where = f"captions/cap.rc2.{split}.json"
     keys = ("pairid", "reference", "caption", "img_set", "target_hard")[: 4 + (split != "test1")]
     queries = []
-    for record, pair, reference, caption, group, *target in entries(read_json(annotations, where, _LAYOUT), keys, where):
+    for record, pair, reference, caption, group, *target in entries(
+        read_json(annotations, where, _LAYOUT), keys, where
+    ):
         if not isinstance(group, dict) or not isinstance(group.get("members"), list):
             raise ValueError(f"the img_set of query {pair} of {where} has no list of members")
         check_ids([reference, *target, *group["members"]], str, f"query {pair} of {where}")
@@ -69,7 +77,11 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
             raise ValueError(f"the img_set of query {pair} of {where} names an image twice")
         others = tuple(name for name in group["members"] if name != reference)
         queries.append(Query(str(pair), reference, (caption,), tuple(target), others, entry=record))
-    folders = [base / below for base in (root, annotations, annotations.parent) for below in ("", "img_raw", "images")]
+    folders = [
+        base / below
+        for base in (root, annotations, annotations.parent)
+        for below in ("", "img_raw", "images")
+    ]
     places = list(dict.fromkeys(folders))
     listing = f"image_splits/split.rc2.{split}.json"
     paths = read_json(annotations, listing, _LAYOUT)
@@ -83,19 +95,36 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
         "subset": "the members of img_set without the reference",
     }
     found = {name: find_picture(places, path) for name, path in paths.items()}
-    task = make_task("cirr", split, found, places, queries, protocol, SIZES.get(split), partial, remove_reference=True)
+    task = make_task(
+        "cirr",
+        split,
+        found,
+        places,
+        queries,
+        protocol,
+        SIZES.get(split),
+        partial,
+        remove_reference=True,
+    )
     if lost := sum(not set(q.targets) <= set(q.subset) for q in task.queries):
-        task.notes.append(f"the target of {lost} queries is not in their img_set: each is a miss in every Recall_subset")
+        task.notes.append(
+            f"the target of {lost} queries is not in their img_set: each is a miss in every"
+            " Recall_subset"
+        )
     return [task]
 
 
 def _check_path(path: object, what: str) -> None:
-    """Raises ValueError for a path that leads out of the folder of the benchmark, on any system, or that is none."""
+    """Raises ValueError for a path that leads out of the folder of the benchmark, on any system, or
+    that is none.
+    """
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{what} is {path!r}, and no path")
     for kind in (PurePosixPath(path), PureWindowsPath(path)):
         if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
-            raise ValueError(f"{what} is {path!r}, which may lie outside the folder; is it the original file?")
+            raise ValueError(
+                f"{what} is {path!r}, which may lie outside the folder; is it the original file?"
+            )
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
@@ -106,23 +135,37 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
     return found | {f"Recall_subset@{k}": recall_at(k, ranking.subset, targets) for k in SUBSET_KS}
 
 
-def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
-    """`cirr.{split}.recall.json` (the 50 best names a query) and `cirr.{split}.recall_subset.json` (the 3 best of its subset)."""
+def write_submissions(
+    folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
+) -> list[Path]:
+    """`cirr.{split}.recall.json` (the 50 best names a query) and `cirr.{split}.recall_subset.json`
+    (the 3 best of its subset).
+    """
     (task,), (ranking,) = tasks, rankings
     written = []
     for metric, rows, k in (("recall", ranking.top, 50), ("recall_subset", ranking.subset, 3)):
         lists = {q.id: row[:k] for q, row in zip(task.queries, rows, strict=True)}
         path = Path(folder) / f"cirr.{task.split}.{metric}.json"
-        written.append(write_submission(path, {"version": "rc2", "metric": metric} | lists, check_submission, task))
+        written.append(
+            write_submission(
+                path, {"version": "rc2", "metric": metric} | lists, check_submission, task
+            )
+        )
     return written
 
 
 def check_submission(path: str | Path, task: Task) -> list[str]:
-    """What is wrong with a submission file: sentences, none if it is good. Which of the two it is says its `metric`."""
+    """What is wrong with a submission file: sentences, none if it is good. Which of the two it is
+    says its `metric`.
+    """
     content = read_submission(Path(path))
     if not isinstance(content, dict):
         return ["the file is no object with a list for each pairid"]
-    problems = [] if content.get("version") == "rc2" else [f'"version" must be "rc2", not {content.get("version")!r}']
+    problems = (
+        []
+        if content.get("version") == "rc2"
+        else [f'"version" must be "rc2", not {content.get("version")!r}']
+    )
     metric = content.get("metric")
     if metric not in ("recall", "recall_subset"):
         return [*problems, f'"metric" must be "recall" or "recall_subset", not {metric!r}']

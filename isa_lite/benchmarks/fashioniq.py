@@ -1,13 +1,14 @@
-"""FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query, and two galleries in use.
+"""FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query, and two
+galleries in use.
 
-Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`, `images/{name}.png` or `.jpg`
-(`.webp` and other usual endings as well), or in `images/{category}/`.
+Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`,
+`images/{name}.png` or `.jpg` (`.webp` and other usual endings as well), or in `images/{category}/`.
 
     >>> from isa_lite.benchmarks import fashioniq, run, tiny
     >>> from isa_lite.benchmarks.common import rank
     >>> from isa_lite.retrieval.embed import embed_files
     >>> from isa_lite.models.vl_model import load_vl_model
-    >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or the folder of your copy
+    >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or your copy
     >>> vl = load_vl_model()
     >>> rankings = []
     >>> for task in (tasks := fashioniq.load(root, "val", gallery="split")):
@@ -17,9 +18,10 @@ Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{
     >>> list(fashioniq.score(tasks, rankings))[:2]
     ['dress R@10', 'dress R@50']
 
-Two things change the numbers and are named in `Task.protocol`. The gallery is either the category's *split* file, or only
-the images of its *triplets* (also called the VAL split), about half as many: recalls of the two do not compare. And the two
-captions are joined in both orders, whose embeddings are averaged, or in one.
+Two things change the numbers and are named in `Task.protocol`. The gallery is either the category's
+*split* file, or only the images of its *triplets* (also called the VAL split), about half as many:
+recalls of the two do not compare. And the two captions are joined in both orders, whose embeddings
+are averaged, or in one.
 """
 
 from __future__ import annotations
@@ -27,7 +29,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from isa_lite.benchmarks.common import Query, Ranking, Task, by_stem, check_ids, entries, make_task, one_of, read_json, recall_at
+from isa_lite.benchmarks.common import (
+    Query,
+    Ranking,
+    Task,
+    by_stem,
+    check_ids,
+    entries,
+    make_task,
+    one_of,
+    read_json,
+    recall_at,
+)
 from isa_lite.benchmarks.submission import check_lists, read_submission, write_submission
 from isa_lite.support import settings
 from isa_lite.support.settings import CAPTIONS, GALLERIES
@@ -45,7 +58,8 @@ _LAYOUT = "FashionIQ lies there as captions/, image_splits/ and images/"
 
 
 def joined(captions: Sequence[str], order: str = CAPTIONS[0]) -> tuple[str, ...]:
-    """The texts of a query, from its captions without marks at their ends; an empty caption adds nothing.
+    """The texts of a query, from its captions without marks at their ends; an empty caption adds
+    nothing.
 
     >>> joined(["is red.", "has no sleeves"])
     ('is red and has no sleeves', 'has no sleeves and is red')
@@ -58,33 +72,63 @@ def joined(captions: Sequence[str], order: str = CAPTIONS[0]) -> tuple[str, ...]
 
 
 def load(
-    root: str | Path, split: str = "val", gallery: str = "split", captions: str = "both orders", partial: bool = False
+    root: str | Path,
+    split: str = "val",
+    gallery: str = "split",
+    captions: str = "both orders",
+    partial: bool = False,
 ) -> list[Task]:
-    """The tasks of the three categories. Raises FileNotFoundError or ValueError naming the file; partial: see `make_task`."""
+    """The tasks of the three categories. Raises FileNotFoundError or ValueError naming the file;
+    partial: see `make_task`.
+    """
     one_of("FashionIQ's split", split, SPLITS)
     one_of("gallery", gallery, GALLERIES)
     one_of("captions", captions, CAPTIONS)
     root = Path(root)
     files = by_stem(root / "images")
     return [
-        _load(root, category, split, gallery, captions, partial, files | by_stem(root / "images" / category))
+        _load(
+            root,
+            category,
+            split,
+            gallery,
+            captions,
+            partial,
+            files | by_stem(root / "images" / category),
+        )
         for category in CATEGORIES
     ]
 
 
-def _load(root: Path, category: str, split: str, gallery: str, captions: str, partial: bool, files: dict[str, Path]) -> Task:
+def _load(
+    root: Path,
+    category: str,
+    split: str,
+    gallery: str,
+    captions: str,
+    partial: bool,
+    files: dict[str, Path],
+) -> Task:
     where = f"captions/cap.{category}.{split}.json"
     answered = split != "test"
     keys = ("candidate", "captions", "target")[: 2 + answered]
     queries = []
-    for i, (record, reference, texts, *target) in enumerate(entries(read_json(root, where, _LAYOUT), keys, where)):
+    for i, (record, reference, texts, *target) in enumerate(
+        entries(read_json(root, where, _LAYOUT), keys, where)
+    ):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"the captions of entry {i} of {where} are no list of texts, but {texts!r}")
+            raise ValueError(
+                f"the captions of entry {i} of {where} are no list of texts, but {texts!r}"
+            )
         check_ids([reference, *target], str, f"entry {i} of {where}")
-        queries.append(Query(str(i), reference, joined(texts, captions), tuple(target), entry=record))
+        queries.append(
+            Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
+        )
     names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
     if not isinstance(names, list):
-        raise ValueError(f"{listing} is no list of image names; is it another file under this name?")
+        raise ValueError(
+            f"{listing} is no list of image names; is it another file under this name?"
+        )
     check_ids(names, str, listing)
     twice = len(names) - len(set(names))
     if gallery == "triplets":
@@ -98,42 +142,66 @@ def _load(root: Path, category: str, split: str, gallery: str, captions: str, pa
         [root / "images", root / "images" / category],
         queries,
         {
-            "gallery": "all images of the split file" if gallery == "split" else "only the images of the triplets",
+            "gallery": (
+                "all images of the split file"
+                if gallery == "split"
+                else "only the images of the triplets"
+            ),
             "reference": "stays in the ranking",
-            "captions": "joined by 'and' in both orders, embeddings averaged"
-            if captions == CAPTIONS[0]
-            else "joined by 'and' in the order given",
+            "captions": (
+                "joined by 'and' in both orders, embeddings averaged"
+                if captions == CAPTIONS[0]
+                else "joined by 'and' in the order given"
+            ),
         },
         known and (known[0], known[1][gallery]),
         partial,
     )
     # Where both are empty, `make_task` says so.
-    empty = sum(bool(q.texts[0]) and not all(c.strip(".?, ") for c in q.entry["captions"]) for q in task.queries)
+    empty = sum(
+        bool(q.texts[0]) and not all(c.strip(".?, ") for c in q.entry["captions"])
+        for q in task.queries
+    )
     if empty:
-        task.notes.append(f"{category} {split}: an empty caption in {empty} of the queries, where the other one stands alone")
+        task.notes.append(
+            f"{category} {split}: an empty caption in {empty} of the queries, where the other one"
+            " stands alone"
+        )
     if twice:
         task.notes.append(
-            f"{category} {split}: {twice} names stand more than once in {listing}; each image is in the gallery once"
+            f"{category} {split}: {twice} names stand more than once in {listing}; each image is in"
+            " the gallery once"
         )
     return task
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
-    """R@10 and R@50 in percent for each category, and their means, in which each category counts the same."""
+    """R@10 and R@50 in percent for each category, and their means, in which each category counts
+    the same.
+    """
     found = {
         f"{task.name} R@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries])
         for task, ranking in zip(tasks, rankings, strict=True)
         for k in KS
     }
-    return found | {f"mean R@{k}": sum(found[f"{task.name} R@{k}"] for task in tasks) / len(tasks) for k in KS}
+    return found | {
+        f"mean R@{k}": sum(found[f"{task.name} R@{k}"] for task in tasks) / len(tasks) for k in KS
+    }
 
 
-def write_submissions(folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]) -> list[Path]:
-    """`{category}.{split}.pred.json`, each the annotations' entries with the 50 best names as `ranking`."""
+def write_submissions(
+    folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
+) -> list[Path]:
+    """`{category}.{split}.pred.json`, each the annotations' entries with the 50 best names as
+    `ranking`.
+    """
     return [
         write_submission(
             Path(folder) / f"{task.name}.{task.split}.pred.json",
-            [{**q.entry, "ranking": row[:50]} for q, row in zip(task.queries, ranking.top, strict=True)],
+            [
+                {**q.entry, "ranking": row[:50]}
+                for q, row in zip(task.queries, ranking.top, strict=True)
+            ],
             check_submission,
             task,
         )
@@ -149,11 +217,26 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
     problems = []
     if len(content) != len(task.queries):
         problems.append(f"{len(content)} entries, not {len(task.queries)}")
-    changed = [i for i, (e, q) in enumerate(zip(content, task.queries, strict=False)) if {**e, **q.entry} != e]
+    changed = [
+        i
+        for i, (e, q) in enumerate(zip(content, task.queries, strict=False))
+        if {**e, **q.entry} != e
+    ]
     if changed:
-        problems.append(f"{len(changed)} entries are not those of the annotations in their order, the first: {changed[0]}")
+        problems.append(
+            f"{len(changed)} entries are not those of the annotations in their order, the first:"
+            f" {changed[0]}"
+        )
     bare = sum("ranking" not in entry for entry in content)
     if bare:
         problems.append(f"{bare} entries have no ranking")
-    lists = {str(i): entry["ranking"] for i, entry in enumerate(content[: len(task.queries)]) if "ranking" in entry}
-    return problems + [p for p in check_lists(lists, 50, task, lambda q: task.files.keys()) if "have no list" not in p]
+    lists = {
+        str(i): entry["ranking"]
+        for i, entry in enumerate(content[: len(task.queries)])
+        if "ranking" in entry
+    }
+    return problems + [
+        p
+        for p in check_lists(lists, 50, task, lambda q: task.files.keys())
+        if "have no list" not in p
+    ]

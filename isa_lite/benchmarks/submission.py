@@ -1,4 +1,6 @@
-"""Submission files for the test servers: written only if our own check finds nothing wrong with them."""
+"""Submission files for the test servers: written only if our own check finds nothing wrong with
+them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,17 @@ from isa_lite.benchmarks.common import Query, Task, read_json
 from isa_lite.support.checkpoint import write_text
 
 
-def write_submission(path: Path, content: object, check: Callable[[Path, Task], list[str]], task: Task) -> Path:
-    """Content as JSON to `path`, if `check` finds nothing wrong with the file; else ValueError, and no file is left."""
+def write_submission(
+    path: Path, content: object, check: Callable[[Path, Task], list[str]], task: Task
+) -> Path:
+    """Content as JSON to `path`, if `check` finds nothing wrong with the file; else ValueError, and
+    no file is left.
+    """
     if task.left_out:
-        raise ValueError(f"{path.name} would be rejected: {task.left_out} queries lack their images and were left out")
+        raise ValueError(
+            f"{path.name} would be rejected: {task.left_out} queries lack their images and were"
+            " left out"
+        )
     with tempfile.TemporaryDirectory() as folder:
         unchecked = Path(folder) / path.name
         write_text(unchecked, json.dumps(content))
@@ -26,36 +35,62 @@ def write_submission(path: Path, content: object, check: Callable[[Path, Task], 
 
 
 def read_submission(path: Path) -> object:
-    """The JSON of a submission file. Raises FileNotFoundError, or ValueError where it is not JSON."""
+    """The JSON of a submission file. Raises FileNotFoundError, or ValueError where it is not
+    JSON.
+    """
     return read_json(path.parent, path.name, "give a submission file")
 
 
-def check_lists(lists: Mapping[str, object], k: int, task: Task, candidates: Callable[[Query], Set]) -> list[str]:
-    """What is wrong with the lists of k ids by query id that answer `task`: a sentence a kind of fault, none if all is well."""
+def check_lists(
+    lists: Mapping[str, object], k: int, task: Task, candidates: Callable[[Query], Set]
+) -> list[str]:
+    """What is wrong with the lists of k ids by query id that answer `task`: a sentence a kind of
+    fault, none if all is well.
+    """
     known = {q.id for q in task.queries}
-    lacking, extra = [q.id for q in task.queries if q.id not in lists], [key for key in lists if key not in known]
-    problems = [f"{len(lacking)} of {len(known)} queries have no list, the first: {lacking[0]}"] if lacking else []
+    lacking, extra = (
+        [q.id for q in task.queries if q.id not in lists],
+        [key for key in lists if key not in known],
+    )
+    problems = (
+        [f"{len(lacking)} of {len(known)} queries have no list, the first: {lacking[0]}"]
+        if lacking
+        else []
+    )
     if len(known) < len(task.queries):
         problems.append(f"the annotations' {len(task.queries)} queries have only {len(known)} ids")
     if extra:
-        problems.append(f"{len(extra)} keys are no query of {task.name} {task.split}, the first: {extra[0]}")
+        problems.append(
+            f"{len(extra)} keys are no query of {task.name} {task.split}, the first: {extra[0]}"
+        )
     faults: dict[str, list[str]] = {}
     for query in task.queries:
         row, allowed = lists.get(query.id, ()), candidates(query)
         if row == ():
             continue
-        if not isinstance(row, list) or not all(isinstance(i, (str, int)) and not isinstance(i, bool) for i in row):
+        if not isinstance(row, list) or not all(
+            isinstance(i, (str, int)) and not isinstance(i, bool) for i in row
+        ):
             faults.setdefault("are no list of image ids", []).append(query.id)
             continue
         strange = set(row) - allowed
         as_text = {str(i) for i in allowed} if strange else set()
         wrong = {
-            f"do not hold {k} ids": len(row) != min(k, len(allowed) - (task.remove_reference and query.reference in allowed)),
+            f"do not hold {k} ids": (
+                len(row)
+                != min(k, len(allowed) - (task.remove_reference and query.reference in allowed))
+            ),
             "name an image twice": len(set(row)) < len(row),
-            "write image ids as another type (a text for a number, or the other way)": any(str(i) in as_text for i in strange),
-            "name something that is no image of the gallery or subset": any(str(i) not in as_text for i in strange),
+            "write image ids as another type (a text for a number, or the other way)": any(
+                str(i) in as_text for i in strange
+            ),
+            "name something that is no image of the gallery or subset": any(
+                str(i) not in as_text for i in strange
+            ),
             "name their own reference": task.remove_reference and query.reference in row,
         }
         for fault in (fault for fault, found in wrong.items() if found):
             faults.setdefault(fault, []).append(query.id)
-    return problems + [f"{len(where)} lists {fault}, the first: {where[0]}" for fault, where in faults.items()]
+    return problems + [
+        f"{len(where)} lists {fault}, the first: {where[0]}" for fault, where in faults.items()
+    ]

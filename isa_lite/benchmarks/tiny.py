@@ -1,7 +1,9 @@
-"""Small trees in the official layouts out of rendered scenes, to try everything without the photographs.
+"""Small trees in the official layouts out of rendered scenes, to try everything without the
+photographs.
 
-`write_tiny("cirr", "runs/tiny/cirr")` writes annotations and images as the benchmark's own archive holds them, with its
-peculiarities. It is not the benchmark: no number on it says anything about photographs.
+`write_tiny("cirr", "runs/tiny/cirr")` writes annotations and images as the benchmark's own archive
+holds them, with its peculiarities. It is not the benchmark: no number on it says anything about
+photographs.
 """
 
 from __future__ import annotations
@@ -33,14 +35,24 @@ _ASPECTS = {
 
 
 @checked(root=path_name(), queries=whole(2, 10**5), seed=whole(0), size=whole(8, 4096))
-def write_tiny(benchmark: str, root: str | Path, queries: int = 40, seed: int = 0, size: int = scenes.IMAGE_SIZE) -> Path:
-    """A tree of a benchmark's validation and test split (FashionIQ: of each category) below `root`, from a seed; returns `root`.
+def write_tiny(
+    benchmark: str,
+    root: str | Path,
+    queries: int = 40,
+    seed: int = 0,
+    size: int = scenes.IMAGE_SIZE,
+) -> Path:
+    """A tree of a benchmark's validation and test split (FashionIQ: of each category) below `root`,
+    from a seed; returns `root`.
 
-    Raises ValueError for fewer than 2 queries: one of them has a peculiarity. Files of an earlier call are written over.
+    Raises ValueError for fewer than 2 queries: one of them has a peculiarity. Files of an earlier
+    call are written over.
     """
     one_of("benchmark", benchmark, tuple(_WRITERS))
     root = Path(root)
-    write_text(root / "README.txt", f"{LABEL} ({benchmark}, {queries} queries a split, seed {seed})\n")
+    write_text(
+        root / "README.txt", f"{LABEL} ({benchmark}, {queries} queries a split, seed {seed})\n"
+    )
     _WRITERS[benchmark](root, queries, seed, size)
     return root
 
@@ -57,7 +69,9 @@ def _picture(path: Path, scene: Scene, rng: np.random.Generator, size: int) -> N
 def _changed(
     base: Scene, rng: np.random.Generator, count: int, kinds: tuple[str, ...] | None = None
 ) -> list[tuple[Scene, Modification]]:
-    """`count` different scenes that are one modification away from `base`; the first by `kinds`, if given."""
+    """`count` different scenes that are one modification away from `base`; the first by `kinds`, if
+    given.
+    """
     found: list[tuple[Scene, Modification]] = []
     while len(found) < count:
         scene, change = scenes.modify(base, rng, None if found else kinds)
@@ -67,7 +81,9 @@ def _changed(
 
 
 def _fashioniq(root: Path, queries: int, seed: int, size: int) -> None:
-    """Two captions a query (one change each); the split file lists more images than the triplets; names shared by categories."""
+    """Two captions a query (one change each); the split file lists more images than the triplets;
+    names shared by categories.
+    """
     for s, split in enumerate(("val", "test")):
         names: list[str] = []
         for c, category in enumerate(CATEGORIES):
@@ -77,23 +93,34 @@ def _fashioniq(root: Path, queries: int, seed: int, size: int) -> None:
             _json(root / f"image_splits/split.{category}.{split}.json", names + shared)
 
 
-def _category(root: Path, category: str, split: str, queries: int, rng: np.random.Generator, size: int) -> list[str]:
+def _category(
+    root: Path, category: str, split: str, queries: int, rng: np.random.Generator, size: int
+) -> list[str]:
     names: list[str] = []
 
     def picture(scene: Scene) -> str:
         names.append(f"{split}-{category}-{len(names):04d}")
-        _picture(root / "images" / f"{names[-1]}.{'jpg' if len(names) % 2 else 'png'}", scene, rng, size)
+        _picture(
+            root / "images" / f"{names[-1]}.{'jpg' if len(names) % 2 else 'png'}", scene, rng, size
+        )
         return names[-1]
 
     entries = []
     for i in range(queries):
         empty = split == "val" and i == 0 and category != "dress"
-        kinds = ("color",) if empty else ("background", str(rng.choice(["color", "size", "move", "style"])))
+        kinds = (
+            ("color",)
+            if empty
+            else ("background", str(rng.choice(["color", "size", "move", "style"])))
+        )
         base = scenes.sample_scene(rng)
         (target, change), *others = _changed(base, rng, 3, kinds)
         candidate, wanted = picture(base), picture(target)
         captions = change.text.split(" and ") + [""] * empty
-        entries.append({"candidate": candidate, "captions": captions} | ({"target": wanted} if split == "val" else {}))
+        entries.append(
+            {"candidate": candidate, "captions": captions}
+            | ({"target": wanted} if split == "val" else {})
+        )
         for scene, _ in others:  # in the split file, in no triplet
             picture(scene)
     _json(root / f"captions/cap.{category}.{split}.json", entries)
@@ -101,7 +128,9 @@ def _category(root: Path, category: str, split: str, queries: int, rng: np.rando
 
 
 def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
-    """Sets of six: the reference, and five scenes that are each one modification away from it. Images below img_raw/."""
+    """Sets of six: the reference, and five scenes that are each one modification away from it.
+    Images below img_raw/.
+    """
     for s, split in enumerate(("val", "test1")):
         rng = np.random.default_rng((seed, s, 22))
         folder, paths, entries = "dev" if split == "val" else split, {}, []
@@ -113,17 +142,34 @@ def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
                 paths[name] = f"./{folder}/{name}.png"
                 _picture(root / "img_raw" / folder / f"{name}.png", scene, rng, size)
             chosen = int(rng.integers(5))
-            entry = {"pairid": 10 * i + s, "reference": members[0], "caption": others[chosen][1].text}
+            entry = {
+                "pairid": 10 * i + s,
+                "reference": members[0],
+                "caption": others[chosen][1].text,
+            }
             if split == "val":
-                entry |= {"target_hard": members[1 + chosen], "target_soft": {members[1 + chosen]: 1.0}}
+                entry |= {
+                    "target_hard": members[1 + chosen],
+                    "target_soft": {members[1 + chosen]: 1.0},
+                }
             order = [members[j] for j in rng.permutation(6)]
-            entries.append(entry | {"img_set": {"id": i, "members": order, "reference_rank": order.index(members[0])}})
+            entries.append(
+                entry
+                | {
+                    "img_set": {
+                        "id": i,
+                        "members": order,
+                        "reference_rank": order.index(members[0]),
+                    }
+                }
+            )
         _json(root / f"cirr/captions/cap.rc2.{split}.json", entries)
         _json(root / f"cirr/image_splits/split.rc2.{split}.json", paths)
 
 
 def _circo(root: Path, queries: int, seed: int, size: int) -> None:
-    """One to four right answers (other renderings of the same scene), semantic aspects, and one gallery for both splits.
+    """One to four right answers (other renderings of the same scene), semantic aspects, and one
+    gallery for both splits.
 
     A picture of another query that happens to show the scene is a right answer, too.
     """
@@ -135,7 +181,9 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
         number = 7 * len(pictures) + 1000
         shown.setdefault(scene, []).append(number)
         pictures.append({"id": number, "file_name": f"{number:012d}.jpg"})
-        _picture(root / "COCO2017_unlabeled/unlabeled2017" / pictures[-1]["file_name"], scene, rng, size)
+        _picture(
+            root / "COCO2017_unlabeled/unlabeled2017" / pictures[-1]["file_name"], scene, rng, size
+        )
         return number
 
     answers: dict[str, list[tuple[dict, Scene]]] = {}
@@ -144,7 +192,9 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
         for i in range(queries):
             base = scenes.sample_scene(rng)
             (target, change), *others = _changed(base, rng, 3)
-            kept = sorted({f"a {o.color} {o.shape}" for o in set(base.objects) & set(target.objects)})
+            kept = sorted(
+                {f"a {o.color} {o.shape}" for o in set(base.objects) & set(target.objects)}
+            )
             entry = {
                 "id": i,
                 "reference_img_id": picture(base),
@@ -161,11 +211,16 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
             answers[split].append((entry, target))
     for split, entries in answers.items():  # not before all pictures are there
         for entry, target in entries:
-            if split == "val":  # the target first, then its other renderings, wherever they come from
-                others_too = [number for number in shown[target] if number != entry["target_img_id"]]
+            # the target first, then its other renderings, wherever they come from
+            if split == "val":
+                others_too = [
+                    number for number in shown[target] if number != entry["target_img_id"]
+                ]
                 entry["gt_img_ids"] = [entry["target_img_id"], *others_too]
         _json(root / f"annotations/{split}.json", [entry for entry, _ in entries])
-    _json(root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": pictures})
+    _json(
+        root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": pictures}
+    )
 
 
 _WRITERS = {"fashioniq": _fashioniq, "cirr": _cirr, "circo": _circo}

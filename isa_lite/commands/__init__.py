@@ -1,8 +1,10 @@
-"""The command line: `python -m isa_lite NAME ...` runs the module NAME of this package, and `--help` explains its options.
+"""The command line: `python -m isa_lite NAME ...` runs the module NAME of this package, and
+`--help` explains its options.
 
-A command is a short file with two functions: `add_arguments(parser)`, and `run(args)`. Only `run` imports what is slow to
-import (PyTorch, pandas, ...), so help and the check of the arguments take no time. `main` is the one place that turns errors
-into a line on stderr and an exit status: 2 for anything that was wrong with the input, 130 for a run that was stopped.
+A command is a short file with two functions: `add_arguments(parser)`, and `run(args)`. Only `run`
+imports what is slow to import (PyTorch, pandas, ...), so help and the check of the arguments take
+no time. `main` is the one place that turns errors into a line on stderr and an exit status: 2 for
+anything that was wrong with the input, 130 for a run that was stopped.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line. Its help shows every default that its text does not give already."""
+    """A parser whose errors are one line. Its help shows every default that its text does not give
+    already.
+    """
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": _Help, **settings})
@@ -59,20 +63,30 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m isa_lite COMMAND ...", "", *lines, "", "python -m isa_lite COMMAND --help explains a command."]
+        [
+            "usage: python -m isa_lite COMMAND ...",
+            "",
+            *lines,
+            "",
+            "python -m isa_lite COMMAND --help explains a command.",
+        ]
     )
 
 
 def parser_of(name: str) -> Parser:
     """The parser of one command. Its description is what the command's module says of itself."""
     module = importlib.import_module(f"isa_lite.commands.{name}")
-    parser = Parser(prog=f"python -m isa_lite {name}", description=(module.__doc__ or "").replace("`", ""))
+    parser = Parser(
+        prog=f"python -m isa_lite {name}", description=(module.__doc__ or "").replace("`", "")
+    )
     module.add_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. Ends with SystemExit where anything went wrong, after one line on stderr: 2, or 130 if it was stopped."""
+    """Run a command. Ends with SystemExit where anything went wrong, after one line on stderr: 2,
+    or 130 if it was stopped.
+    """
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(overview())
@@ -108,7 +122,11 @@ def _end(status: int, line: str = "") -> None:
 def _words(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
-        return ": ".join(str(part) for part in (error.filename, error.filename2, error.strerror) if part is not None)
+        return ": ".join(
+            str(part)
+            for part in (error.filename, error.filename2, error.strerror)
+            if part is not None
+        )
     if isinstance(error, MemoryError):
         return f"not enough memory ({error})" if str(error) else "not enough memory"
     return " ".join(str(error).split()) or type(error).__name__
@@ -116,8 +134,11 @@ def _words(error: Exception) -> str:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM (of `docker stop`, of a cluster's queue) is what Ctrl-C is: KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+    """Inside, SIGTERM (of `docker stop`, of a cluster's queue) is what Ctrl-C is:
+    KeyboardInterrupt.
+    """
+    # only the main thread may set a handler
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 

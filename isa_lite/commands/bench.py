@@ -1,4 +1,6 @@
-"""Speed and cost. Every figure that matters is a ratio, with both sides measured in one run on one machine."""
+"""Speed and cost. Every figure that matters is a ratio, with both sides measured in one run on one
+machine.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, what in MEASUREMENTS.items():
         sub = kinds.add_parser(name, help=what)
         if name in ("cost", "backbones"):
-            sub.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
-            sub.add_argument("--pretrained", help="tag or file of weights, for an open_clip model (default: none)")
+            sub.add_argument(
+                "--vl-model",
+                default=SCENES_CLIP,
+                help="a name of open_clip, hf-hub:..., blip:..., or a folder",
+            )
+            sub.add_argument(
+                "--pretrained",
+                help="tag or file of weights, for an open_clip model (default: none)",
+            )
         if name in ("cost", "split"):
-            sub.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
+            sub.add_argument(
+                "--encoder",
+                default=str(DATA / SCENES_ENCODER),
+                help="folder of a trained query encoder",
+            )
         if name == "backbones":
             sub.add_argument(
                 "--image-size",
@@ -46,7 +59,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    {"cost": _cost, "step": _step, "split": _split, "query": _query, "embed": _embed, "backbones": _backbones}[args.what](args)
+    {
+        "cost": _cost,
+        "step": _step,
+        "split": _split,
+        "query": _query,
+        "embed": _embed,
+        "backbones": _backbones,
+    }[args.what](args)
 
 
 def _cost(args: Namespace) -> None:
@@ -71,7 +91,10 @@ def _step(args: Namespace) -> None:
     config, vl = DistillConfig(**{name: getattr(args, name) for name in STEP}), load_vl_model()
     encoder = QueryEncoder.for_model(vl, stride=16, num_tokens=20, **recipe("default").encoder)
     table = step_cost(vl, encoder, config, args.rounds)
-    print(f"one step of notebook 02: {config.batch_size} images, LAR on {config.lar_share:g} of them; {machine()}")
+    print(
+        f"one step of notebook 02: {config.batch_size} images, LAR on {config.lar_share:g} of them;"
+        f" {machine()}"
+    )
     print(f"float32 products of this machine, in this run: {table.attrs['rate']:.0f} GFLOP/s")
     print(table.round(3).to_string())
 
@@ -86,7 +109,11 @@ def _split(args: Namespace) -> None:
     trained, large = QueryEncoder.load(args.encoder, own), random_model("ViT-B-32")
     for name, vl, encoder in (
         ("the shipped models", own, trained),
-        ("ViT-B-32 and a light encoder at its size, random weights", large, QueryEncoder.for_model(large)),
+        (
+            "ViT-B-32 and a light encoder at its size, random weights",
+            large,
+            QueryEncoder.for_model(large),
+        ),
     ):
         print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
         print(split(vl, encoder).round(2).to_string(na_rep="-"))
@@ -104,12 +131,23 @@ def _query(args: Namespace) -> None:
 
     large, pairs = random_model("ViT-B-32"), {}
     for stride in (32, 16):
-        encoder = QueryEncoder.for_model(large, backbone="tf_efficientnet_lite0", image_size=224, stride=stride)
-        pairs[f"ViT-B-32 and tf_efficientnet_lite0 up to stride {stride}, random weights"] = large, encoder
+        encoder = QueryEncoder.for_model(
+            large, backbone="tf_efficientnet_lite0", image_size=224, stride=stride
+        )
+        pairs[f"ViT-B-32 and tf_efficientnet_lite0 up to stride {stride}, random weights"] = (
+            large,
+            encoder,
+        )
     pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / SCENES_ENCODER)
-    print("light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by a sentence of it")
+    print(
+        "light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by"
+        " a sentence of it"
+    )
     for name, (vl, encoder) in pairs.items():
-        print(f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")
+        print(
+            f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch"
+            f" 1, ms; {machine()}"
+        )
         _print_times("PyTorch", *end_to_end(vl, encoder))
         with tempfile.TemporaryDirectory() as folder:
             export(encoder, vl, folder)
@@ -143,6 +181,9 @@ def _backbones(args: Namespace) -> None:
 
     untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
     vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)
-    print(f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
+    print(
+        f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px,"
+        f" batch 1; {machine()}"
+    )
     print("parameters and multiply-adds in millions")
     print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())

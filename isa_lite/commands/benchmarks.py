@@ -1,4 +1,6 @@
-"""Score methods on a public benchmark, or write the files for its test server, or check such files."""
+"""Score methods on a public benchmark, or write the files for its test server, or check such
+files.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +9,102 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isa_lite.support.parameters import folder, output, whole_number
-from isa_lite.support.settings import CAPTIONS, GALLERIES, METHODS, SCENES_CLIP, SPLITS, TEMPLATE, RunConfig
+from isa_lite.support.settings import (
+    CAPTIONS,
+    GALLERIES,
+    METHODS,
+    SCENES_CLIP,
+    SPLITS,
+    TEMPLATE,
+    RunConfig,
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="benchmark", required=True)
     for name, splits in SPLITS.items():
         sub = kinds.add_parser(name, help=f"splits {', '.join(splits)}")
-        sub.add_argument("--root", type=Path, required=True, help="the folder with the official layout")
+        sub.add_argument(
+            "--root", type=Path, required=True, help="the folder with the official layout"
+        )
         sub.add_argument("--split", default="val", choices=splits, help="which queries")
         sub.add_argument(
-            "--partial", action="store_true", help="go on without missing images, and without the queries that need them"
+            "--partial",
+            action="store_true",
+            help="go on without missing images, and without the queries that need them",
         )
-        sub.add_argument("--check", type=Path, nargs="+", help="only check these submission files (default: none)")
-        sub.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
+        sub.add_argument(
+            "--check",
+            type=Path,
+            nargs="+",
+            help="only check these submission files (default: none)",
+        )
+        sub.add_argument(
+            "--vl-model",
+            default=SCENES_CLIP,
+            help="a name of open_clip, hf-hub:..., blip:..., or a folder",
+        )
         sub.add_argument("--pretrained", help="tag or file of its weights (default: none)")
-        sub.add_argument("--encoder", type=Path, help="folder of a query encoder, for the method isa (no default)")
-        sub.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to score")
-        sub.add_argument("--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}")
-        sub.add_argument("--truncate", action="store_true", help="cut modifiers that do not fit the text tower")
         sub.add_argument(
-            "--out", type=output(folder()), help="folder of metrics.json and the submission files (default: none are written)"
+            "--encoder",
+            type=Path,
+            help="folder of a query encoder, for the method isa (no default)",
         )
         sub.add_argument(
-            "--cache", type=output(folder()), default=Path("runs/embeddings"), help="folder of the galleries' embeddings"
+            "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to score"
         )
-        sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the large tower's products")
+        sub.add_argument(
+            "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
+        )
+        sub.add_argument(
+            "--truncate", action="store_true", help="cut modifiers that do not fit the text tower"
+        )
+        sub.add_argument(
+            "--out",
+            type=output(folder()),
+            help="folder of metrics.json and the submission files (default: none are written)",
+        )
+        sub.add_argument(
+            "--cache",
+            type=output(folder()),
+            default=Path("runs/embeddings"),
+            help="folder of the galleries' embeddings",
+        )
+        sub.add_argument(
+            "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)"
+        )
+        sub.add_argument(
+            "--dtype",
+            default="float32",
+            choices=("float32", "bfloat16"),
+            help="of the large tower's products",
+        )
         sub.add_argument("--batch-size", type=whole_number(1), default=128, help="images at a time")
-        sub.add_argument("--num-workers", type=whole_number(0, 256), default=1, help="threads that read images ahead")
+        sub.add_argument(
+            "--num-workers",
+            type=whole_number(0, 256),
+            default=1,
+            help="threads that read images ahead",
+        )
         if name == "fashioniq":
-            sub.add_argument("--gallery", default=GALLERIES[0], choices=GALLERIES, help="protocol: which images are searched")
-            sub.add_argument("--captions", default=CAPTIONS[0], choices=CAPTIONS, help="protocol: how two captions join")
+            sub.add_argument(
+                "--gallery",
+                default=GALLERIES[0],
+                choices=GALLERIES,
+                help="protocol: which images are searched",
+            )
+            sub.add_argument(
+                "--captions",
+                default=CAPTIONS[0],
+                choices=CAPTIONS,
+                help="protocol: how two captions join",
+            )
         if name == "circo":
-            sub.add_argument("--shared-concept", action="store_true", help="protocol: put the shared concept into the prompt")
+            sub.add_argument(
+                "--shared-concept",
+                action="store_true",
+                help="protocol: put the shared concept into the prompt",
+            )
 
 
 def run(args: Namespace) -> None:
@@ -50,16 +114,27 @@ def run(args: Namespace) -> None:
     from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
 
-    options = {name: getattr(args, name) for name in ("gallery", "captions", "shared_concept", "partial") if hasattr(args, name)}
+    options = {
+        name: getattr(args, name)
+        for name in ("gallery", "captions", "shared_concept", "partial")
+        if hasattr(args, name)
+    }
     if args.check:
         _check(args.check, args.benchmark, args.root, args.split, options)
         return
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     vl = load_vl_model(args.vl_model, args.pretrained, device)
     encoder = QueryEncoder.load(args.encoder, vl).to(device) if args.encoder else None
-    same = {name: getattr(args, name) for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")}
+    same = {
+        name: getattr(args, name)
+        for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")
+    }
     config = RunConfig(options=options, **same)
-    print(report(run(args.benchmark, args.root, vl, args.methods, encoder, config, args.out, args.cache)))
+    print(
+        report(
+            run(args.benchmark, args.root, vl, args.methods, encoder, config, args.out, args.cache)
+        )
+    )
 
 
 def _check(paths: Sequence[Path], benchmark: str, root: Path, split: str, options: dict) -> None:
@@ -71,7 +146,10 @@ def _check(paths: Sequence[Path], benchmark: str, root: Path, split: str, option
     for path in paths:
         name = path.name.split(".")[0] if benchmark == "fashioniq" else benchmark
         if name not in tasks:
-            raise ValueError(f"{path.name}: FashionIQ's files begin with their category, one of {', '.join(tasks)}")
+            raise ValueError(
+                f"{path.name}: FashionIQ's files begin with their category, one of"
+                f" {', '.join(tasks)}"
+            )
         problems = module.check_submission(path, tasks[name])
         bad += bool(problems)
         print(f"{path}: {'; '.join(problems) or 'good'}")

@@ -10,7 +10,10 @@ from isa_lite.support.parameters import folder, output
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=output(folder()), default=Path("runs/cards"), help="folder of the cards, laid out as data/ is"
+        "--out",
+        type=output(folder()),
+        default=Path("runs/cards"),
+        help="folder of the cards, laid out as data/ is",
     )
 
 

@@ -1,4 +1,6 @@
-"""Answer one query from exported files, without PyTorch: the best images of a gallery, with their cosines."""
+"""Answer one query from exported files, without PyTorch: the best images of a gallery, with their
+cosines.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,13 @@ from isa_lite.support.parameters import whole_number
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folder", help="what python -m isa_lite export wrote")
-    parser.add_argument("--gallery", required=True, help="a file of isa_lite.retrieval.gallery.Gallery.save")
+    parser.add_argument(
+        "--gallery", required=True, help="a file of isa_lite.retrieval.gallery.Gallery.save"
+    )
     parser.add_argument("--image", required=True, help="the reference image")
-    parser.add_argument("--modifier", default="", help="what should be different (default: nothing)")
+    parser.add_argument(
+        "--modifier", default="", help="what should be different (default: nothing)"
+    )
     parser.add_argument("--k", type=whole_number(1), default=5, help="answers to print")
 
 
@@ -23,12 +29,19 @@ def run(args: Namespace) -> None:
 
     embeddings, ids, model = read_gallery(args.gallery)
     if not model:
-        raise ValueError(f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model=")
+        raise ValueError(
+            f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model="
+        )
     client = QueryClient(args.folder, vl_model=model)
     query = client.encode([read_image(args.image)], [args.modifier])[0]  # E
     if embeddings.shape[1] != len(query):
-        raise ValueError(f"{args.gallery} holds embeddings of {embeddings.shape[1]} numbers, and the query has {len(query)}")
+        raise ValueError(
+            f"{args.gallery} holds embeddings of {embeddings.shape[1]} numbers, and the query has"
+            f" {len(query)}"
+        )
     scores, encoding = embeddings @ query, sys.stdout.encoding or "utf-8"  # N
-    for i in np.argsort(-scores, kind="stable")[: args.k]:  # of equal ones, the first in the gallery
+    # of equal ones, the first in the gallery
+    for i in np.argsort(-scores, kind="stable")[: args.k]:
         answer = f"{scores[i]:.4f}  {ids[i]}"
-        print(answer.encode(encoding, "backslashreplace").decode(encoding))  # a file name may hold what a terminal cannot show
+        # a file name may hold what a terminal cannot show
+        print(answer.encode(encoding, "backslashreplace").decode(encoding))

@@ -1,4 +1,6 @@
-"""ISA against every other method, over seeds: once for each query encoder given, and gathered into one file."""
+"""ISA against every other method, over seeds: once for each query encoder given, and gathered into
+one file.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Path,
         nargs="+",
         default=[],
-        help="out_dir of a run of notebook 02 with -p steps 800, one for each seed (no default: give this or --rivals)",
+        help=(
+            "out_dir of a run of notebook 02 with -p steps 800, one for each seed (no default: give"
+            " this or --rivals)"
+        ),
     )
     parser.add_argument(
         "--symmetric",
@@ -31,8 +36,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="only measure all other methods, for these seeds (default: none)",
     )
-    parser.add_argument("--run", type=output(folder()), default=Path("runs/compare"), help="folder of the results seed by seed")
-    parser.add_argument("--out", type=output(file()), default=Path("runs/compare.json"), help="all seeds in one file")
+    parser.add_argument(
+        "--run",
+        type=output(folder()),
+        default=Path("runs/compare"),
+        help="folder of the results seed by seed",
+    )
+    parser.add_argument(
+        "--out",
+        type=output(file()),
+        default=Path("runs/compare.json"),
+        help="all seeds in one file",
+    )
 
 
 def run(args: Namespace) -> None:
@@ -50,9 +65,14 @@ def run(args: Namespace) -> None:
     if args.rivals:
         return
     # All of them, before any work is done.
-    encoders, symmetric = (compare.encoders_by_seed(folders, vl, config) for folders in (args.isa, args.symmetric))
+    encoders, symmetric = (
+        compare.encoders_by_seed(folders, vl, config) for folders in (args.isa, args.symmetric)
+    )
     if symmetric and set(symmetric) != set(encoders):
-        raise ValueError(f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they must be the same")
+        raise ValueError(
+            f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they"
+            " must be the same"
+        )
     runs = []
     for seed in sorted(encoders):
         found = compare.kept_rivals(vl, seed, config, args.run)
@@ -60,10 +80,16 @@ def run(args: Namespace) -> None:
         bench = compare.make_benchmark(config.queries, config.gallery, seed, vl.image_size)
         measured = compare.query_encoders(bench, vl, named)
         runs.append({**found, "methods": {**measured, **found["methods"]}})
-    write_text(args.out, json.dumps({"machine": machine(), "commit": commit(), "runs": runs}, indent=1) + "\n")
+    write_text(
+        args.out,
+        json.dumps({"machine": machine(), "commit": commit(), "runs": runs}, indent=1) + "\n",
+    )
     print(runs_table(runs, None).to_string())
     if symmetric:
         shares = compare.relative(runs)
         low, high = seed_interval(shares)
         by_seed = shares.round(3).tolist()
-        print(f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by seed {by_seed}")
+        print(
+            f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by"
+            f" seed {by_seed}"
+        )

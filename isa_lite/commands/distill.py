@@ -9,27 +9,62 @@ from pathlib import Path
 
 from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
 from isa_lite.support.recipes import RECIPES, recipe
-from isa_lite.support.settings import MAPPING_NAMES, MINUTES, SCENES_CLIP, DistillConfig, QueryEncoderConfig
+from isa_lite.support.settings import (
+    MAPPING_NAMES,
+    MINUTES,
+    SCENES_CLIP,
+    DistillConfig,
+    QueryEncoderConfig,
+)
 
 #: Of the query encoder, what can be chosen here.
-ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens", "width", "depth")
-AIDS = {"backbone_weights": "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of light_backbone"}
+ENCODER = (
+    "backbone",
+    "pretrained",
+    "mapping",
+    "image_size",
+    "stride",
+    "num_tokens",
+    "width",
+    "depth",
+)
+AIDS = {
+    "backbone_weights": (
+        "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of"
+        " light_backbone"
+    )
+}
 AIDS["start_words"] = "a text whose words the sentence is before training; '' for none"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument(
-        "--out", type=output(folder()), required=True, help="folder of the query encoder; targets and states are in OUT/run"
+        "--out",
+        type=output(folder()),
+        required=True,
+        help="folder of the query encoder; targets and states are in OUT/run",
     )
-    parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
-    parser.add_argument("--tag", help="of the VL model's weights, where it is named by an open_clip model (default: none)")
     parser.add_argument(
-        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+        "--vl-model",
+        default=SCENES_CLIP,
+        help="a name of open_clip, hf-hub:..., blip:..., or a folder",
+    )
+    parser.add_argument(
+        "--tag",
+        help="of the VL model's weights, where it is named by an open_clip model (default: none)",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=option(number(0), float),
+        default=MINUTES,
+        help="how often the state of the run is saved",
     )
     add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
     for name, meaning in AIDS.items():
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)")
+        parser.add_argument(
+            "--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)"
+        )
     add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
 
 
@@ -37,7 +72,9 @@ def encoder_settings(args: Namespace) -> dict:
     """What `QueryEncoder.for_model` is asked for: what was given, and otherwise the recipe's."""
     backbone = "" if args.pretrained else args.backbone  # timm's weights are a start of their own
     given = {name: getattr(args, name) for name in (*ENCODER, *AIDS)}
-    return recipe(args.recipe, args.vl_model, backbone).encoder | {n: value for n, value in given.items() if value is not None}
+    return recipe(args.recipe, args.vl_model, backbone).encoder | {
+        n: value for n, value in given.items() if value is not None
+    }
 
 
 def run(args: Namespace) -> None:
@@ -57,9 +94,22 @@ def run(args: Namespace) -> None:
         torch.manual_seed(config.seed)
         encoder = QueryEncoder.for_model(vl, **encoder_settings(args))
         run = args.out / "run"
-        history = distill(images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes)
+        history = distill(
+            images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes
+        )
         if distributed.rank() == 0:
-            info = {"images": len(images), "config": asdict(config), "commit": commit(), "machine": machine()}
-            encoder.cpu().save(args.out, info | {"seconds": round(history.seconds, 1), "processes": distributed.count()})
+            info = {
+                "images": len(images),
+                "config": asdict(config),
+                "commit": commit(),
+                "machine": machine(),
+            }
+            encoder.cpu().save(
+                args.out,
+                info | {"seconds": round(history.seconds, 1), "processes": distributed.count()},
+            )
             write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")
-            print(f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back; QueryEncoder.load reads it")
+            print(
+                f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back;"
+                " QueryEncoder.load reads it"
+            )

@@ -10,8 +10,14 @@ from isa_lite.support.parameters import file, output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it")
-    parser.add_argument("--gather", type=output(file()), help="write all of them into this one JSON file (default: print them)")
+    parser.add_argument(
+        "metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it"
+    )
+    parser.add_argument(
+        "--gather",
+        type=output(file()),
+        help="write all of them into this one JSON file (default: print them)",
+    )
 
 
 def run(args: Namespace) -> None:
@@ -25,11 +31,19 @@ def run(args: Namespace) -> None:
         write_text(args.gather, json.dumps(record, indent=1) + "\n")
         print(runs_table(record["runs"]).to_string())
         return
-    for found in [read_metrics(path) for path in args.metrics]:  # all of them, before anything is printed
-        print(f"Retrieval, {found['data']}: {found['queries']} queries, gallery of {found['gallery']}, seed {found['seed']}")
+    # all of them, before anything is printed
+    for found in [read_metrics(path) for path in args.metrics]:
+        print(
+            f"Retrieval, {found['data']}: {found['queries']} queries, gallery of"
+            f" {found['gallery']}, seed {found['seed']}"
+        )
         print("Recall@K in percent [95% Wilson interval over queries]")
         rows = {
-            name: [f"{values[f'R@{k}']:.1f} [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]" for k in KS]
+            name: [
+                f"{values[f'R@{k}']:.1f}"
+                f" [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]"
+                for k in KS
+            ]
             for name, values in found["methods"].items()
         }
         print(pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]).to_string())

@@ -9,12 +9,26 @@ from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, TEMPLAT
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
-    parser.add_argument("--vl-model", default=SCENES_CLIP, help="a name of open_clip, hf-hub:..., blip:..., or a folder")
-    parser.add_argument("--pretrained", help="tag or file of weights, for an open_clip model (default: none)")
-    parser.add_argument("--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}")
-    parser.add_argument("--out", type=output(folder()), required=True, help="folder of the exported files")
-    parser.add_argument("--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8")
+    parser.add_argument(
+        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
+    )
+    parser.add_argument(
+        "--vl-model",
+        default=SCENES_CLIP,
+        help="a name of open_clip, hf-hub:..., blip:..., or a folder",
+    )
+    parser.add_argument(
+        "--pretrained", help="tag or file of weights, for an open_clip model (default: none)"
+    )
+    parser.add_argument(
+        "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
+    )
+    parser.add_argument(
+        "--out", type=output(folder()), required=True, help="folder of the exported files"
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8"
+    )
 
 
 def run(args: Namespace) -> None:
@@ -31,7 +45,8 @@ def run(args: Namespace) -> None:
     from isa_lite.retrieval.evaluate import make_benchmark
 
     vl = load_vl_model(args.vl_model, args.pretrained)
-    with timm.layers.set_exportable(True):  # some backbones have layers that are made for tracing, and others that are not
+    # some backbones have layers that are made for tracing, and others that are not
+    with timm.layers.set_exportable(True):
         encoder = QueryEncoder.load(args.encoder, vl)
     try:
         most = export(encoder, vl, args.out, args.template)
@@ -44,6 +59,11 @@ def run(args: Namespace) -> None:
     if args.int8:
         bench = make_benchmark(size=vl.image_size)
         gallery = vl.encode_images(bench.images)
-        print(f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of {len(bench.scenes)}")
-        found = {str(where): measured_recall(QueryClient(where), bench, gallery) for where in folders}
+        print(
+            f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of"
+            f" {len(bench.scenes)}"
+        )
+        found = {
+            str(where): measured_recall(QueryClient(where), bench, gallery) for where in folders
+        }
         print(pd.DataFrame(found).T.round(1).to_string())

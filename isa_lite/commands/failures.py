@@ -10,14 +10,23 @@ from isa_lite.support.settings import DATA, SCENES_ENCODER
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
+    parser.add_argument(
+        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
+    )
     parser.add_argument("--queries", type=whole_number(1), default=1000, help="rendered queries")
     parser.add_argument(
-        "--gallery", type=whole_number(4), default=5000, help="images that are searched, at least four times --queries"
+        "--gallery",
+        type=whole_number(4),
+        default=5000,
+        help="images that are searched, at least four times --queries",
     )
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and gallery")
-    parser.add_argument("--each", type=whole_number(1), default=6, help="queries shown of each kind")
-    parser.add_argument("--out", type=output(file()), default=Path("runs/failures.html"), help="the page")
+    parser.add_argument(
+        "--each", type=whole_number(1), default=6, help="queries shown of each kind"
+    )
+    parser.add_argument(
+        "--out", type=output(file()), default=Path("runs/failures.html"), help="the page"
+    )
 
 
 def run(args: Namespace) -> None:

@@ -1,4 +1,6 @@
-"""Recall and search time as the gallery grows, up to a million images. Embedded shards are kept, so it goes on where it was."""
+"""Recall and search time as the gallery grows, up to a million images. Embedded shards are kept, so
+it goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,27 @@ from isa_lite.support.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder")
-    parser.add_argument("--to", type=whole_number(GROWTH_SIZES[0]), default=GROWTH_SIZES[-1], help="distractors at most")
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and distractors")
-    parser.add_argument("--cache", type=output(folder()), default=Path("runs/growth"), help="folder of the embedded shards")
-    parser.add_argument("--out", type=output(file()), default=Path("runs/growth.json"), help="file of the result")
+    parser.add_argument(
+        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
+    )
+    parser.add_argument(
+        "--to",
+        type=whole_number(GROWTH_SIZES[0]),
+        default=GROWTH_SIZES[-1],
+        help="distractors at most",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of queries and distractors"
+    )
+    parser.add_argument(
+        "--cache",
+        type=output(folder()),
+        default=Path("runs/growth"),
+        help="folder of the embedded shards",
+    )
+    parser.add_argument(
+        "--out", type=output(file()), default=Path("runs/growth.json"), help="file of the result"
+    )
 
 
 def run(args: Namespace) -> None:
@@ -31,4 +49,7 @@ def run(args: Namespace) -> None:
     found = growth(vl, QueryEncoder.load(args.encoder, vl), args.cache, sizes, seed=args.seed)
     found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
     write_text(args.out, json.dumps(found, indent=1) + "\n")
-    print(f"rendered scenes, {found['queries']} queries; {found['machine']}\n{growth_table(found).to_string()}")
+    print(
+        f"rendered scenes, {found['queries']} queries;"
+        f" {found['machine']}\n{growth_table(found).to_string()}"
+    )

@@ -8,17 +8,36 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.support.parameters import add_settings, command_line, folder, number, option, output, settings_from
+from isa_lite.support.parameters import (
+    add_settings,
+    command_line,
+    folder,
+    number,
+    option,
+    output,
+    settings_from,
+)
 from isa_lite.support.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=output(folder()), default=Path("runs") / SCENES_BACKBONE, help="folder of the weights")
     parser.add_argument(
-        "--run", type=output(folder()), default=Path("runs/light_backbone"), help="folder of cache and checkpoint"
+        "--out",
+        type=output(folder()),
+        default=Path("runs") / SCENES_BACKBONE,
+        help="folder of the weights",
     )
     parser.add_argument(
-        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+        "--run",
+        type=output(folder()),
+        default=Path("runs/light_backbone"),
+        help="folder of cache and checkpoint",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=option(number(0), float),
+        default=MINUTES,
+        help="how often the state of the run is saved",
     )
     add_settings(parser, BackboneConfig)
 
@@ -43,10 +62,21 @@ def run(args: Namespace) -> None:
     jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
     images = scenes.render_many(world, jitter, vl.image_size)
     run = args.run
-    loss, seconds = learn_features(images, vl, encoder, config, run / "cache", run / "state.safetensors", args.checkpoint_minutes)
+    loss, seconds = learn_features(
+        images,
+        vl,
+        encoder,
+        config,
+        run / "cache",
+        run / "state.safetensors",
+        args.checkpoint_minutes,
+    )
     write_tensors(args.out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
     record = {
-        **{name: getattr(encoder.config, name) for name in ("backbone", "stride", "image_size", "mean", "std")},
+        **{
+            name: getattr(encoder.config, name)
+            for name in ("backbone", "stride", "image_size", "mean", "std")
+        },
         "vl_model": vl.fingerprint,
         "config": asdict(config),
         "loss": round(loss, 4),
@@ -57,4 +87,7 @@ def run(args: Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     write_text(args.out / f"{WEIGHTS}.json", json.dumps(record, indent=1) + "\n")
-    print(f"{args.out}: loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on {machine()}")
+    print(
+        f"{args.out}: loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on"
+        f" {machine()}"
+    )

@@ -1,4 +1,6 @@
-"""Train the VL model of rendered scenes, and export it. `python -m isa_lite cards` then measures it and writes its card."""
+"""Train the VL model of rendered scenes, and export it. `python -m isa_lite cards` then measures it
+and writes its card.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,23 @@ from isa_lite.support.settings import MINUTES, SCENES_CLIP, PretrainConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=output(folder()), default=Path("runs") / SCENES_CLIP, help="folder of the model")
     parser.add_argument(
-        "--run", type=output(folder()), default=Path("runs/pretrain"), help="folder of the checkpoint, to resume from"
+        "--out",
+        type=output(folder()),
+        default=Path("runs") / SCENES_CLIP,
+        help="folder of the model",
     )
     parser.add_argument(
-        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+        "--run",
+        type=output(folder()),
+        default=Path("runs/pretrain"),
+        help="folder of the checkpoint, to resume from",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=option(number(0), float),
+        default=MINUTES,
+        help="how often the state of the run is saved",
     )
     add_settings(parser, PretrainConfig)
 

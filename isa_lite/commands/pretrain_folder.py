@@ -1,4 +1,6 @@
-"""Train a small VL model on a folder of captioned images, and export it. The same line goes on with a run that was stopped."""
+"""Train a small VL model on a folder of captioned images, and export it. The same line goes on with
+a run that was stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,20 @@ from isa_lite.support.settings import MINUTES, FolderConfig
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--captions", type=Path, required=True, help="CSV file with the columns image and caption")
-    parser.add_argument("--out", type=output(folder()), required=True, help="folder of the model")
-    parser.add_argument("--run", type=output(folder()), help="folder of the checkpoints, to resume from (default: OUT/run)")
     parser.add_argument(
-        "--checkpoint-minutes", type=option(number(0), float), default=MINUTES, help="how often the state of the run is saved"
+        "--captions", type=Path, required=True, help="CSV file with the columns image and caption"
+    )
+    parser.add_argument("--out", type=output(folder()), required=True, help="folder of the model")
+    parser.add_argument(
+        "--run",
+        type=output(folder()),
+        help="folder of the checkpoints, to resume from (default: OUT/run)",
+    )
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=option(number(0), float),
+        default=MINUTES,
+        help="how often the state of the run is saved",
     )
     add_settings(parser, FolderConfig)
 
@@ -29,5 +40,10 @@ def run(args: Namespace) -> None:
 
     images = ImageFolder(args.images)
     captions, run = read_captions(args.captions, images), args.run or args.out / "run"
-    pretrain_folder(images, captions, config, args.out, run, checkpoint_minutes=args.checkpoint_minutes)
-    print(f"{args.out}: load_vl_model({str(args.out)!r}) loads it, and so does open_clip as local-dir:{args.out}")
+    pretrain_folder(
+        images, captions, config, args.out, run, checkpoint_minutes=args.checkpoint_minutes
+    )
+    print(
+        f"{args.out}: load_vl_model({str(args.out)!r}) loads it, and so does open_clip as"
+        f" local-dir:{args.out}"
+    )

@@ -1,11 +1,21 @@
-"""Run the ablations: notebook 02 with one thing changed at a time. A sweep that was stopped goes on where it was."""
+"""Run the ablations: notebook 02 with one thing changed at a time. A sweep that was stopped goes on
+where it was.
+"""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
-from isa_lite.support.parameters import device_name, file, folder, option, output, whole, whole_number
+from isa_lite.support.parameters import (
+    device_name,
+    file,
+    folder,
+    option,
+    output,
+    whole,
+    whole_number,
+)
 from isa_lite.support.recipes import RECIPES
 from isa_lite.support.settings import NOTEBOOK, WITHOUT_CHANGE
 
@@ -14,38 +24,72 @@ def _seeds(text: str) -> list[int]:
     try:
         return [whole(0)(int(part)) for part in text.split(",")]
     except ValueError:
-        raise ArgumentTypeError(f"seeds are whole numbers with commas between them, such as 0,1,2; not {text!r}") from None
+        raise ArgumentTypeError(
+            f"seeds are whole numbers with commas between them, such as 0,1,2; not {text!r}"
+        ) from None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--only", action="append", default=[], help="an ablation; may be given several times (default: all)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="an ablation; may be given several times (default: all)",
+    )
     parser.add_argument("--seeds", type=_seeds, default="0", help="such as 0,1,2")
     parser.add_argument(
-        "--steps", type=whole_number(1), help="training steps of every run; give --out too (default: the notebook's)"
+        "--steps",
+        type=whole_number(1),
+        help="training steps of every run; give --out too (default: the notebook's)",
     )
-    parser.add_argument("--smoke", action="store_true", help="runs of seconds, whose numbers mean nothing; give --out too")
     parser.add_argument(
-        "--recipe", choices=tuple(RECIPES), help="core or default, of every run that does not vary it (default: the notebook's)"
+        "--smoke",
+        action="store_true",
+        help="runs of seconds, whose numbers mean nothing; give --out too",
     )
-    parser.add_argument("--device", type=option(device_name()), help="cpu, cuda, cuda:1, ... (default: the notebook's)")
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="core or default, of every run that does not vary it (default: the notebook's)",
+    )
+    parser.add_argument(
+        "--device",
+        type=option(device_name()),
+        help="cpu, cuda, cuda:1, ... (default: the notebook's)",
+    )
     parser.add_argument(
         "--jobs",
         type=whole_number(1, 256),
         default=1,
         help="runs at a time, sharing the cores; if interrupted, those that run are finished first",
     )
-    parser.add_argument("--pretrain", action="store_true", help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing")
-    parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="the notebook that is run")
-    parser.add_argument("--runs", type=output(folder()), default=Path("runs/sweep"), help="folder of the runs")
     parser.add_argument(
-        "--out", type=output(file()), help="the gathered record; a figure is written beside it (default: runs/sweep.json)"
+        "--pretrain",
+        action="store_true",
+        help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing",
+    )
+    parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="the notebook that is run")
+    parser.add_argument(
+        "--runs", type=output(folder()), default=Path("runs/sweep"), help="folder of the runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=output(file()),
+        help="the gathered record; a figure is written beside it (default: runs/sweep.json)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    parser.add_argument("--gather", action="store_true", help="run nothing, and write the record of what is finished")
+    parser.add_argument(
+        "--gather",
+        action="store_true",
+        help="run nothing, and write the record of what is finished",
+    )
     parser.add_argument(
         "--add",
         action="store_true",
-        help="keep what the record at --out holds already, of any ablation and seed, and run only the rest",
+        help=(
+            "keep what the record at --out holds already, of any ablation and seed, and run only"
+            " the rest"
+        ),
     )
 
 

@@ -1,4 +1,6 @@
-"""What the self-checks of the notebooks ask of every answer before they look whether it is right. Ours."""
+"""What the self-checks of the notebooks ask of every answer before they look whether it is right.
+Ours.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class NotAnAnswer(ValueError):
 def one_number(answer: object, asked: str = "") -> float:
     """An exercise's answer as a float: a number, or a tensor or array that holds one.
 
-    asked: what that number is. Raises NotAnAnswer for everything else, and for nan, which stands in holes not filled yet.
+    asked: what that number is. Raises NotAnAnswer for everything else, and for nan, which stands in
+    holes not filled yet.
     """
     wanted = "one number is asked for, " + (asked and f"{asked}, ")
     if answer is None:
@@ -39,19 +42,25 @@ def one_number(answer: object, asked: str = "") -> float:
 
 
 def same_as(name: str, right: Callable[..., float], mine: Callable, cases: Iterable[tuple]) -> None:
-    """Compares an exercise's function, which returns one number, with `name`, the package's own, on `cases` of arguments.
+    """Compares an exercise's function, which returns one number, with `name`, the package's own, on
+    `cases` of arguments.
 
-    The last word of a check, behind the hints for answers that are wrong in a known way. Raises NotAnAnswer for the first
-    case where the two differ (by more than half precision would), or where the arguments were changed.
+    The last word of a check, behind the hints for answers that are wrong in a known way. Raises
+    NotAnAnswer for the first case where the two differ (by more than half precision would), or
+    where the arguments were changed.
     """
     for case in cases:
         given = copy.deepcopy(case)
         answer, expected = one_number(mine(*given)), float(right(*case))
         shown = ", ".join(str(part.tolist() if hasattr(part, "tolist") else part) for part in case)
         if not np.isclose(answer, expected, rtol=1e-3, atol=1e-4):
-            raise NotAnAnswer(f"good so far, but for {shown} {name} gives {expected:g}, not {answer:g}")
+            raise NotAnAnswer(
+                f"good so far, but for {shown} {name} gives {expected:g}, not {answer:g}"
+            )
         if repr(given) != repr(case):
-            raise NotAnAnswer(f"the numbers are right, but what was given has changed: {shown}; work on a copy")
+            raise NotAnAnswer(
+                f"the numbers are right, but what was given has changed: {shown}; work on a copy"
+            )
 
 
 def self_check(check: Callable[[], str]) -> Callable[[], str]:

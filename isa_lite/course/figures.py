@@ -1,6 +1,8 @@
-"""Figures. Each function returns a matplotlib figure; `show` puts one into a notebook with caption and alt text.
+"""Figures. Each function returns a matplotlib figure; `show` puts one into a notebook with caption
+and alt text.
 
-Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says is also said by a mark or a word.
+Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says is also said by a
+mark or a word.
 """
 
 from __future__ import annotations
@@ -20,11 +22,24 @@ from matplotlib.figure import Figure
 from PIL import ImageOps
 
 from isa_lite.distill import History
-from isa_lite.retrieval.evaluate import Benchmark, bootstrap_interval, recall, recall_interval, seed_interval
+from isa_lite.retrieval.evaluate import (
+    Benchmark,
+    bootstrap_interval,
+    recall,
+    recall_interval,
+    seed_interval,
+)
 from isa_lite.retrieval.own_data import Triplets
 from isa_lite.support.images import ImageFolder
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#666666",
+)
 _STYLE = {
     "font.size": 13,
     "axes.spines.top": False,
@@ -36,33 +51,43 @@ _STYLE = {
 
 
 class _Figure(Figure):
-    """A figure that a notebook shows where it is the last line of a cell, as it would one of pyplot's."""
+    """A figure that a notebook shows where it is the last line of a cell, as it would one of
+    pyplot's.
+    """
 
     def _repr_png_(self) -> bytes:
         return png(self)
 
 
 def _figure(width: float, height: float) -> Figure:
-    return _Figure(figsize=(width, height), layout="constrained", dpi=110)  # not pyplot: nothing to close, no double display
+    # not pyplot: nothing to close, no double display
+    return _Figure(figsize=(width, height), layout="constrained", dpi=110)
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file, cut to what is drawn: no title is clipped, and no empty border is kept."""
+    """A figure as the bytes of a PNG file, cut to what is drawn: no title is clipped, and no empty
+    border is kept.
+    """
     data = io.BytesIO()
     figure.savefig(data, format="png", bbox_inches="tight", pad_inches=0.06)
     return data.getvalue()
 
 
 def _as_text(caption: str) -> str:
-    """Words that may come from a user, so that Markdown shows them as they are: no link, no picture, no HTML."""
+    """Words that may come from a user, so that Markdown shows them as they are: no link, no
+    picture, no HTML.
+    """
     text = " ".join(caption.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
 def show(figure: Figure, caption: str, alt: str) -> None:
-    """Display a figure with its alternative text (for a screen reader), and its caption below: as plain text, no Markdown."""
+    """Display a figure with its alternative text (for a screen reader), and its caption below: as
+    plain text, no Markdown.
+    """
     data = png(figure)
-    width = PIL.Image.open(io.BytesIO(data)).width * 90 // int(figure.dpi)  # 90 pixels of the page to an inch
+    # 90 pixels of the page to an inch
+    width = PIL.Image.open(io.BytesIO(data)).width * 90 // int(figure.dpi)
     display(Picture(data, format="png", alt=alt, width=width))
     display(Markdown(f"*{_as_text(caption)}*"))
 
@@ -70,7 +95,13 @@ def show(figure: Figure, caption: str, alt: str) -> None:
 def _picture(axes, image, title: str = "", color: str | None = None, size: int = 11) -> None:
     axes.imshow(np.asarray(image), interpolation="nearest")
     axes.set_xticks([]), axes.set_yticks([])
-    axes.set_title(title, fontsize=size, loc="center", color=color or "black", fontweight="bold" if color else "normal")
+    axes.set_title(
+        title,
+        fontsize=size,
+        loc="center",
+        color=color or "black",
+        fontweight="bold" if color else "normal",
+    )
     for spine in axes.spines.values():
         spine.set(visible=True, linewidth=4 if color else 0.5, color=color or "#BBBBBB")
 
@@ -85,13 +116,17 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(images: Sequence, titles: Sequence[str] = (), columns: int = 8, wrap_at: int = 22) -> Figure:
+def contact_sheet(
+    images: Sequence, titles: Sequence[str] = (), columns: int = 8, wrap_at: int = 22
+) -> Figure:
     """Images in rows, each with its title above it."""
     with matplotlib.rc_context(_STYLE):
         rows = -(-len(images) // columns)
         lines = max((wrap(t, wrap_at).count("\n") + 1 for t in titles), default=0)
         figure = _figure(1.6 * columns, rows * (1.6 + 0.2 * lines))
-        for axes, i in zip(figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True):
+        for axes, i in zip(
+            figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True
+        ):
             if i < len(images):
                 _picture(axes, images[i], wrap(titles[i], wrap_at) if titles else "", size=9)
             else:
@@ -100,43 +135,63 @@ def contact_sheet(images: Sequence, titles: Sequence[str] = (), columns: int = 8
 
 
 def _rankings(rows: Sequence[tuple], title: str) -> Figure:
-    """rows: of each query its reference, its words, and its answers, best first, each with whether it is right."""
+    """rows: of each query its reference, its words, and its answers, best first, each with whether
+    it is right.
+    """
     with matplotlib.rc_context(_STYLE):
         columns = len(rows[0][2])
         figure = _figure(1.45 * (columns + 1.5), 2.05 * len(rows) + 0.35)
-        figure.get_layout_engine().set(h_pad=0.08)  # so that words stay with the picture above them, not the one below
-        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns)
+        # so that words stay with the picture above them, not the one below
+        figure.get_layout_engine().set(h_pad=0.08)
+        grid = figure.subplots(
+            len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns
+        )
         for axes, (reference, text, answers) in zip(grid, rows, strict=True):
             _picture(axes[0], reference, "reference", size=10)
             axes[0].set_xlabel(wrap(f"“{text}”", 26), fontsize=10)
             if not any(hit for _, hit in answers):
                 axes[-1].set_xlabel("no target so far", fontsize=10, color=GREY)
             for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
-                _picture(a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
+                _picture(
+                    a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10
+                )
         for a in grid.flat:
-            a.set_anchor("N")  # where the reference is drawn larger, the pictures of a row still begin at the same height
+            # where the reference is drawn larger, the pictures of a row still begin at the same
+            # height
+            a.set_anchor("N")
         figure.suptitle(title, fontsize=14, x=0.01, ha="left")
         return figure
 
 
 def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
-    """A row a query: the reference with its modifier, then the best images; `found`: gallery indices, one row of them a query.
+    """A row a query: the reference with its modifier, then the best images; `found`: gallery
+    indices, one row of them a query.
 
     An image that shows the target scene has a green frame and the word "target" above it.
     """
 
     def row(i: int, best: np.ndarray) -> tuple:
-        answers = [(bench.images[j], bench.labels[j] == bench.labels[bench.target[i]]) for j in best]
+        answers = [
+            (bench.images[j], bench.labels[j] == bench.labels[bench.target[i]]) for j in best
+        ]
         return bench.images[bench.reference[i]], bench.texts[i], answers
 
     return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
 
 
-def own_retrieval(images: ImageFolder, queries: Triplets, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
-    """The same for queries over a folder of one's own, whose pictures are drawn at most 192 pixels wide and high."""
+def own_retrieval(
+    images: ImageFolder, queries: Triplets, rows: Sequence[int], found: np.ndarray, title: str = ""
+) -> Figure:
+    """The same for queries over a folder of one's own, whose pictures are drawn at most 192 pixels
+    wide and high.
+    """
 
     def picture(i: int):
-        return ImageOps.contain(images[int(i)], (192, 192)) if max(images[int(i)].size) > 192 else images[int(i)]
+        return (
+            ImageOps.contain(images[int(i)], (192, 192))
+            if max(images[int(i)].size) > 192
+            else images[int(i)]
+        )
 
     def row(i: int, best: np.ndarray) -> tuple:
         answers = [(picture(j), int(j) in queries.targets[i]) for j in best]
@@ -145,8 +200,16 @@ def own_retrieval(images: ImageFolder, queries: Triplets, rows: Sequence[int], f
     return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
 
 
-def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: str, emphasis: str, pairs: bool = False) -> Figure:
-    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line); `pairs`: every two of them together."""
+def _bars(
+    rows: Mapping[str, tuple[float, float, float]],
+    xlabel: str,
+    title: str,
+    emphasis: str,
+    pairs: bool = False,
+) -> Figure:
+    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line); `pairs`:
+    every two of them together.
+    """
     with matplotlib.rc_context(_STYLE):
         places = [i + 0.5 * (i // 2) if pairs else i for i in range(len(rows))]
         figure = _figure(8.5, 0.5 * (places[-1] + 1) + 1.2)
@@ -170,9 +233,14 @@ def _bars(rows: Mapping[str, tuple[float, float, float]], xlabel: str, title: st
 
 
 def recall_bars(
-    methods: Mapping[str, np.ndarray], k: int = 1, title: str = "", emphasis: str = "isa", pairs: bool = False
+    methods: Mapping[str, np.ndarray],
+    k: int = 1,
+    title: str = "",
+    emphasis: str = "isa",
+    pairs: bool = False,
 ) -> Figure:
-    """Recall@K of every method as bars with 95% Wilson intervals; the ceilings are hatched, `emphasis` is coloured.
+    """Recall@K of every method as bars with 95% Wilson intervals; the ceilings are hatched,
+    `emphasis` is coloured.
 
     `pairs`: every two bars are one method in two settings; they stand together, the second paler.
     """
@@ -180,17 +248,30 @@ def recall_bars(
     return _bars(rows, f"Recall@{k} in % (line: 95% interval over queries)", title, emphasis, pairs)
 
 
-def seed_bars(runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa") -> Figure:
-    """The same from several runs (records with "methods"): means, 95% intervals over seeds; worst first, then ceilings."""
+def seed_bars(
+    runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa"
+) -> Figure:
+    """The same from several runs (records with "methods"): means, 95% intervals over seeds; worst
+    first, then ceilings.
+    """
     values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
     order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
     # Student's interval of few seeds may reach below 0 or above 100, where no recall is.
-    rows = {name: (float(np.mean(values[name])), *np.clip(seed_interval(values[name]), 0, 100)) for name in order}
-    return _bars(rows, f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)", title, emphasis)
+    rows = {
+        name: (float(np.mean(values[name])), *np.clip(seed_interval(values[name]), 0, 100))
+        for name in order
+    }
+    return _bars(
+        rows, f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)", title, emphasis
+    )
 
 
-def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[float], k: int = 1) -> Figure:
-    """Recall@K of late fusions along the modifier's weight, a line a fusion; its best weight carries a larger mark."""
+def weight_curves(
+    recalls: Mapping[str, Sequence[float]], weights: Sequence[float], k: int = 1
+) -> Figure:
+    """Recall@K of late fusions along the modifier's weight, a line a fusion; its best weight
+    carries a larger mark.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.5, 4.2)
         axes = figure.subplots()
@@ -198,21 +279,35 @@ def weight_curves(recalls: Mapping[str, Sequence[float]], weights: Sequence[floa
         for (name, found), (color, line, mark) in zip(recalls.items(), styles, strict=False):
             axes.plot(weights, found, color=color, linestyle=line, label=name, linewidth=2)
             best = int(np.argmax(found))
-            axes.plot(weights[best], found[best], color=color, marker=mark, markersize=12, fillstyle="none", markeredgewidth=2)
+            axes.plot(
+                weights[best],
+                found[best],
+                color=color,
+                marker=mark,
+                markersize=12,
+                fillstyle="none",
+                markeredgewidth=2,
+            )
         axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
         axes.set_title("How much should the words count?")
         axes.legend(frameon=False, fontsize=12)
         return figure
 
 
-def token_bars(scores: Mapping[str, Sequence[float]], ylabel: str, title: str = "", level: float | None = None) -> Figure:
-    """A value for each token, a bar beside the others for each name in `scores`; `level`: a dashed line across."""
+def token_bars(
+    scores: Mapping[str, Sequence[float]], ylabel: str, title: str = "", level: float | None = None
+) -> Figure:
+    """A value for each token, a bar beside the others for each name in `scores`; `level`: a dashed
+    line across.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(10, 4)
         axes = figure.subplots()
         width = 0.8 / len(scores)
         fills = [(ORANGE, ""), (BLUE, "//"), (GREEN, "..")]
-        for i, ((name, values), (color, hatch)) in enumerate(zip(scores.items(), fills, strict=False)):
+        for i, ((name, values), (color, hatch)) in enumerate(
+            zip(scores.items(), fills, strict=False)
+        ):
             where = np.arange(len(values)) + (i - (len(scores) - 1) / 2) * width
             axes.bar(where, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
         if level is not None:
@@ -224,18 +319,23 @@ def token_bars(scores: Mapping[str, Sequence[float]], ylabel: str, title: str = 
 
 
 def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
-    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are. A long table lies on its side."""
+    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are. A
+    long table lies on its side.
+    """
     with matplotlib.rc_context(_STYLE):
         if len(table) > 12:
             table = table.T  # as wide as a page or a slide, and not higher
         values = table.to_numpy(float)
-        figure = _figure(min(1.1, 14 / values.shape[1]) * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4)
+        figure = _figure(
+            min(1.1, 14 / values.shape[1]) * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4
+        )
         axes = figure.subplots()
         drawn = axes.imshow(values, cmap="cividis", aspect="auto")
         middle = (values.min() + values.max()) / 2
         for y, x in np.ndindex(*values.shape):
             ink = "white" if values[y, x] < middle else "black"
-            number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]  # an int knows no "-0"
+            # an int knows no "-0"
+            number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]
             axes.text(x, y, f"{number}", ha="center", va="center", color=ink, fontsize=12)
         long, many = max(len(str(c)) for c in table.columns) > 8, len(table.columns) > 12
         turned = {"rotation": 40 if many else 25, "ha": "right"} if long or many else {}
@@ -248,7 +348,9 @@ def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
         return figure
 
 
-def maps(panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[str, str]] = ()) -> Figure:
+def maps(
+    panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[str, str]] = ()
+) -> Figure:
     """Points in two dimensions, a panel a title, each named set with its own colour and mark.
 
     ties: pairs of names whose points belong together one by one; a thin grey line joins them.
@@ -264,42 +366,74 @@ def maps(panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[st
                     for p, q in zip(sets[a], sets[b], strict=True):
                         axes.plot(*zip(p, q, strict=True), color="#BBBBBB", linewidth=0.5, zorder=0)
             for (name, points), (color, mark) in zip(sets.items(), styles, strict=False):
-                axes.scatter(*points.T, s=22, color=color, marker=mark, alpha=0.75, linewidths=0, label=name)
+                axes.scatter(
+                    *points.T, s=22, color=color, marker=mark, alpha=0.75, linewidths=0, label=name
+                )
             axes.set_xticks([]), axes.set_yticks([])
             axes.set_title(title)
         for axes in grid:  # the place beside an odd last panel
             axes.axis("off")
         handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, frameon=False, fontsize=12, loc="outside lower center", ncols=3, handletextpad=0.1)
+        figure.legend(
+            handles,
+            names,
+            frameon=False,
+            fontsize=12,
+            loc="outside lower center",
+            ncols=3,
+            handletextpad=0.1,
+        )
         return figure
 
 
 def growth_curves(found: Mapping, k: int = 1) -> Figure:
-    """Recall@K and the time of one exact search along the size of the gallery (a record of `growth.growth`)."""
+    """Recall@K and the time of one exact search along the size of the gallery (a record of
+    `growth.growth`).
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 4.2)
         left, right = figure.subplots(1, 2)
         sizes = [point["gallery"] for point in found["points"]]
         styles = [(ORANGE, "-", "o"), (BLUE, "--", "s"), (GREY, ":", "^")]
         for name, (color, line, mark) in zip(found["points"][0]["methods"], styles, strict=False):
-            values, low, high = zip(*(point["methods"][name][f"R@{k}"] for point in found["points"]), strict=True)
-            left.plot(sizes, values, color=color, linestyle=line, marker=mark, label=name, linewidth=2)
+            values, low, high = zip(
+                *(point["methods"][name][f"R@{k}"] for point in found["points"]), strict=True
+            )
+            left.plot(
+                sizes, values, color=color, linestyle=line, marker=mark, label=name, linewidth=2
+            )
             left.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
-        left.set(xscale="log", ylim=(0, 100), xlabel="images in the gallery", ylabel=f"Recall@{k} in %")
+        left.set(
+            xscale="log", ylim=(0, 100), xlabel="images in the gallery", ylabel=f"Recall@{k} in %"
+        )
         left.legend(frameon=False, fontsize=12)
-        right.plot(sizes, [point["search_ms"] for point in found["points"]], color=BLUE, marker="o", linewidth=2)
-        right.set(xscale="log", yscale="log", xlabel="images in the gallery", ylabel="one exact search, ms")
+        right.plot(
+            sizes,
+            [point["search_ms"] for point in found["points"]],
+            color=BLUE,
+            marker="o",
+            linewidth=2,
+        )
+        right.set(
+            xscale="log",
+            yscale="log",
+            xlabel="images in the gallery",
+            ylabel="one exact search, ms",
+        )
         left.set_title("Recall as the gallery grows"), right.set_title("Time of one exact search")
         return figure
 
 
 def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
-    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a curve, names become bars.
+    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a
+    curve, names become bars.
 
-    only: the ablations to show, in this order, those of them that the record has; all, in its own order, where there are none.
+    only: the ablations to show, in this order, those of them that the record has; all, in its own
+    order, where there are none.
 
-    The default is orange (a diamond on a curve, "default" beside a bar). Means over seeds, with 95% intervals if there are
-    several. Dashed: the composition ceiling of the same runs, which differs where the VL model does.
+    The default is orange (a diamond on a curve, "default" beside a bar). Means over seeds, with 95%
+    intervals if there are several. Dashed: the composition ceiling of the same runs, which differs
+    where the VL model does.
     """
     shown: dict[str, dict[str, list[Mapping]]] = {}
     for entry in record["runs"]:
@@ -318,9 +452,20 @@ def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
                 continue
             points = []  # label, default or not, and mean, low, high, ceiling
             for label, found in values.items():
-                recalls, ceilings = ([e["methods"][m][f"R@{k}"] for e in found] for m in ("isa", "composition ceiling"))
+                recalls, ceilings = (
+                    [e["methods"][m][f"R@{k}"] for e in found]
+                    for m in ("isa", "composition ceiling")
+                )
                 interval = np.clip(seed_interval(recalls), 0, 100)
-                points.append((label, not found[0]["changed"], float(np.mean(recalls)), *interval, float(np.mean(ceilings))))
+                points.append(
+                    (
+                        label,
+                        not found[0]["changed"],
+                        float(np.mean(recalls)),
+                        *interval,
+                        float(np.mean(ceilings)),
+                    )
+                )
             if all(re.fullmatch(r"[\d.e+-]+", label) for label in values):
                 _ablation_curve(axes, sorted(points, key=lambda point: float(point[0])), k)
             else:
@@ -338,14 +483,18 @@ def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
             axes.plot(at, mean, color=ORANGE, marker="D", markersize=10)
     axes.plot(x, [point[5] for point in points], color=GREY, linestyle="--", linewidth=1.5)
     positive = min(x) > 0  # a logarithm has no place for 0
-    apart = (0.15 if max(x) >= 1000 else 0.12) * np.log(max(x) / min(x)) if positive else 0  # of numbers that can be read
+    # of numbers that can be read
+    apart = (0.15 if max(x) >= 1000 else 0.12) * np.log(max(x) / min(x)) if positive else 0
     axes.set(xscale="log" if positive else "linear", ylim=(0, 102), ylabel=f"Recall@{k} in %")
     axes.minorticks_off()
-    named = [at for at, point in zip(x, points, strict=True) if point[1]]  # the default keeps its number, whatever is beside it
+    # the default keeps its number, whatever is beside it
+    named = [at for at, point in zip(x, points, strict=True) if point[1]]
     for at in x:
         if not positive or all(abs(np.log(at / other)) > apart for other in named):
             named.append(at)
-    axes.set_xticks(x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0)
+    axes.set_xticks(
+        x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0
+    )
 
 
 def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
@@ -353,34 +502,67 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         axes.barh(y, mean, color=ORANGE if default else BLUE)
         axes.plot([low, high], [y, y], color="black", linewidth=1.5)
         axes.plot([ceiling, ceiling], [y - 0.5, y + 0.5], color=GREY, linestyle="--", linewidth=1.5)
-        text, inside = f"{mean:.1f}" + (" default" if default else ""), mean > 40  # away from the ceiling's line
+        # away from the ceiling's line
+        text, inside = f"{mean:.1f}" + (" default" if default else ""), mean > 40
         x = np.nanmin([mean, low]) - 2 if inside else np.nanmax([mean, high]) + 2
         color = "white" if inside and not default else "black"
-        axes.text(x, y, text, ha="right" if inside else "left", va="center", fontsize=11, color=color)
-    axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=11 if len(points) < 7 else 9.5)
+        axes.text(
+            x, y, text, ha="right" if inside else "left", va="center", fontsize=11, color=color
+        )
+    axes.set_yticks(
+        range(len(points)),
+        [wrap(point[0], 22) for point in points],
+        fontsize=11 if len(points) < 7 else 9.5,
+    )
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")
 
 
 def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, float]) -> None:
-    """A map over a picture: a dark veil where there is little attention, a thin one, through which colours show, where much."""
+    """A map over a picture: a dark veil where there is little attention, a thin one, through which
+    colours show, where much.
+    """
     share = attention / attention.max()
-    axes.imshow(share, extent=extent, cmap="cividis", alpha=0.72 - 0.42 * share, interpolation="bilinear", vmin=0, vmax=1)
+    axes.imshow(
+        share,
+        extent=extent,
+        cmap="cividis",
+        alpha=0.72 - 0.42 * share,
+        interpolation="bilinear",
+        vmin=0,
+        vmax=1,
+    )
 
 
 def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
-    """One image as sentences of several lengths see it: for each number of tokens its maps (L x h x w), `columns` in a row."""
+    """One image as sentences of several lengths see it: for each number of tokens its maps (L x h x
+    w), `columns` in a row.
+    """
     with matplotlib.rc_context(_STYLE):
         image = np.asarray(image)
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-        blocks = [(length, list(found[s : s + columns])) for length, found in maps.items() for s in range(0, len(found), columns)]
+        blocks = [
+            (length, list(found[s : s + columns]))
+            for length, found in maps.items()
+            for s in range(0, len(found), columns)
+        ]
         figure = _figure(1.0 * (columns + 1), 1.16 * len(blocks))
         started = set()
-        for row, (length, found) in zip(figure.subplots(len(blocks), columns + 1, squeeze=False), blocks, strict=True):
+        for row, (length, found) in zip(
+            figure.subplots(len(blocks), columns + 1, squeeze=False), blocks, strict=True
+        ):
             for axes in row:
                 axes.axis("off")
             if length not in started:
-                row[0].text(0.95, 0.5, f"L = {length}", ha="right", va="center", fontsize=13, transform=row[0].transAxes)
+                row[0].text(
+                    0.95,
+                    0.5,
+                    f"L = {length}",
+                    ha="right",
+                    va="center",
+                    fontsize=13,
+                    transform=row[0].transAxes,
+                )
                 started.add(length)
             for axes, one in zip(row[1:], found, strict=False):
                 one = np.asarray(one)
@@ -390,41 +572,99 @@ def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12
 
 
 def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
-    """For each kind of change, what wrong first answers kept of the image and followed of the words (percent), joined by a line.
+    """For each kind of change, what wrong first answers kept of the image and followed of the words
+    (percent), joined by a line.
 
-    summary: a row a kind, with the columns wrong (a count), kept and followed, as `failures.summary` gives it.
+    summary: a row a kind, with the columns wrong (a count), kept and followed, as
+    `failures.summary` gives it.
     """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.5, 0.55 * len(summary) + 1.6)
         axes = figure.subplots()
-        for y, (kept, followed) in enumerate(zip(summary["kept"], summary["followed"], strict=True)):
+        for y, (kept, followed) in enumerate(
+            zip(summary["kept"], summary["followed"], strict=True)
+        ):
             axes.plot([kept, followed], [y, y], color="#BBBBBB", linewidth=3, zorder=1)
         rows = range(len(summary))
-        axes.scatter(summary["kept"], rows, s=110, color=BLUE, marker="o", label="kept of the image", zorder=2)
-        axes.scatter(summary["followed"], rows, s=110, color=ORANGE, marker="^", label="followed of the words", zorder=2)
-        axes.set_yticks(rows, [f"{kind} ({count} wrong)" for kind, count in zip(summary.index, summary["wrong"], strict=True)])
-        axes.set(xlim=(-3, 103), ylim=(len(summary) - 0.5, -0.5), xlabel="mean over the wrong first answers, in %", title=title)
+        axes.scatter(
+            summary["kept"],
+            rows,
+            s=110,
+            color=BLUE,
+            marker="o",
+            label="kept of the image",
+            zorder=2,
+        )
+        axes.scatter(
+            summary["followed"],
+            rows,
+            s=110,
+            color=ORANGE,
+            marker="^",
+            label="followed of the words",
+            zorder=2,
+        )
+        axes.set_yticks(
+            rows,
+            [
+                f"{kind} ({count} wrong)"
+                for kind, count in zip(summary.index, summary["wrong"], strict=True)
+            ],
+        )
+        axes.set(
+            xlim=(-3, 103),
+            ylim=(len(summary) - 0.5, -0.5),
+            xlabel="mean over the wrong first answers, in %",
+            title=title,
+        )
         figure.legend(frameon=False, fontsize=12, loc="outside lower center", ncols=2)
         return figure
 
 
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
-    """The parts of one query's time, stacked, a bar a system, and a mark for the whole query in one call.
+    """The parts of one query's time, stacked, a bar a system, and a mark for the whole query in one
+    call.
 
-    table: a row a part and a last one for the whole, a column a system, ms (`query_timing.timed`). Parts are timed one by
-    one, so that a bar need not end at its mark.
+    table: a row a part and a last one for the whole, a column a system, ms (`query_timing.timed`).
+    Parts are timed one by one, so that a bar need not end at its mark.
     """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
         axes = figure.subplots()
-        fills = [("#BBBBBB", ""), (ORANGE, ""), (GREEN, "//"), ("#DDDDDD", ".."), (BLUE, ""), (PURPLE, "\\\\")]
+        fills = [
+            ("#BBBBBB", ""),
+            (ORANGE, ""),
+            (GREEN, "//"),
+            ("#DDDDDD", ".."),
+            (BLUE, ""),
+            (PURPLE, "\\\\"),
+        ]
         for y, system in enumerate(table.columns):
             left, whole = 0.0, table[system].iloc[-1]
-            for (part, ms), (color, hatch) in zip(table[system].iloc[:-1].items(), fills, strict=False):
-                axes.barh(y, ms, left=left, color=color, hatch=hatch, edgecolor="white", label=part if y == 0 else None)
+            for (part, ms), (color, hatch) in zip(
+                table[system].iloc[:-1].items(), fills, strict=False
+            ):
+                axes.barh(
+                    y,
+                    ms,
+                    left=left,
+                    color=color,
+                    hatch=hatch,
+                    edgecolor="white",
+                    label=part if y == 0 else None,
+                )
                 left += ms
             label = f"{table.index[-1]}, in one call" if y == 0 else None
-            axes.plot(whole, y, "D", color="black", markeredgecolor="white", markersize=9, linestyle="none", label=label)
+            axes.plot(
+                whole,
+                y,
+                "D",
+                color="black",
+                markeredgecolor="white",
+                markersize=9,
+                linestyle="none",
+                label=label,
+            )
             axes.text(max(left, whole), y, f"   {whole:.1f} ms", va="center")
         axes.set_yticks(range(len(table.columns)), list(table.columns))
         axes.invert_yaxis()
@@ -435,37 +675,62 @@ def latency(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 def curves(histories: Mapping[str, History], window: int = 20, step: int | None = None) -> Figure:
-    """Loss terms (running mean over `window` steps) and validation recall, a line a run; `step`: a dashed line across at it."""
+    """Loss terms (running mean over `window` steps) and validation recall, a line a run; `step`: a
+    dashed line across at it.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 3.8)
         panels = figure.subplots(1, 3)
-        styles = [(ORANGE, "-"), (BLUE, "--"), (GREEN, ":"), (PURPLE, "-.")]  # the first is the one that a notebook is about
+        # the first is the one that a notebook is about
+        styles = [(ORANGE, "-"), (BLUE, "--"), (GREEN, ":"), (PURPLE, "-.")]
         for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
             for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
                 if values:
                     width = min(window, 1 + len(values) // 2)  # a run of few steps is a line too
                     kernel = np.ones(width) / width
                     smooth = np.convolve(values, kernel, "valid")
-                    axes.plot(np.arange(len(smooth)) + len(kernel), smooth, color=color, linestyle=line, linewidth=2, label=name)
-            panels[2].plot(*zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name)
+                    axes.plot(
+                        np.arange(len(smooth)) + len(kernel),
+                        smooth,
+                        color=color,
+                        linestyle=line,
+                        linewidth=2,
+                        label=name,
+                    )
+            panels[2].plot(
+                *zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name
+            )
         panels[0].set(title="GCD", ylabel="nats", xlabel="step")
         panels[1].set(title="LAR", ylabel="nats", xlabel="step")
-        panels[2].set(title="own image found", ylabel="validation Recall@1 in %", xlabel="step", ylim=(0, 102))
+        panels[2].set(
+            title="own image found", ylabel="validation Recall@1 in %", xlabel="step", ylim=(0, 102)
+        )
         for axes in panels:
             if axes.lines:
                 axes.legend(frameon=False, fontsize=11)
                 if step is not None:
                     axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1.5)
             else:
-                axes.text(0.5, 0.5, "not used in this run", ha="center", transform=axes.transAxes, color=GREY)
+                axes.text(
+                    0.5,
+                    0.5,
+                    "not used in this run",
+                    ha="center",
+                    transform=axes.transAxes,
+                    color=GREY,
+                )
         return figure
 
 
-def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6) -> Figure:
-    """An image (`side` inches), and beside it the weights with which each token reads it, brighter where they are higher.
+def attention(
+    image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6
+) -> Figure:
+    """An image (`side` inches), and beside it the weights with which each token reads it, brighter
+    where they are higher.
 
-    maps: L x h x w, those of one read, token by token; or N x L x h x w, all N reads (`Sentence.reads`): then each token has a
-    column of N pictures, and each band of tokens begins with the image. Every picture is scaled to its own highest weight.
+    maps: L x h x w, those of one read, token by token; or N x L x h x w, all N reads
+    (`Sentence.reads`): then each token has a column of N pictures, and each band of tokens begins
+    with the image. Every picture is scaled to its own highest weight.
     """
     with matplotlib.rc_context(_STYLE):
         image, maps = np.asarray(image), np.asarray(maps)
@@ -483,7 +748,9 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
                 axes = grid[band * len(reads) + n, column + several]
                 axes.axis("on")
                 title = "" if n else titles[i] if titles else f"token {i + 1}"
-                _picture(axes, image, wrap(title, 14) if several else title, size=9 if several else 11)
+                _picture(
+                    axes, image, wrap(title, 14) if several else title, size=9 if several else 11
+                )
                 _lay_over(axes, read[i], extent)
                 if several and column == 0:
                     axes.set_ylabel(f"read {n + 1}", fontsize=10)
@@ -493,48 +760,92 @@ def attention(image, maps: np.ndarray, titles: Sequence[str] = (), columns: int 
         return figure
 
 
-def cover_curves(values: Mapping[str, np.ndarray], shares: Sequence[float], ylabel: str, title: str = "") -> Figure:
-    """What covering a growing share of the images does: the mean over queries by kind of region, with its 95% interval.
+def cover_curves(
+    values: Mapping[str, np.ndarray], shares: Sequence[float], ylabel: str, title: str = ""
+) -> Figure:
+    """What covering a growing share of the images does: the mean over queries by kind of region,
+    with its 95% interval.
 
-    values: by region, shares x B (`interventions.cover_curves`). A curve that falls early names what the sentence depends on.
+    values: by region, shares x B (`interventions.cover_curves`). A curve that falls early names
+    what the sentence depends on.
     """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(10, 4.4)
         axes = figure.subplots()
-        marks = [(GREY, ":", "x"), (GREEN, "--", "^"), (BLUE, "-", "s"), (PURPLE, "-.", "D"), (ORANGE, "-", "o"), (RED, ":", "v")]
+        marks = [
+            (GREY, ":", "x"),
+            (GREEN, "--", "^"),
+            (BLUE, "-", "s"),
+            (PURPLE, "-.", "D"),
+            (ORANGE, "-", "o"),
+            (RED, ":", "v"),
+        ]
         percent = 100 * np.asarray(shares)
         for (name, found), (color, line, mark) in zip(values.items(), itertools.cycle(marks)):
-            axes.plot(percent, found.mean(1), color=color, linestyle=line, marker=mark, label=name, linewidth=2)
+            axes.plot(
+                percent,
+                found.mean(1),
+                color=color,
+                linestyle=line,
+                marker=mark,
+                label=name,
+                linewidth=2,
+            )
             low, high = zip(*(bootstrap_interval(row) for row in found), strict=True)
             axes.fill_between(percent, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.set(xlabel="share of the image that is covered, in %", ylabel=ylabel, title=title, xlim=(0, None))
+        axes.set(
+            xlabel="share of the image that is covered, in %",
+            ylabel=ylabel,
+            title=title,
+            xlim=(0, None),
+        )
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         figure.legend(frameon=False, fontsize=12, loc="outside right center")
         return figure
 
 
-def search_curve(times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = "") -> Figure:
-    """Share of the exact answers found against the time of one search, a point a way of searching; `line` joins some in order.
+def search_curve(
+    times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = ""
+) -> Figure:
+    """Share of the exact answers found against the time of one search, a point a way of searching;
+    `line` joins some in order.
 
-    The names in `line` are a kind and a number, "IVF, 8": the kind becomes the legend, the numbers stand beside the points.
+    The names in `line` are a kind and a number, "IVF, 8": the kind becomes the legend, the numbers
+    stand beside the points.
     """
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.5, 4.4)
         axes = figure.subplots()
         kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
-        axes.plot([times[n] for n in line], [found[n] for n in line], color=BLUE, marker="o", linewidth=2, label=kind)
+        axes.plot(
+            [times[n] for n in line],
+            [found[n] for n in line],
+            color=BLUE,
+            marker="o",
+            linewidth=2,
+            label=kind,
+        )
         others = sorted((n for n in times if n not in line), key=times.get)
         for name in times:
             if name in line:
                 # Right below its point: the curve comes from the left.
                 text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
             else:
-                # Above its point, clear of the curve, and one line higher than the last: points of like times lie side by side.
+                # Above its point, clear of the curve, and one line higher than the last: points of
+                # like times lie side by side.
                 text, shift = name, {"xytext": (0, 12 + 15 * others.index(name)), "ha": "center"}
                 axes.plot(
-                    times[name], found[name], color=ORANGE, marker="s", markersize=10, markeredgecolor="white", linestyle="none"
+                    times[name],
+                    found[name],
+                    color=ORANGE,
+                    marker="s",
+                    markersize=10,
+                    markeredgecolor="white",
+                    linestyle="none",
                 )
-            axes.annotate(text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift)
+            axes.annotate(
+                text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift
+            )
         axes.set(
             xscale="log",
             xlabel="one search, ms (logarithmic)",

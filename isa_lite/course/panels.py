@@ -2,14 +2,17 @@
 
     widgets.compose_panel(bench, vl, encoder, embeddings)  # as the last line of a cell
 
-No panel uses `interact` or an `Output` widget, on which papermill can hang: a control's `observe` callback sets the text of an
-`HTML` widget. Pictures are `<img>` inside `HTML` too, because ipywidgets' `Image` has no alternative text. A panel displays
-itself without a line of plain text, so that its output is a widget view and nothing else: papermill runs it,
-notebooks/execute.py strips it, and strict nbval passes without a marker. A committed notebook therefore shows a panel
-only once its cell was run; put a static figure beside it. From Python, `panel.controls[name].value = ...` does what a hand does.
+No panel uses `interact` or an `Output` widget, on which papermill can hang: a control's `observe`
+callback sets the text of an `HTML` widget. Pictures are `<img>` inside `HTML` too, because
+ipywidgets' `Image` has no alternative text. A panel displays itself without a line of plain text,
+so that its output is a widget view and nothing else: papermill runs it, notebooks/execute.py strips
+it, and strict nbval passes without a marker. A committed notebook therefore shows a panel only once
+its cell was run; put a static figure beside it. From Python, `panel.controls[name].value = ...`
+does what a hand does.
 
-Everything goes by keyboard. There is no drop-down list, because JupyterLab takes keys away from one: an arrow key leaves for the
-next cell, and the letter m turns the cell into text. Fields, buttons and (left and right on) sliders keep theirs.
+Everything goes by keyboard. There is no drop-down list, because JupyterLab takes keys away from
+one: an arrow key leaves for the next cell, and the letter m turns the cell into text. Fields,
+buttons and (left and right on) sliders keep theirs.
 """
 
 from __future__ import annotations
@@ -69,13 +72,26 @@ _LABEL = {"description_width": "initial"}
 class Panel(VBox):
     """Controls, a message, and a picture that follows them.
 
-    controls: by name; `watch` names those whose change draws anew. compute: takes nothing, reads the controls, and returns the
-    picture as HTML, the message as HTML, and what they show as data, for `shown`. Where it raises ValueError or OSError, the
-    message says so, the picture is emptied and `shown` is {}. Whatever a user has typed must come escaped.
+    controls: by name; `watch` names those whose change draws anew. compute: takes nothing, reads
+    the controls, and returns the picture as HTML, the message as HTML, and what they show as data,
+    for `shown`. Where it raises ValueError or OSError, the message says so, the picture is emptied
+    and `shown` is {}. Whatever a user has typed must come escaped.
     """
 
-    def __init__(self, title: str, hint: str, controls: Mapping[str, ipywidgets.Widget], watch: Sequence[str], compute: Callable):
-        self.controls, self._watch, self._compute, self._drawn = dict(controls), tuple(watch), compute, None
+    def __init__(
+        self,
+        title: str,
+        hint: str,
+        controls: Mapping[str, ipywidgets.Widget],
+        watch: Sequence[str],
+        compute: Callable,
+    ):
+        self.controls, self._watch, self._compute, self._drawn = (
+            dict(controls),
+            tuple(watch),
+            compute,
+            None,
+        )
         self.status, self.picture, self.shown = HTML(), HTML(), {}
         head = HTML(f"{_CSS}<h4>{escape(title)}</h4><p>{escape(hint)}</p>")
         together = [  # a slider stays beside its field where the row wraps
@@ -107,12 +123,17 @@ class Panel(VBox):
         display({kind: data for kind, data in view.items() if kind != "text/plain"}, raw=True)
 
 
-# ----------------------------------------------------------------------------------------------- pictures
+# -----------------------------------------------------------------------------------------------
+# pictures
 
 
 def _picture(image, side: int = 0) -> Image.Image:
     """An image of any kind, at most `side` pixels wide and high."""
-    image = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    image = (
+        image.convert("RGB")
+        if isinstance(image, Image.Image)
+        else Image.fromarray(np.asarray(image))
+    )
     if side and max(image.size) > side:
         image = ImageOps.contain(image, (side, side))
     return image
@@ -146,9 +167,21 @@ def _picker(label: str, count: int) -> BoundedIntText:
     )  # fmt: skip
 
 
-def _number(label: str, value: int, last: int, tooltip: str, disabled: bool = False) -> tuple[BoundedIntText, IntSlider]:
-    """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds no label on a slider."""
-    shared = dict(value=value, min=1, max=last, continuous_update=False, style=_LABEL, tooltip=tooltip, disabled=disabled)
+def _number(
+    label: str, value: int, last: int, tooltip: str, disabled: bool = False
+) -> tuple[BoundedIntText, IntSlider]:
+    """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds
+    no label on a slider.
+    """
+    shared = dict(
+        value=value,
+        min=1,
+        max=last,
+        continuous_update=False,
+        style=_LABEL,
+        tooltip=tooltip,
+        disabled=disabled,
+    )
     field = BoundedIntText(**shared, description=label, layout=Layout(width="150px"))
     slider = IntSlider(**shared, readout=False, layout=Layout(width="240px", margin="2px 12px"))
     for trait in ("value", "max"):
@@ -156,7 +189,8 @@ def _number(label: str, value: int, last: int, tooltip: str, disabled: bool = Fa
     return field, slider
 
 
-# -------------------------------------------------------------------------------------------- 1. queries
+# -------------------------------------------------------------------------------------------- 1.
+# queries
 
 
 def _query_panel(
@@ -173,19 +207,24 @@ def _query_panel(
     hits: Callable[[int, str], np.ndarray | None],
     words: str,
 ) -> Panel:
-    """reference[q]: the gallery index that query q starts from. captions: what stands below the gallery's images. describe:
-    their alternative texts. suggest: modifiers for query q, its own first (or no words and no suggestions). hits: which gallery
-    images are right for query q and these words, None if nobody knows."""
+    """reference[q]: the gallery index that query q starts from. captions: what stands below the
+    gallery's images. describe: their alternative texts. suggest: modifiers for query q, its own
+    first (or no words and no suggestions). hits: which gallery images are right for query q and
+    these words, None if nobody knows."""
     if len(gallery) < 2:
         raise ValueError("a search needs at least two images: the reference, and one to find")
     thumbnail = lru_cache(1024)(lambda j: _thumbnail(images[j]))
     which = _picker("Reference", len(reference))
-    other = Button(description="Another one", tooltip="Take a reference by chance", disabled=len(reference) < 2)
+    other = Button(
+        description="Another one", tooltip="Take a reference by chance", disabled=len(reference) < 2
+    )
     typed = Text(
         value=words, description="Modifier", placeholder="what should be different", continuous_update=False, style=_LABEL,
         tooltip="Words of your own; the Enter key searches", layout=Layout(flex="1 1 420px", max_width="640px"),
     )  # fmt: skip
-    buttons = [Button(tooltip="Search with these words", layout=Layout(width="auto")) for _ in suggest(0)]
+    buttons = [
+        Button(tooltip="Search with these words", layout=Layout(width="auto")) for _ in suggest(0)
+    ]
     offer = HBox(buttons, layout=Layout(flex_flow="row wrap"))
     rng = np.random.default_rng()
 
@@ -227,9 +266,13 @@ def _query_panel(
             for k, i in enumerate(best, 1):
                 target = right is not None and right[i]
                 caption = f"{k} {'target' if target else captions[i]}"
-                cards += _card(thumbnail(i), caption, f"{k}: {describe(i)}", "isa-target" if target else "")
+                cards += _card(
+                    thumbnail(i), caption, f"{k}: {describe(i)}", "isa-target" if target else ""
+                )
             rows += f'<b>{name}</b><div class="isa-row" role="group" aria-label="{name}, best first">{cards}</div>'
-        start = _card(thumbnail(j), f"reference {captions[j]}", f"reference: {describe(j)}", "isa-reference")
+        start = _card(
+            thumbnail(j), f"reference {captions[j]}", f"reference: {describe(j)}", "isa-reference"
+        )
         if right is None:
             message = f"“{escape(words)}”: nobody has said which image is right for these words, so none is marked."
         else:
@@ -239,25 +282,39 @@ def _query_panel(
                 f"“{escape(words)}”: the target is at place {ranks[0]} by ISA and at place {ranks[1]} by image + text, "
                 f"of {len(gallery) - 1} images."
             )
-        shown = {name: [gallery.ids[i] for i in best] for name, best in zip(names, found, strict=True)}
-        return f'<div class="isa-query">{start}<div class="isa-rows">{rows}</div></div>', message, shown
+        shown = {
+            name: [gallery.ids[i] for i in best] for name, best in zip(names, found, strict=True)
+        }
+        return (
+            f'<div class="isa-query">{start}<div class="isa-rows">{rows}</div></div>',
+            message,
+            shown,
+        )
 
     controls = {"reference": which, "another": other, "modifier": typed, "suggestions": offer}
     return Panel(title, hint, controls, ("reference", "modifier"), compute)
 
 
-def compose_panel(bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_embeddings: Tensor) -> Panel:
-    """Pick a query of the benchmark, keep or change its words, and see the ten best images of ISA and of image + text.
+def compose_panel(
+    bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_embeddings: Tensor
+) -> Panel:
+    """Pick a query of the benchmark, keep or change its words, and see the ten best images of ISA
+    and of image + text.
 
-    The target is marked only for the query's own words. Suggested beside them: a change of each kind that the reference
-    can take. Controls: reference (a query's number), another, modifier, suggestions. `shown`: gallery indices by method.
+    The target is marked only for the query's own words. Suggested beside them: a change of each
+    kind that the reference can take. Controls: reference (a query's number), another, modifier,
+    suggestions. `shown`: gallery indices by method.
     """
 
     def suggest(q: int) -> list[str]:
         rng, texts = np.random.default_rng((q, 9)), [bench.texts[q]]
         for kind in scenes.KINDS:
             try:
-                texts.append(scenes.modify(bench.scenes[bench.reference[q]], rng, (kind,), held_out=True)[1].text)
+                texts.append(
+                    scenes.modify(bench.scenes[bench.reference[q]], rng, (kind,), held_out=True)[
+                        1
+                    ].text
+                )
             except ValueError:  # the only object cannot be removed, a fourth cannot be added
                 texts.append("")
         return texts
@@ -274,16 +331,22 @@ def compose_panel(bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_
         [""] * len(bench.images),
         lambda j: scenes.caption(bench.scenes[j], np.random.default_rng(0)),
         suggest,
-        lambda q, words: bench.labels == bench.labels[bench.target[q]] if words == bench.texts[q] else None,
+        lambda q, words: (
+            bench.labels == bench.labels[bench.target[q]] if words == bench.texts[q] else None
+        ),
         "",
     )
 
 
-def search_panel(pictures: Images, vl: VLModel, encoder: QueryEncoder, embeddings: Tensor, words: str = "") -> Panel:
-    """Pick one of your own pictures, type words, and see the ten best of the others, by ISA and by image + text.
+def search_panel(
+    pictures: Images, vl: VLModel, encoder: QueryEncoder, embeddings: Tensor, words: str = ""
+) -> Panel:
+    """Pick one of your own pictures, type words, and see the ten best of the others, by ISA and by
+    image + text.
 
-    embeddings: N x E, of the same pictures in the same order, from `vl.encode_images`; words: what stands in the field at
-    first. Controls: reference, another, modifier. `shown`: names of pictures (or their numbers) by method. Nothing is marked.
+    embeddings: N x E, of the same pictures in the same order, from `vl.encode_images`; words: what
+    stands in the field at first. Controls: reference, another, modifier. `shown`: names of pictures
+    (or their numbers) by method. Nothing is marked.
     """
     names = _names(pictures)
     return _query_panel(
@@ -294,7 +357,8 @@ def search_panel(pictures: Images, vl: VLModel, encoder: QueryEncoder, embedding
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------- 2. tokens
+# --------------------------------------------------------------------------------------------- 2.
+# tokens
 
 
 def _place(attention: Tensor) -> str:
@@ -308,18 +372,26 @@ def _place(attention: Tensor) -> str:
 
 
 def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> Panel:
-    """Choose an image and one token of its sentence: how it reads the image, and the real words nearest to it.
+    """Choose an image and one token of its sentence: how it reads the image, and the real words
+    nearest to it.
 
-    encoders: by name; with several, of different numbers of tokens L, a slider goes through them, shortest sentence first.
-    Controls: image, encoder and token (both from 1). `shown`: words, the nearest with their cosines, and reads, N x h x w: the
-    weights of each of the token's N reads.
+    encoders: by name; with several, of different numbers of tokens L, a slider goes through them,
+    shortest sentence first.
+    Controls: image, encoder and token (both from 1). `shown`: words, the nearest with their
+    cosines, and reads, N x h x w: the weights of each of the token's N reads.
     """
     if not encoders:
-        raise ValueError("encoders is empty; give at least one, for example {'shipped': QueryEncoder.load(folder, vl)}")
-    lengths = {name: encoder.sentences([pictures[0]]).tokens.shape[1] for name, encoder in encoders.items()}
+        raise ValueError(
+            "encoders is empty; give at least one, for example {'shipped': QueryEncoder.load(folder, vl)}"
+        )
+    lengths = {
+        name: encoder.sentences([pictures[0]]).tokens.shape[1] for name, encoder in encoders.items()
+    }
     by_length, several = sorted(lengths, key=lengths.get), len(encoders) > 1
     which = _picker("Image", len(pictures))
-    chosen, chosen_slider = _number("Encoder", 1, len(encoders), "Which query encoder writes the sentence", not several)
+    chosen, chosen_slider = _number(
+        "Encoder", 1, len(encoders), "Which query encoder writes the sentence", not several
+    )
     token, token_slider = _number("Token", 1, lengths[by_length[0]], "Which token of the sentence")
     hint = (
         "With the encoder, the number L of tokens changes; more are not always better."
@@ -342,16 +414,22 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
         name, i, t = by_length[chosen.value - 1], which.value, token.value
         reads, words = read(name, i)  # N x L x h x w
         picture = _picture(pictures[i])
-        side = min(240, *picture.size)  # the encoder saw the square in the middle, so that is what the map is laid over
+        # the encoder saw the square in the middle, so that is what the map is laid over
+        side = min(240, *picture.size)
         best = words[t - 1]
         titles = [f"read {n}" for n in range(1, len(reads) + 1)]
         square = ImageOps.fit(picture, (side, side))
-        figure = figures.attention(square, reads[:, t - 1].numpy(), titles, columns=len(reads) + 1, side=1.8)
+        figure = figures.attention(
+            square, reads[:, t - 1].numpy(), titles, columns=len(reads) + 1, side=1.8
+        )
         places = [f"read {n}: {_place(weights)}" for n, weights in enumerate(reads[:, t - 1], 1)]
         where = "; ".join(places)
-        rows = "".join(f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best)
+        rows = "".join(
+            f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best
+        )
         sentence = " · ".join(
-            f"<b>▸ {n} “{escape(near[0][0])}”</b>" if n == t else f"{n} “{escape(near[0][0])}”" for n, near in enumerate(words, 1)
+            f"<b>▸ {n} “{escape(near[0][0])}”</b>" if n == t else f"{n} “{escape(near[0][0])}”"
+            for n, near in enumerate(words, 1)
         )
         html = (
             f'<div class="isa-query"><img class="isa-wide" src="{_source(figures.png(figure))}" '
@@ -360,7 +438,11 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
             f"<p>The sentence, each token by its nearest word: {sentence}</p>"
         )
         said = f"Token {t} of {lengths[name]}, encoder “{escape(name)}”; nearest word: “{escape(best[0][0])}”."
-        return html, f"{said} {where[0].upper()}{where[1:]}.", {"words": best, "reads": reads[:, t - 1]}
+        return (
+            html,
+            f"{said} {where[0].upper()}{where[1:]}.",
+            {"words": best, "reads": reads[:, t - 1]},
+        )
 
     return Panel(
         "Look through one token",
@@ -378,45 +460,69 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
     )
 
 
-# ------------------------------------------------------------------------------------------- 3. training
+# ------------------------------------------------------------------------------------------- 3.
+# training
 
 
 def training_panel(history: History | Mapping[str, History]) -> Panel:
     """Loss terms and validation recall along the steps of one training, or of several by name.
 
-    Controls: step, smoothing (steps in a running mean). `shown`: by run "GCD", "LAR" (nats, running means up to the step) and
-    "recall" (validation Recall@1 in percent, the last one at or before the step); nan for what there is not.
+    Controls: step, smoothing (steps in a running mean). `shown`: by run "GCD", "LAR" (nats, running
+    means up to the step) and "recall" (validation Recall@1 in percent, the last one at or before
+    the step); nan for what there is not.
     """
     runs = {"this run": history} if isinstance(history, History) else dict(history)
     if not runs or not all(h.gcd for h in runs.values()):
-        raise ValueError("a history without steps has nothing to show; train first (isa_lite.distill.distill returns it)")
+        raise ValueError(
+            "a history without steps has nothing to show; train first (isa_lite.distill.distill returns it)"
+        )
     last = max(len(h.gcd) for h in runs.values())
     step, step_slider = _number("Step", last, last, "The step that the numbers below belong to")
     smooth = "How many steps a running mean goes over; 1 shows every step"
     window, window_slider = _number("Smoothing", min(20, last), min(100, last), smooth)
 
     def at(values: Sequence[float], s: int) -> float:
-        return float(np.mean(values[max(0, s - window.value) : s])) if s <= len(values) else float("nan")
+        return (
+            float(np.mean(values[max(0, s - window.value) : s]))
+            if s <= len(values)
+            else float("nan")
+        )
 
     def compute() -> tuple[str, str, dict]:
         s, shown = step.value, {}
         for name, h in runs.items():
             recall = [value for point, value in h.recall if point <= s and s <= len(h.gcd)]
-            shown[name] = {"GCD": at(h.gcd, s), "LAR": at(h.lar, s), "recall": recall[-1] if recall else float("nan")}
+            shown[name] = {
+                "GCD": at(h.gcd, s),
+                "LAR": at(h.lar, s),
+                "recall": recall[-1] if recall else float("nan"),
+            }
         rows = ""
         for name, values in shown.items():
-            cells = "".join(f"<td>{'none' if np.isnan(value) else round(value, 2)}</td>" for value in values.values())
+            cells = "".join(
+                f"<td>{'none' if np.isnan(value) else round(value, 2)}</td>"
+                for value in values.values()
+            )
             rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
         table = f"<table><tr><th>run</th><th>GCD, nats</th><th>LAR, nats</th><th>validation Recall@1, %</th></tr>{rows}</table>"
         figure = figures.curves(runs, window.value, s)
         alt = f"GCD, LAR and validation recall along {last} steps, a dashed line at step {s}; the table below has the numbers"
         html = f'<img class="isa-wide" src="{_source(figures.png(figure))}" alt="{alt}">{table}'
-        return html, f"At step {s} of {last}; losses are means of the {min(s, window.value)} steps up to it.", shown
+        return (
+            html,
+            f"At step {s} of {last}; losses are means of the {min(s, window.value)} steps up to it.",
+            shown,
+        )
 
     return Panel(
         "Follow a training",
         "Choose a step (the dashed line) and how much the losses are smoothed: type, use the arrow keys, or drag.",
-        {"step": step, "step slider": step_slider, "smoothing": window, "smoothing slider": window_slider},
+        {
+            "step": step,
+            "step slider": step_slider,
+            "smoothing": window,
+            "smoothing slider": window_slider,
+        },
         ("step", "smoothing"),
         compute,
     )

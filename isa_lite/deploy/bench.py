@@ -1,5 +1,6 @@
-"""Speed and cost: `python -m isa_lite bench cost` (the query side), `... split` (a query in parts), `... query` (a query end
-to end, cut and uncut, in PyTorch and onnxruntime), `... embed` (a gallery), `... backbones` (light encoders).
+"""Speed and cost: `python -m isa_lite bench cost` (the query side), `... split` (a query in parts),
+`... query` (a query end to end, cut and uncut, in PyTorch and onnxruntime), `... embed` (a
+gallery), `... backbones` (light encoders).
 
 Every figure that matters is a ratio, with both sides measured in one run on one machine.
 """
@@ -27,8 +28,11 @@ from isa_lite.support.images import read_image
 from isa_lite.world.scenes import render_many, sample_scenes
 
 
-def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, rounds: int = 5) -> pd.DataFrame:
-    """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors of the same images.
+def embedding(
+    vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, rounds: int = 5
+) -> pd.DataFrame:
+    """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors
+    of the same images.
 
     side: of the files, in pixels (0: the model's own). They take turns, `rounds` times; medians.
     """
@@ -38,11 +42,16 @@ def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, 
         files = [Path(folder) / f"{i:06}.jpg" for i in range(images)]
         for file, picture in zip(files, pictures, strict=True):
             Image.fromarray(picture).save(file, quality=90)
-        ready = [vl.pixels([read_image(f) for f in files[s : s + batch]]) for s in range(0, images, batch)]
+        ready = [
+            vl.pixels([read_image(f) for f in files[s : s + batch]])
+            for s in range(0, images, batch)
+        ]
         calls = {
             "bare image tower": lambda: [vl.encode_pixels(pixels) for pixels in ready],
             "embed_files": lambda: embed_files(files, vl, None, batch, progress=False),
-            "embed_files, one thread reads ahead": lambda: embed_files(files, vl, None, batch, num_workers=1, progress=False),
+            "embed_files, one thread reads ahead": lambda: embed_files(
+                files, vl, None, batch, num_workers=1, progress=False
+            ),
         }
         times = side_by_side(calls, rounds, warm_up=1)
     table = pd.DataFrame({"images / s": {name: 1000 * images / ms for name, ms in times.items()}})
@@ -50,21 +59,40 @@ def embedding(vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, 
     return table
 
 
-def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.values()), rounds: int = 10) -> pd.DataFrame:
-    """Light backbones up to the map that a query encoder would use, beside the VL image tower, one image at a time.
+def backbones(
+    vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.values()), rounds: int = 10
+) -> pd.DataFrame:
+    """Light backbones up to the map that a query encoder would use, beside the VL image tower, one
+    image at a time.
 
-    Columns: parameters and multiply-adds in millions; the map's stride, in pixels, and its C x H x W; milliseconds; and how many
-    times more the VL image tower (at its own size) takes. Random weights: they cost as much as trained ones.
+    Columns: parameters and multiply-adds in millions; the map's stride, in pixels, and its C x H x
+    W; milliseconds; and how many times more the VL image tower (at its own size) takes. Random
+    weights: they cost as much as trained ones.
     """
-    pixels, large = torch.randn(1, 3, image_size, image_size), torch.randn(1, 3, vl.image_size, vl.image_size)
+    pixels, large = (
+        torch.randn(1, 3, image_size, image_size),
+        torch.randn(1, 3, vl.image_size, vl.image_size),
+    )
     networks: dict[str, nn.Module] = {"VL image tower": vl.clip.visual}
     calls, maps = {"VL image tower": lambda: vl.encode_pixels(large)}, {"VL image tower": ("", "")}
     for name in names:
         networks[name], stride, shape = build_backbone(name, image_size)
-        calls[name], maps[name] = partial(networks[name], pixels), (stride, " x ".join(map(str, shape)))
-    table = pd.DataFrame({"parameters": {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in networks.items()}})
+        calls[name], maps[name] = (
+            partial(networks[name], pixels),
+            (stride, " x ".join(map(str, shape))),
+        )
+    table = pd.DataFrame(
+        {
+            "parameters": {
+                n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in networks.items()
+            }
+        }
+    )
     table["multiply-adds"] = pd.Series({n: multiply_adds(call) for n, call in calls.items()})
-    table["stride"], table["map"] = pd.Series({n: m[0] for n, m in maps.items()}), pd.Series({n: m[1] for n, m in maps.items()})
+    table["stride"], table["map"] = (
+        pd.Series({n: m[0] for n, m in maps.items()}),
+        pd.Series({n: m[1] for n, m in maps.items()}),
+    )
     table["ms"] = pd.Series(side_by_side(calls, rounds))
     for column in ("multiply-adds", "ms"):
         table[f"VL tower / {column}"] = table.loc["VL image tower", column] / table[column]
@@ -73,7 +101,9 @@ def backbones(vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.v
 
 @contextmanager
 def _hushed(message: str) -> Iterator[None]:
-    """Inside, the root logger lets nothing through that contains `message`; afterwards it is as it was."""
+    """Inside, the root logger lets nothing through that contains `message`; afterwards it is as it
+    was.
+    """
 
     def other(record: logging.LogRecord) -> bool:
         return message not in record.getMessage()

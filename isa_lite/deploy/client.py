@@ -1,7 +1,9 @@
-"""The query side without PyTorch: runs the files that `isa_lite.deploy.export` wrote, with onnxruntime.
+"""The query side without PyTorch: runs the files that `isa_lite.deploy.export` wrote, with
+onnxruntime.
 
-What a small server has to do, in numpy: cut the image to size, put the prompt together, run two networks, and search.
-It imports no other module of this package, and neither torch nor torchvision; a test holds it to that.
+What a small server has to do, in numpy: cut the image to size, put the prompt together, run two
+networks, and search. It imports no other module of this package, and neither torch nor torchvision;
+a test holds it to that.
 
 `python -m isa_lite client DIR --gallery FILE --image FILE --modifier TEXT` answers one query.
 
@@ -29,16 +31,55 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 #: The files of an exported query side; the settings hold a checksum of each of the others.
-SETTINGS, IMAGE, TEXT, TOKENIZER = "query.json", "image_to_sentence.onnx", "sentence_to_query.onnx", "tokenizer.json"
+SETTINGS, IMAGE, TEXT, TOKENIZER = (
+    "query.json",
+    "image_to_sentence.onnx",
+    "sentence_to_query.onnx",
+    "tokenizer.json",
+)
 #: The id that stands where a pseudo-word goes; no word has it.
 PLACEHOLDER = -1
 
 
-#: As in `isa_lite.support.images`: how long and how large a picture may be, and the formats that Pillow reads without another program.
+#: As in `isa_lite.support.images`: how long and how large a picture may be, and the formats that
+#: Pillow reads without another program.
 LONGEST, LARGEST_FILE = 1000, 2**30
 FORMATS = {
-    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM", "IMT"),
-    *("JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN"),
+    *(
+        "AVIF",
+        "BLP",
+        "BMP",
+        "CUR",
+        "DCX",
+        "DDS",
+        "DIB",
+        "FITS",
+        "FLI",
+        "FTEX",
+        "GBR",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "IM",
+        "IMT",
+    ),
+    *(
+        "JPEG",
+        "JPEG2000",
+        "MCIDAS",
+        "MPO",
+        "MSP",
+        "PCD",
+        "PCX",
+        "PIXAR",
+        "PNG",
+        "PPM",
+        "PSD",
+        "QOI",
+        "SGI",
+        "SPIDER",
+        "SUN",
+    ),
     *("TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
 }
 #: What the settings hold, and of which kind each is.
@@ -66,37 +107,49 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """A network to run on the CPU, with `threads` threads (0: as many as onnxruntime likes)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads wait in a loop for more work, also after a run is over, and then take the cores from the next network's threads.
+    # Threads wait in a loop for more work, also after a run is over, and then take the cores from
+    # the next network's threads.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def decode(source: bytes | Image.Image) -> Image.Image:
-    """A picture as `isa_lite.support.images.decode` gives it, and so as the gallery's were read: upright, RGB, laid on white.
+    """A picture as `isa_lite.support.images.decode` gives it, and so as the gallery's were read:
+    upright, RGB, laid on white.
 
-    source: the bytes of a file, or a PIL image. Raises what Pillow raises, and ValueError for a format that is not in `FORMATS`
-    and for a picture that is too large or too long to be resized.
+    source: the bytes of a file, or a PIL image. Raises what Pillow raises, and ValueError for a
+    format that is not in `FORMATS` and for a picture that is too large or too long to be resized.
     """
     most = Image.MAX_IMAGE_PIXELS
     Image.init()
     known = [name for name in Image.ID if name in FORMATS and name in Image.OPEN]
     try:
-        image = Image.open(io.BytesIO(source), formats=known) if isinstance(source, bytes) else source
-        bomb, count = most is not None and image.width * image.height > most, f"{image.width} x {image.height}"
+        image = (
+            Image.open(io.BytesIO(source), formats=known) if isinstance(source, bytes) else source
+        )
+        bomb, count = (
+            most is not None and image.width * image.height > most,
+            f"{image.width} x {image.height}",
+        )
     except Image.DecompressionBombError as error:
         bomb, count = True, str(error)
     if bomb:
-        raise ValueError(f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}")
+        raise ValueError(
+            f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}"
+        )
     if image.format not in {None, *FORMATS}:
         raise ValueError(f"{image.format} is not read here; save it as PNG or JPEG")
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{count} pixels is more than {LONGEST} times as long as wide; crop it")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
+        # no data: black
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = values.max()
         wide = image.mode.startswith("I;16") or top > 255
-        values = values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
+        values = (
+            values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
+        )
         image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -104,7 +157,9 @@ def decode(source: bytes | Image.Image) -> Image.Image:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+    """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming the file
+    and what is wrong with it.
+    """
     path = _path("path", path)
     try:
         if (size := os.stat(path).st_size) > LARGEST_FILE:
@@ -112,13 +167,16 @@ def read_image(path: str | Path) -> Image.Image:
         return decode(path.read_bytes())
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a decoder throws at a broken file; Pillow names an address in memory
+    # whatever a decoder throws at a broken file; Pillow names an address in memory
+    except Exception as error:
         reason = f"{type(error).__name__}: " + re.sub("image file <.*?>", "the file", str(error))
         raise ValueError(f"{path} cannot be read as an image ({reason})") from error
 
 
 def _read_settings(path: Path) -> dict:
-    """The settings of an export. Raises ValueError naming the file and the first setting that cannot be used."""
+    """The settings of an export. Raises ValueError naming the file and the first setting that
+    cannot be used.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -141,7 +199,9 @@ def _read_settings(path: Path) -> dict:
         if not least <= found[name] <= most:
             raise refuse(name)
     for name in ("mean", "std"):
-        if len(found[name]) != 3 or not all(type(v) in (int, float) and math.isfinite(v) for v in found[name]):
+        if len(found[name]) != 3 or not all(
+            type(v) in (int, float) and math.isfinite(v) for v in found[name]
+        ):
             raise refuse(name)
     if min(found["std"]) <= 0:
         raise refuse("std")
@@ -167,13 +227,21 @@ def _opened(path: Path, opener: Callable, *arguments: object) -> Any:
 
 
 def _path(what: str, value: object) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in os.fspath(value):
+    if (
+        not isinstance(value, (str, os.PathLike))
+        or not os.fspath(value)
+        or "\0" in os.fspath(value)
+    ):
         raise ValueError(f"{what} must be a path, not {value!r}")
     return Path(value)
 
 
 def _check_whole(what: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value <= most:
+    if (
+        not isinstance(value, (int, np.integer))
+        or isinstance(value, bool)
+        or not least <= value <= most
+    ):
         raise ValueError(f"{what} must be a whole number from {least} to {most}, not {value!r}")
 
 
@@ -186,44 +254,68 @@ def _check_list(what: str, values: object) -> None:
 class QueryClient:
     """Images and modifiers -> query embeddings, from a folder that `isa_lite.deploy.export` wrote.
 
-    Raises FileNotFoundError for a folder without an export, and ValueError for a file that is not the one that was
-    exported, or for a gallery's model (`vl_model`, a fingerprint) that is not the one of this query side.
+    Raises FileNotFoundError for a folder without an export, and ValueError for a file that is not
+    the one that was exported, or for a gallery's model (`vl_model`, a fingerprint) that is not the
+    one of this query side.
     """
 
     def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
         folder = _path("folder", folder)
         if not (folder / SETTINGS).is_file():
-            raise FileNotFoundError(f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export wrote")
-        _check_whole("threads", threads, 0, 1024)  # of a thousand million, onnxruntime would ask for the memory
+            raise FileNotFoundError(
+                f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export"
+                " wrote"
+            )
+        # of a thousand million, onnxruntime would ask for the memory
+        _check_whole("threads", threads, 0, 1024)
         self.settings = _read_settings(folder / SETTINGS)
         for name, expected in self.settings["files"].items():
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}, which its {SETTINGS} names; export again")
+                raise FileNotFoundError(
+                    f"{folder} holds no {name}, which its {SETTINGS} names; export again"
+                )
             if checksum(folder / name) != expected:
-                raise ValueError(f"{folder / name} is not the file that was exported (its checksum differs); export again")
+                raise ValueError(
+                    f"{folder / name} is not the file that was exported (its checksum differs);"
+                    " export again"
+                )
         if vl_model is not None and vl_model != self.settings["vl_model"]:
             raise ValueError(
-                f"the query side in {folder} belongs to VL model {self.settings['vl_model']}, and the gallery to {vl_model}; "
-                "their embeddings mean nothing to one another: export the query side of that model, or embed the gallery again"
+                f"the query side in {folder} belongs to VL model {self.settings['vl_model']}, and"
+                f" the gallery to {vl_model}; their embeddings mean nothing to one another: export"
+                " the query side of that model, or embed the gallery again"
             )
-        self._image, self._text = _opened(folder / IMAGE, session, threads), _opened(folder / TEXT, session, threads)
+        self._image, self._text = (
+            _opened(folder / IMAGE, session, threads),
+            _opened(folder / TEXT, session, threads),
+        )
         self._tokenizer = _opened(folder / TOKENIZER, lambda path: Tokenizer.from_file(str(path)))
         self._settings_file = folder / SETTINGS
 
-    def _run(self, network: onnxruntime.InferenceSession, output: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    def _run(
+        self, network: onnxruntime.InferenceSession, output: str, inputs: dict[str, np.ndarray]
+    ) -> np.ndarray:
         try:
             return network.run([output], inputs)[0]
         except Exception as error:  # onnxruntime's errors have no common kind but this
-            raise ValueError(f"the networks do not fit {self._settings_file} ({_first_line(error)}); export again") from error
+            raise ValueError(
+                f"the networks do not fit {self._settings_file} ({_first_line(error)}); export"
+                " again"
+            ) from error
 
     def pixels(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
-        """Images (PIL, or uint8 H x W x 3) -> B x 3 x H x W float32: the shorter side to size (bicubic), the middle, normalised.
+        """Images (PIL, or uint8 H x W x 3) -> B x 3 x H x W float32: the shorter side to size
+        (bicubic), the middle, normalised.
 
         Raises ValueError for what is no list of pictures, and what `decode` raises.
         """
         _check_list("images", images)
-        if isinstance(images, np.ndarray) and images.ndim != 4:  # its rows would be taken for pictures
-            raise ValueError(f"images must have the shape N x H x W x 3, not {images.shape}; give one array as array[None]")
+        # its rows would be taken for pictures
+        if isinstance(images, np.ndarray) and images.ndim != 4:
+            raise ValueError(
+                f"images must have the shape N x H x W x 3, not {images.shape}; give one array as"
+                " array[None]"
+            )
         size, rows = self.settings["image_size"], []
         for i, image in enumerate(images):
             if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
@@ -231,18 +323,24 @@ class QueryClient:
                     image = Image.fromarray(image)
             if not isinstance(image, Image.Image):
                 raise ValueError(
-                    f"images[{i}] must be a PIL image or a uint8 array H x W x 3, not {_kind(image)}; isa_lite.deploy.client.read_image "
-                    "opens a file"
+                    f"images[{i}] must be a PIL image or a uint8 array H x W x 3, not"
+                    f" {_kind(image)}; isa_lite.deploy.client.read_image opens a file"
                 )
             image = decode(image)
             width, height = image.size
             if min(width, height) != size:
                 short = min(width, height)
-                image = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
+                image = image.resize(
+                    (int(size * width / short), int(size * height / short)),
+                    Image.Resampling.BICUBIC,
+                )
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
             rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
-        pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32, order="C")  # in memory too, or all that follows is slow
-        mean, std = (np.array(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std"))
+        # in memory too, or all that follows is slow
+        pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        mean, std = (
+            np.array(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std")
+        )
         pixels /= 255
         pixels -= mean
         pixels /= std
@@ -254,12 +352,14 @@ class QueryClient:
 
     def words(self, text: str) -> list[int]:
         """Token ids of a piece of text, without start and end."""
-        while (clean := " ".join(html.unescape(ftfy.fix_text(text)).split()).lower()) != text:  # "&amp;lt;" takes two rounds
+        # "&amp;lt;" takes two rounds
+        while (clean := " ".join(html.unescape(ftfy.fix_text(text)).split()).lower()) != text:
             text = clean
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompts(self, modifiers: Sequence[str]) -> np.ndarray:
-        """Token ids of one prompt a modifier, B x T, with `PLACEHOLDER` where pseudo-words go; an empty modifier is left out.
+        """Token ids of one prompt a modifier, B x T, with `PLACEHOLDER` where pseudo-words go; an
+        empty modifier is left out.
 
         Raises ValueError for a modifier that does not fit, or is no text.
         """
@@ -267,19 +367,26 @@ class QueryClient:
         s, rows = self.settings, []
         if wrong := [i for i, modifier in enumerate(modifiers) if not isinstance(modifier, str)]:
             raise ValueError(
-                f"modifiers[{wrong[0]}] must be a text, not {modifiers[wrong[0]]!r}; an empty one asks for no change"
+                f"modifiers[{wrong[0]}] must be a text, not {modifiers[wrong[0]]!r}; an empty one"
+                " asks for no change"
             )
         for modifier in modifiers:
             said, row = self.words(modifier), []
             for part in s["prompt" if modifier.strip() else "prompt_without_modifier"]:
-                row += {"sentence": [PLACEHOLDER] * s["num_tokens"], "modifier": said}[part] if isinstance(part, str) else part
+                row += (
+                    {"sentence": [PLACEHOLDER] * s["num_tokens"], "modifier": said}[part]
+                    if isinstance(part, str)
+                    else part
+                )
             if len(row) > s["context_length"]:
                 raise ValueError(
-                    f"the prompt is {len(row) - s['context_length']} token(s) too long for the text tower's "
-                    f"{s['context_length']}; shorten the modifier {modifier[:60]!r} ({len(said)} tokens)"
+                    f"the prompt is {len(row) - s['context_length']} token(s) too long for the text"
+                    f" tower's {s['context_length']}; shorten the modifier {modifier[:60]!r}"
+                    f" ({len(said)} tokens)"
                 )
             rows.append(row)
-        # A causal text tower does not see what stands behind the end, so the longest prompt sets the length.
+        # A causal text tower does not see what stands behind the end, so the longest prompt sets
+        # the length.
         length = max(map(len, rows)) if s["can_cut"] else s["context_length"]
         return np.array([row + [s["pad_id"]] * (length - len(row)) for row in rows], np.int64)
 
@@ -287,19 +394,25 @@ class QueryClient:
         """Sentences B x L x D and prompts B x T -> L2-normalised query embeddings B x E."""
         return self._run(self._text, "query", {"tokens": tokens, "ids": ids})
 
-    def encode(self, images: Sequence, modifiers: Sequence[str], batch_size: int = 128) -> np.ndarray:
+    def encode(
+        self, images: Sequence, modifiers: Sequence[str], batch_size: int = 128
+    ) -> np.ndarray:
         """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
         _check_list("images", images)
         _check_list("modifiers", modifiers)
         _check_whole("batch_size", batch_size, 1, 2**31)
         if len(images) != len(modifiers) or not len(images):
             raise ValueError(
-                f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and as many modifiers"
+                f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and"
+                " as many modifiers"
             )
         starts = range(0, len(images), batch_size)
-        prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]  # first, as it may refuse one
+        # first, as it may refuse one
+        prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]
         sentences = (self.sentences(self.pixels(images[s : s + batch_size])) for s in starts)
-        return np.concatenate([self.compose(tokens, ids) for tokens, ids in zip(sentences, prompts, strict=True)])
+        return np.concatenate(
+            [self.compose(tokens, ids) for tokens, ids in zip(sentences, prompts, strict=True)]
+        )
 
 
 def _kind(value: object) -> str:
@@ -310,27 +423,52 @@ def _kind(value: object) -> str:
 
 
 def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
-    """What `isa_lite.retrieval.gallery.Gallery.save` wrote: embeddings N x E, their ids, and the fingerprint of the model.
+    """What `isa_lite.retrieval.gallery.Gallery.save` wrote: embeddings N x E, their ids, and the
+    fingerprint of the model.
 
-    Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or has not the length 1.
+    Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or
+    has not the length 1.
     """
     path = _path("path", path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no gallery {path}; isa_lite.retrieval.gallery.Gallery.save writes one")
+        raise FileNotFoundError(
+            f"there is no gallery {path}; isa_lite.retrieval.gallery.Gallery.save writes one"
+        )
     try:
         with safe_open(path, "np") as file:
             info = json.loads((file.metadata() or {}).get("info", "null"))
             embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no gallery ({error}); save the Gallery again") from error
+        raise ValueError(
+            f"{path} is damaged or no gallery ({error}); save the Gallery again"
+        ) from error
     if embeddings is None or not isinstance(info, Mapping) or not isinstance(info.get("ids"), list):
-        raise ValueError(f"{path} is no gallery: it lacks embeddings or ids; isa_lite.retrieval.gallery.Gallery.save writes one")
+        raise ValueError(
+            f"{path} is no gallery: it lacks embeddings or ids;"
+            " isa_lite.retrieval.gallery.Gallery.save writes one"
+        )
     ids, model = info["ids"], info.get("vl_model")
-    if embeddings.ndim != 2 or len(embeddings) != len(ids) or not len(ids) or embeddings.dtype.kind != "f":
-        raise ValueError(f"{path}: embeddings of the shape {embeddings.shape} do not belong to {len(ids)} ids")
-    if not all(type(i) in (str, int) for i in ids) or len(set(ids)) < len(ids) or not isinstance(model, str):
-        raise ValueError(f"{path}: the ids must be different texts or whole numbers, and vl_model a text")
+    if (
+        embeddings.ndim != 2
+        or len(embeddings) != len(ids)
+        or not len(ids)
+        or embeddings.dtype.kind != "f"
+    ):
+        raise ValueError(
+            f"{path}: embeddings of the shape {embeddings.shape} do not belong to {len(ids)} ids"
+        )
+    if (
+        not all(type(i) in (str, int) for i in ids)
+        or len(set(ids)) < len(ids)
+        or not isinstance(model, str)
+    ):
+        raise ValueError(
+            f"{path}: the ids must be different texts or whole numbers, and vl_model a text"
+        )
     lengths = np.linalg.norm(embeddings.astype(np.float32, copy=False), axis=1)
     if (wrong := ~(np.abs(lengths - 1) <= 0.01)).any():
-        raise ValueError(f"{path}: the embedding of {ids[int(wrong.argmax())]!r} is not finite or has not the length 1")
+        raise ValueError(
+            f"{path}: the embedding of {ids[int(wrong.argmax())]!r} is not finite or has not the"
+            " length 1"
+        )
     return embeddings, ids, model

@@ -1,9 +1,9 @@
 """The query side as ONNX files: `python -m isa_lite export --encoder DIR --out DIR`.
 
 Two networks, because an image's sentence can be kept while its owner tries several modifiers:
-`image_to_sentence.onnx` (light backbone and token learner) and `sentence_to_query.onnx` (the frozen text tower, entered
-with word vectors). With them `tokenizer.json`, and `query.json` with everything else that a client needs.
-`isa_lite.deploy.client` runs the folder without PyTorch. Ours.
+`image_to_sentence.onnx` (light backbone and token learner) and `sentence_to_query.onnx` (the frozen
+text tower, entered with word vectors). With them `tokenizer.json`, and `query.json` with everything
+else that a client needs. `isa_lite.deploy.client` runs the folder without PyTorch. Ours.
 
 Shapes: B batch, L pseudo-words, T text positions, D word-embedding width, E embedding width.
 """
@@ -23,7 +23,15 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from isa_lite.deploy.client import IMAGE, PLACEHOLDER, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
+from isa_lite.deploy.client import (
+    IMAGE,
+    PLACEHOLDER,
+    SETTINGS,
+    TEXT,
+    TOKENIZER,
+    QueryClient,
+    checksum,
+)
 from isa_lite.deploy.onnx_files import to_onnx
 from isa_lite.models.vl_model import VLModel, commit
 from isa_lite.prompt import compose, prompt_ids
@@ -34,8 +42,14 @@ from isa_lite.support.parameters import checked, number, path_name
 from isa_lite.support.settings import TEMPLATE, check_template
 from isa_lite.world.scenes import render_many, sample_scenes
 
-#: Modifiers that every export is tried on: none, short, long, and with characters that tokenizers like to disagree about.
-TRIED = ("", "make the circle red", "it’s the “blue” one &amp; has 12 ÉTOILES!?", "a smaller star, then another one " * 4)
+#: Modifiers that every export is tried on: none, short, long, and with characters that tokenizers
+#: like to disagree about.
+TRIED = (
+    "",
+    "make the circle red",
+    "it’s the “blue” one &amp; has 12 ÉTOILES!?",
+    "a smaller star, then another one " * 4,
+)
 
 
 class ImageToSentence(nn.Module):
@@ -62,41 +76,58 @@ class SentenceToQuery(nn.Module):
     def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
         places = ids == PLACEHOLDER
         words = torch.where(places, 1, ids)  # 1: any word; 0 would be padding to some towers
-        # masked_scatter in words that ONNX has: the first place takes token 0, the next one token 1, and so on.
+        # masked_scatter in words that ONNX has: the first place takes token 0, the next one token
+        # 1, and so on.
         which = (places.long().cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)  # B x T
         said = tokens.gather(1, which.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))  # B x T x D
-        return self.vl.encode_vectors(torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words)), words)
+        return self.vl.encode_vectors(
+            torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words)), words
+        )
 
 
 def tokenizer_of(vl: VLModel) -> Tokenizer:
-    """open_clip's tokenizer as one of the `tokenizers` library, which needs no PyTorch and exists in other languages too.
+    """open_clip's tokenizer as one of the `tokenizers` library, which needs no PyTorch and exists
+    in other languages too.
 
-    It does not repair text (ftfy, HTML entities) as open_clip does; a client does that before. Raises ValueError for a tokenizer
-    that cleans text in another way than by lower-casing.
+    It does not repair text (ftfy, HTML entities) as open_clip does; a client does that before.
+    Raises ValueError for a tokenizer that cleans text in another way than by lower-casing.
     """
     ours = vl.tokenizer
     if not hasattr(ours, "bpe_ranks"):
-        raise ValueError(f"{vl.name}: only open_clip's own tokenizer can be exported, and this model has a {type(ours).__name__}")
+        raise ValueError(
+            f"{vl.name}: only open_clip's own tokenizer can be exported, and this model has a"
+            f" {type(ours).__name__}"
+        )
     if ours.clean_fn("An  Ä, b") != "an ä, b":
-        raise ValueError(f"{vl.name}: its tokenizer cleans texts in a way of its own, which isa_lite.deploy.client does not know")
+        raise ValueError(
+            f"{vl.name}: its tokenizer cleans texts in a way of its own, which"
+            " isa_lite.deploy.client does not know"
+        )
     merges = [pair for pair, _ in sorted(ours.bpe_ranks.items(), key=lambda item: item[1])]
     made = Tokenizer(models.BPE(dict(ours.encoder), merges, end_of_word_suffix="</w>"))
     made.normalizer = normalizers.Lowercase()
     # Words, single digits, and runs of anything else; English endings such as 's stand alone.
     pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pieces, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(pieces, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     made.decoder = decoders.ByteLevel()
     return made
 
 
 def prompt_of(vl: VLModel, template: str) -> list[list[int] | str]:
-    """A template as ids and, between them, the words "sentence" and "modifier"; with start and end."""
+    """A template as ids and, between them, the words "sentence" and "modifier"; with start and
+    end.
+    """
     tokenizer = vl.tokenizer
     parts: list[list[int] | str] = [[tokenizer.sot_token_id]]
     for piece in re.split(r"(\{sentence\}|\{modifier\})", template):
-        parts.append(piece[1:-1] if piece.startswith("{") else tokenizer.encode(tokenizer.clean_fn(piece)))
+        parts.append(
+            piece[1:-1] if piece.startswith("{") else tokenizer.encode(tokenizer.clean_fn(piece))
+        )
     return [part for part in [*parts, [tokenizer.eot_token_id]] if part]
 
 
@@ -108,18 +139,29 @@ def _fits(vl: VLModel, encoder: QueryEncoder, modifier: str, template: str) -> b
     return True
 
 
-def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template: str, seed: int = 0) -> float:
-    """The largest difference between the exported files and PyTorch, over sentences (relative to a word's length) and queries.
+def difference(
+    client: QueryClient, encoder: QueryEncoder, vl: VLModel, template: str, seed: int = 0
+) -> float:
+    """The largest difference between the exported files and PyTorch, over sentences (relative to a
+    word's length) and queries.
 
-    On rendered scenes and noise of several sizes, each with every modifier of `TRIED` that fits, in batches of 1, 2 and 5.
-    Raises ValueError where a prompt's ids differ.
+    On rendered scenes and noise of several sizes, each with every modifier of `TRIED` that fits, in
+    batches of 1, 2 and 5. Raises ValueError where a prompt's ids differ.
     """
     rng = np.random.default_rng(seed)
     size = encoder.config.image_size
-    pictures = [Image.fromarray(i) for i in render_many(sample_scenes(3, seed=seed), range(3), size)]
-    noise = (rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((size + 41, 2 * size), (size // 2, size)))
+    pictures = [
+        Image.fromarray(i) for i in render_many(sample_scenes(3, seed=seed), range(3), size)
+    ]
+    noise = (
+        rng.integers(0, 256, (h, w, 3), np.uint8)
+        for h, w in ((size + 41, 2 * size), (size // 2, size))
+    )
     pictures += map(Image.fromarray, noise)
-    most, modifiers = 0.0, [text for text in TRIED if text == "" or _fits(vl, encoder, text, template)]
+    most, modifiers = (
+        0.0,
+        [text for text in TRIED if text == "" or _fits(vl, encoder, text, template)],
+    )
     for batch in (1, 2, 5):
         images = pictures[-batch:]
         tokens = encoder.sentences(images).tokens
@@ -128,25 +170,43 @@ def difference(client: QueryClient, encoder: QueryEncoder, vl: VLModel, template
         for modifier in modifiers:
             said = [""] * (batch - 1) + [modifier]
             ids, places = prompt_ids(vl, tokens.shape[1], said, template)
-            if not np.array_equal(ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), client.prompts(said)):
-                raise ValueError(f"the exported tokenizer gives other ids than open_clip's for {modifier!r} in {template!r}")
+            if not np.array_equal(
+                ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), client.prompts(said)
+            ):
+                raise ValueError(
+                    f"the exported tokenizer gives other ids than open_clip's for {modifier!r} in"
+                    f" {template!r}"
+                )
             query = compose(vl, tokens, said, template).numpy()
-            most = max(most, float(np.abs(client.compose(found, client.prompts(said)) - query).max()))
+            most = max(
+                most, float(np.abs(client.compose(found, client.prompts(said)) - query).max())
+            )
     return most
 
 
 @checked(folder=path_name(), tolerance=number(0))
-def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str = TEMPLATE, tolerance: float = 1e-3) -> float:
-    """Write the query side into `folder`, try it there against PyTorch, and return the largest difference found.
+def export(
+    encoder: QueryEncoder,
+    vl: VLModel,
+    folder: str | Path,
+    template: str = TEMPLATE,
+    tolerance: float = 1e-3,
+) -> float:
+    """Write the query side into `folder`, try it there against PyTorch, and return the largest
+    difference found.
 
-    What was in the folder before is replaced only after that. Raises ValueError for an encoder of another VL model, a template
-    without its fields, a tokenizer that a client cannot have, or a difference above `tolerance`; RuntimeError for a network
-    that cannot be exported.
+    What was in the folder before is replaced only after that. Raises ValueError for an encoder of
+    another VL model, a template without its fields, a tokenizer that a client cannot have, or a
+    difference above `tolerance`; RuntimeError for a network that cannot be exported.
     """
     check_template(template)
     if encoder.config.vl_model != vl.fingerprint:
-        raise ValueError(f"the query encoder belongs to VL model {encoder.config.vl_model}, not {vl.fingerprint} ({vl.name})")
-    folder, config, tokenizer = Path(folder), encoder.config, tokenizer_of(vl)  # before the networks, which take minutes
+        raise ValueError(
+            f"the query encoder belongs to VL model {encoder.config.vl_model}, not {vl.fingerprint}"
+            f" ({vl.name})"
+        )
+    # before the networks, which take minutes
+    folder, config, tokenizer = Path(folder), encoder.config, tokenizer_of(vl)
     folder.mkdir(parents=True, exist_ok=True)
     encoder.eval()
     batch = torch.export.Dim("batch", min=1)
@@ -154,11 +214,26 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
     tokens, ids = encoder(pixels).tokens.detach(), torch.full((2, vl.context_length), PLACEHOLDER)
     axes = {0: batch}
     if vl.tower.can_cut:
-        ids, axes = ids[:, : vl.context_length // 2], {0: batch, 1: torch.export.Dim("length", min=2, max=vl.context_length)}
+        ids, axes = (
+            ids[:, : vl.context_length // 2],
+            {0: batch, 1: torch.export.Dim("length", min=2, max=vl.context_length)},
+        )
     with tempfile.TemporaryDirectory(dir=folder) as part:
         part = Path(part)
-        to_onnx(ImageToSentence(encoder), {"pixels": pixels}, ["tokens", "maps"], {"pixels": {0: batch}}, part / IMAGE)
-        to_onnx(SentenceToQuery(vl), {"tokens": tokens, "ids": ids}, ["query"], {"tokens": {0: batch}, "ids": axes}, part / TEXT)
+        to_onnx(
+            ImageToSentence(encoder),
+            {"pixels": pixels},
+            ["tokens", "maps"],
+            {"pixels": {0: batch}},
+            part / IMAGE,
+        )
+        to_onnx(
+            SentenceToQuery(vl),
+            {"tokens": tokens, "ids": ids},
+            ["query"],
+            {"tokens": {0: batch}, "ids": axes},
+            part / TEXT,
+        )
         write_text(part / TOKENIZER, tokenizer.to_str() + "\n")
         settings = {
             "vl_model": vl.fingerprint,
@@ -173,28 +248,41 @@ def export(encoder: QueryEncoder, vl: VLModel, folder: str | Path, template: str
             "placeholder": PLACEHOLDER,
             "template": template,
             "prompt": prompt_of(vl, template),
-            "prompt_without_modifier": prompt_of(vl, template.replace("{modifier}", "").rstrip(" ,.;:")),
-            "tokenizer": "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML entities, lower case",
+            "prompt_without_modifier": prompt_of(
+                vl, template.replace("{modifier}", "").rstrip(" ,.;:")
+            ),
+            "tokenizer": (
+                "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML"
+                " entities, lower case"
+            ),
             "files": {name: checksum(part / name) for name in (IMAGE, TEXT, TOKENIZER)},
         }
         write_text(part / SETTINGS, json.dumps(settings))
         most = difference(QueryClient(part), encoder, vl, template)
         if not most <= tolerance:  # also where it is not a number
-            raise ValueError(f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is as it was")
+            raise ValueError(
+                f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is"
+                " as it was"
+            )
         settings["made"] = {
             "difference": most,
             "date": str(date.today()),
             "commit": commit(),
-            "versions": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")},
+            "versions": {
+                name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")
+            },
         }
         for name in settings["files"]:
             write_bytes(folder / name, (part / name).read_bytes())
-        write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")  # last: without it there is no export
+        # last: without it there is no export
+        write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return most
 
 
 def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:
-    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E, by the large tower."""
+    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E, by the
+    large tower.
+    """
     queries = torch.from_numpy(client.encode(list(bench.images[bench.reference]), bench.texts))
     rank = benchmark_ranks(bench, queries, gallery)
     return {f"R@{k}": recall(rank, k) for k in KS}

@@ -1,7 +1,9 @@
-"""Where the time of one query goes (`query_timing.PARTS`): light and symmetric, in PyTorch and in onnxruntime.
+"""Where the time of one query goes (`query_timing.PARTS`): light and symmetric, in PyTorch and in
+onnxruntime.
 
-The symmetric query side runs the large image tower on the reference and the text tower on the modifier, as late fusion does.
-All calls take turns in one run, so their ratios can be compared; milliseconds belong to the machine.
+The symmetric query side runs the large image tower on the reference and the text tower on the
+modifier, as late fusion does. All calls take turns in one run, so their ratios can be compared;
+milliseconds belong to the machine.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class _Piece(nn.Module):
 
 
 def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Path:
-    """Backbone, token learner and large image tower as a file each, only to be measured and compared; returns `folder`."""
+    """Backbone, token learner and large image tower as a file each, only to be measured and
+    compared; returns `folder`.
+    """
     folder, axes = Path(folder), {"x": {0: torch.export.Dim("batch", min=1)}}
     folder.mkdir(parents=True, exist_ok=True)
     light = torch.zeros(2, 3, encoder.config.image_size, encoder.config.image_size)
@@ -69,7 +73,11 @@ def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Pat
     for name, piece, x in (
         (BACKBONE, _Piece(encoder.backbone, lambda x: encoder.backbone(x)[0]), light),
         (LEARNER, _Piece(encoder.mapping, lambda x: encoder.mapping(x).tokens), features),
-        (LARGE, _Piece(vl.clip.visual, vl.encode_pixels), torch.zeros(2, 3, vl.image_size, vl.image_size)),
+        (
+            LARGE,
+            _Piece(vl.clip.visual, vl.encode_pixels),
+            torch.zeros(2, 3, vl.image_size, vl.image_size),
+        ),
     ):
         to_onnx(piece, {"x": x}, ["y"], axes, folder / name)
     return folder
@@ -93,10 +101,12 @@ def onnx_steps(
     search: Callable[[np.ndarray], object],
     cut: bool = True,
 ) -> dict[str, Steps]:
-    """A query in onnxruntime, "light" and "symmetric", as `sentence_steps` and `fusion_steps` are in PyTorch.
+    """A query in onnxruntime, "light" and "symmetric", as `sentence_steps` and `fusion_steps` are
+    in PyTorch.
 
-    run: what `export_pieces` wrote, as sessions. cut: False for prompts of the text tower's full length. Only the last layer is
-    then still computed at the pooled position alone, as the exported tower does not know another way.
+    run: what `export_pieces` wrote, as sessions. cut: False for prompts of the text tower's full
+    length. Only the last layer is then still computed at the pooled position alone, as the exported
+    tower does not know another way.
     """
     nothing = np.zeros((len(pictures), client.settings["num_tokens"], vl.word_width), np.float32)
 
@@ -139,15 +149,18 @@ def latency(
     threads: int = 1,
     rounds: int = 30,
 ) -> pd.DataFrame:
-    """Median ms of every part of one query (batch 1) and of the whole, a row each: light and symmetric, both runtimes.
+    """Median ms of every part of one query (batch 1) and of the whole, a row each: light and
+    symmetric, both runtimes.
 
-    exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is `gallery`'s, ten best, for all alike.
-    PyTorch keeps `threads` threads for this time only.
+    exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is
+    `gallery`'s, ten best, for all alike. PyTorch keeps `threads` threads for this time only.
     """
     pictures, said, search = [image], [modifier], _ten_best(gallery)
     client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
     systems = {
-        "PyTorch, light": sentence_steps(vl, encoder, pictures, said, search, client.settings["template"]),
+        "PyTorch, light": sentence_steps(
+            vl, encoder, pictures, said, search, client.settings["template"]
+        ),
         "PyTorch, symmetric": fusion_steps(vl, pictures, said, search),
     }
     for name, steps in onnx_steps(vl, client, run, pictures, said, search).items():
@@ -157,17 +170,30 @@ def latency(
 
 
 def end_to_end_onnx(
-    vl: VLModel, exported: str | Path, pieces: str | Path, threads: int = 1, rounds: int = 30, gallery: int = GALLERY
+    vl: VLModel,
+    exported: str | Path,
+    pieces: str | Path,
+    threads: int = 1,
+    rounds: int = 30,
+    gallery: int = GALLERY,
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a column a system; and ratios.
+    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a
+    column a system; and ratios.
 
-    Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large tower's size.
+    Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large
+    tower's size.
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
     """
-    client, run, search = QueryClient(exported, threads), piece_sessions(pieces, threads), _ten_best(random_gallery(vl, gallery))
+    client, run, search = (
+        QueryClient(exported, threads),
+        piece_sessions(pieces, threads),
+        _ten_best(random_gallery(vl, gallery)),
+    )
     systems = {}
     for way, cut in (("cut", True), ("uncut", False)):
-        for name, steps in onnx_steps(vl, client, run, blank(vl.image_size), [MODIFIER], search, cut).items():
+        for name, steps in onnx_steps(
+            vl, client, run, blank(vl.image_size), [MODIFIER], search, cut
+        ).items():
             systems[f"{name}, {way}"] = steps
     with _threads(threads):
         ms = timed(systems, rounds)
@@ -177,12 +203,15 @@ def end_to_end_onnx(
 def search_times(
     galleries: dict[str, Gallery], queries: Tensor, k: int = 10, threads: int = 1, rounds: int = 30
 ) -> dict[str, float]:
-    """Median ms of one search for one query, a number a gallery. They take turns, in this order and in the reverse one.
+    """Median ms of one search for one query, a number a gallery. They take turns, in this order and
+    in the reverse one.
 
-    A search after one of the whole gallery finds nothing of its own in the processor's cache; the better of two orders counts.
-    PyTorch keeps `threads` threads for this time only.
+    A search after one of the whole gallery finds nothing of its own in the processor's cache; the
+    better of two orders counts. PyTorch keeps `threads` threads for this time only.
     """
     calls = {name: lambda g=g: g.search(queries[:1], k) for name, g in galleries.items()}
     with _threads(threads):
-        there, back = (side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items())))
+        there, back = (
+            side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items()))
+        )
     return {name: min(there[name], back[name]) for name in calls}

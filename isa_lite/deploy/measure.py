@@ -1,6 +1,7 @@
 """What one call costs: its time, its multiply-adds, and the memory that it needs.
 
-Every time that matters is one side of a ratio, so calls are timed side by side, in one run on one machine. Ours.
+Every time that matters is one side of a ratio, so calls are timed side by side, in one run on one
+machine. Ours.
 """
 
 from __future__ import annotations
@@ -21,21 +22,29 @@ from torch.utils.flop_counter import FlopCounterMode
 def multiply_adds(call: Callable[[], object]) -> float:
     """Millions of multiply-adds of one call, by torch's flop counter (which counts two for each).
 
-    PyTorch's fast path for attention hides work from the counter, and some versions' fused kernels do, so both are off
-    while counting.
+    PyTorch's fast path for attention hides work from the counter, and some versions' fused kernels
+    do, so both are off while counting.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             call()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 2e6
 
 
-def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 30, warm_up: int = 3) -> dict[str, float]:
-    """Median milliseconds of each call. All are measured in turn in every round, so a noisy moment hits all of them."""
+def side_by_side(
+    calls: dict[str, Callable[[], object]], rounds: int = 30, warm_up: int = 3
+) -> dict[str, float]:
+    """Median milliseconds of each call. All are measured in turn in every round, so a noisy moment
+    hits all of them.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for r in range(rounds + warm_up):
@@ -48,7 +57,9 @@ def side_by_side(calls: dict[str, Callable[[], object]], rounds: int = 30, warm_
 
 
 class _Held(TorchDispatchMode):
-    """Follows the memory of the tensors that operations make, in bytes: what is alive at once at most."""
+    """Follows the memory of the tensors that operations make, in bytes: what is alive at once at
+    most.
+    """
 
     def __init__(self):
         super().__init__()
@@ -57,8 +68,12 @@ class _Held(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.given |= {t.untyped_storage()._cdata for t in self._tensors((args, kwargs))} - set(self.alive)
+        self.alive = {
+            key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()
+        }
+        self.given |= {t.untyped_storage()._cdata for t in self._tensors((args, kwargs))} - set(
+            self.alive
+        )
         out = operation(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in self._tensors(out)):
             if storage._cdata not in self.given:
@@ -72,9 +87,11 @@ class _Held(TorchDispatchMode):
 
 
 def peak_activations(call: Callable[[], object]) -> float:
-    """The most memory in MiB that one call's intermediate and final tensors hold at once; weights and inputs are not among them.
+    """The most memory in MiB that one call's intermediate and final tensors hold at once; weights
+    and inputs are not among them.
 
-    Counted, not measured: it does not depend on the machine, and knows nothing of a kernel's own scratch memory.
+    Counted, not measured: it does not depend on the machine, and knows nothing of a kernel's own
+    scratch memory.
     """
     with torch.no_grad(), _Held() as held:
         call()
@@ -82,7 +99,9 @@ def peak_activations(call: Callable[[], object]) -> float:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in GiB; not a number where the system does not tell (Windows)."""
+    """The most memory that this process has held so far, in GiB; not a number where the system does
+    not tell (Windows).
+    """
     try:
         import resource
     except ImportError:

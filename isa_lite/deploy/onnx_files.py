@@ -24,26 +24,35 @@ from isa_lite.support.checkpoint import write_bytes, write_text
 def _quiet():
     """Without the two notes of the exporter that ask for nothing.
 
-    onnxscript leaves a node as it is where it could have computed it beforehand ("Skipping constant folding"), and torch says
-    that an axis shared by two inputs keeps one name ("will not be used, since it shares").
+    onnxscript leaves a node as it is where it could have computed it beforehand ("Skipping constant
+    folding"), and torch says that an axis shared by two inputs keeps one name ("will not be used,
+    since it shares").
     """
     logger = logging.getLogger("onnxscript.optimizer._constant_folding")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*will not be used, since it shares the same shape constraints.*")
+            warnings.filterwarnings(
+                "ignore", ".*will not be used, since it shares the same shape constraints.*"
+            )
             yield
     finally:
         logger.setLevel(level)
 
 
 def to_onnx(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Mapping[str, Mapping], path: str | Path
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping],
+    path: str | Path,
 ) -> None:
-    """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as one ONNX file.
+    """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as
+    one ONNX file.
 
-    dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError with what the exporter says.
+    dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError
+    with what the exporter says.
     """
     path = Path(path)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -64,17 +73,19 @@ def to_onnx(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     model = program.model_proto
-    for node in model.graph.node:  # where in whose Python code a node comes from is no business of a client
+    # where in whose Python code a node comes from is no business of a client
+    for node in model.graph.node:
         node.ClearField("metadata_props"), node.ClearField("doc_string")
     write_bytes(path, model.SerializeToString())
 
 
 def quantize(folder: str | Path, out: str | Path) -> Path:
-    """An exported query side again, into `out`, with 8 bits a weight: the word table and every matrix, each with one scale.
+    """An exported query side again, into `out`, with 8 bits a weight: the word table and every
+    matrix, each with one scale.
 
-    onnxruntime's dynamic quantisation: what a matrix is multiplied with is rounded to 8 bits too, by a scale of its own
-    each time; convolutions stay as they are. What it costs is to be measured: `measured_recall` on rendered scenes, or your
-    own queries. Returns `out`.
+    onnxruntime's dynamic quantisation: what a matrix is multiplied with is rounded to 8 bits too,
+    by a scale of its own each time; convolutions stay as they are. What it costs is to be measured:
+    `measured_recall` on rendered scenes, or your own queries. Returns `out`.
     """
     # Here, since they want onnx, which the client does not.
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -88,9 +99,12 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out) as part:
         kinds = ["MatMul", "Gemm", "Gather"]
         for name in (IMAGE, TEXT):
-            whole = Path(part) / f"folded_{name}"  # attention cuts one of its matrices in three while it runs; here before
+            # attention cuts one of its matrices in three while it runs; here before
+            whole = Path(part) / f"folded_{name}"
             quant_pre_process(folder / name, whole, skip_symbolic_shape=True)
-            quantize_dynamic(whole, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                whole, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8
+            )
         write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
         settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
         made = settings.get("made")

@@ -1,4 +1,5 @@
-"""What one query costs, part by part and as a whole: by a sentence (light or with the large tower), and by late fusion.
+"""What one query costs, part by part and as a whole: by a sentence (light or with the large tower),
+and by late fusion.
 
 Every table of a query's time in this package is made of the steps that are defined here. Ours.
 """
@@ -23,9 +24,17 @@ from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 
 #: The parts of a query, in order, and all of them together. Late fusion has no token learner.
-PARTS = ("picture to pixels", "image encoding", "token learner", "prompt (tokenizer)", "text tower", "search")
+PARTS = (
+    "picture to pixels",
+    "image encoding",
+    "token learner",
+    "prompt (tokenizer)",
+    "text tower",
+    "search",
+)
 WHOLE = "whole query"
-#: A query as functions by the names of its parts, each of what the one before it gave; the first gets None.
+#: A query as functions by the names of its parts, each of what the one before it gave; the first
+#: gets None.
 Steps = dict[str, Callable]
 #: What is asked, and in how many images it is searched.
 MODIFIER, GALLERY = "make the circle red", 5000
@@ -40,7 +49,8 @@ def sentence_steps(
     template: str = TEMPLATE,
     cut: bool = True,
 ) -> Steps:
-    """A query as `compose` answers it, from pictures of any size; a light encoder is folded (fold.py).
+    """A query as `compose` answers it, from pictures of any size; a light encoder is folded
+    (fold.py).
 
     cut: False for a text tower that reads all its positions and forgets them, as open_clip does it.
     """
@@ -56,16 +66,32 @@ def sentence_steps(
 
     def read(prompt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         vectors, ids = splice(vl, *prompt), prompt[1]
-        return vl.encode_vectors(vectors, ids, known) if cut else vl.pool(vl.text_tokens(vectors, ids), ids)
+        return (
+            vl.encode_vectors(vectors, ids, known)
+            if cut
+            else vl.pool(vl.text_tokens(vectors, ids), ids)
+        )
 
-    steps = (lambda _: encoder.pixels(pictures), encoder.features, lambda x: encoder.mapping(x).tokens, prompt, read, search)
+    steps = (
+        lambda _: encoder.pixels(pictures),
+        encoder.features,
+        lambda x: encoder.mapping(x).tokens,
+        prompt,
+        read,
+        search,
+    )
     return dict(zip(PARTS, steps, strict=True))
 
 
 def fusion_steps(
-    vl: VLModel, pictures: Sequence, modifiers: Sequence[str], search: Callable[[Tensor], object], cut: bool = True
+    vl: VLModel,
+    pictures: Sequence,
+    modifiers: Sequence[str],
+    search: Callable[[Tensor], object],
+    cut: bool = True,
 ) -> Steps:
-    """A query by late fusion: the large image tower on the pictures, the text tower on the modifiers, their sum.
+    """A query by late fusion: the large image tower on the pictures, the text tower on the
+    modifiers, their sum.
 
     cut: False for open_clip's own `encode_text`, which reads all positions.
     """
@@ -84,7 +110,9 @@ def fusion_steps(
 
 
 def calls(steps: Steps) -> dict[str, Callable[[], object]]:
-    """Each step as a call on what the steps before it gave, and "whole query": all of them in one call."""
+    """Each step as a call on what the steps before it gave, and "whole query": all of them in one
+    call.
+    """
     value, found = None, {}
     with torch.no_grad():
         for part, step in steps.items():
@@ -94,9 +122,19 @@ def calls(steps: Steps) -> dict[str, Callable[[], object]]:
 
 
 def timed(systems: dict[str, Steps], rounds: int) -> pd.DataFrame:
-    """Median ms of every part and of the whole (rows) of each system (columns). All take turns, see `side_by_side`."""
-    made = {(part, system): call for system, steps in systems.items() for part, call in calls(steps).items()}
-    return pd.Series(side_by_side(made, rounds)).unstack().reindex(index=[*PARTS, WHOLE], columns=list(systems))
+    """Median ms of every part and of the whole (rows) of each system (columns). All take turns, see
+    `side_by_side`.
+    """
+    made = {
+        (part, system): call
+        for system, steps in systems.items()
+        for part, call in calls(steps).items()
+    }
+    return (
+        pd.Series(side_by_side(made, rounds))
+        .unstack()
+        .reindex(index=[*PARTS, WHOLE], columns=list(systems))
+    )
 
 
 def blank(side: int, batch: int = 1) -> np.ndarray:
@@ -106,28 +144,44 @@ def blank(side: int, batch: int = 1) -> np.ndarray:
 
 def random_gallery(vl: VLModel, images: int) -> Gallery:
     """So many random embeddings of the model's width."""
-    return Gallery(F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1), range(images))  # G x E
+    # G x E
+    return Gallery(
+        F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1), range(images)
+    )
 
 
 def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
-    """The VL image tower with an untrained token learner of the same kind: weights do not change the cost."""
-    kept = {name: getattr(encoder.config, name) for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")}
+    """The VL image tower with an untrained token learner of the same kind: weights do not change
+    the cost.
+    """
+    kept = {
+        name: getattr(encoder.config, name)
+        for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")
+    }
     return QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **kept)
 
 
-def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, gallery: int = GALLERY) -> pd.DataFrame:
-    """Multiply-adds (millions an image) and time (ms an image) of what a query is made of, both relative to the VL image tower.
+def cost(
+    vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, gallery: int = GALLERY
+) -> pd.DataFrame:
+    """Multiply-adds (millions an image) and time (ms an image) of what a query is made of, both
+    relative to the VL image tower.
 
-    "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from pictures of the model's size to
-    the ten best of `gallery` random embeddings.
+    "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from
+    pictures of the model's size to the ten best of `gallery` random embeddings.
     """
     search, said = partial(random_gallery(vl, gallery).search, k=10), [MODIFIER] * batch
-    light = calls(sentence_steps(vl, encoder, blank(encoder.config.image_size, batch), said, search))
+    light = calls(
+        sentence_steps(vl, encoder, blank(encoder.config.image_size, batch), said, search)
+    )
     symmetric = calls(fusion_steps(vl, blank(vl.image_size, batch), said, search))
     rows = {
         "VL image tower": symmetric["image encoding"],
         "light encoder (backbone)": light["image encoding"],
-        "image to sentence (backbone + token learner)": lambda: (light["image encoding"](), light["token learner"]()),
+        "image to sentence (backbone + token learner)": lambda: (
+            light["image encoding"](),
+            light["token learner"](),
+        ),
         "text tower, sentence and modifier": light["text tower"],
         "query, light": light[WHOLE],
         "query, symmetric": symmetric[WHOLE],
@@ -139,59 +193,91 @@ def cost(vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, g
     return table
 
 
-def split(vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: int = 30) -> pd.DataFrame:
-    """One query (batch 1) part by part: a row a part, for the asymmetric and the symmetric query side.
+def split(
+    vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: int = 30
+) -> pd.DataFrame:
+    """One query (batch 1) part by part: a row a part, for the asymmetric and the symmetric query
+    side.
 
-    Both start from a picture of the model's size and end with the ten best of `gallery` random embeddings.
-    Columns for each: ms (median), multiply-adds in millions, and MiB of weights. The last row is the whole query in one call,
-    with the peak of its activations in MiB in a column of its own. Threads: as many as torch uses (`vl_model.machine`).
+    Both start from a picture of the model's size and end with the ten best of `gallery` random
+    embeddings. Columns for each: ms (median), multiply-adds in millions, and MiB of weights. The
+    last row is the whole query in one call, with the peak of its activations in MiB in a column of
+    its own. Threads: as many as torch uses (`vl_model.machine`).
     """
     encoders = {"asymmetric": encoder, "symmetric": _symmetric(vl, encoder)}
     stored = random_gallery(vl, gallery)
     search = partial(stored.search, k=10)
-    systems = {s: sentence_steps(vl, e, blank(e.config.image_size), [MODIFIER], search) for s, e in encoders.items()}
-    made, image_tower = {side: calls(steps) for side, steps in systems.items()}, list(vl.clip.visual.parameters())
+    systems = {
+        s: sentence_steps(vl, e, blank(e.config.image_size), [MODIFIER], search)
+        for s, e in encoders.items()
+    }
+    made, image_tower = (
+        {side: calls(steps) for side, steps in systems.items()},
+        list(vl.clip.visual.parameters()),
+    )
     large = set(map(id, image_tower))
     weights = {}
     for side, model in encoders.items():
         held = {
-            "image encoding": image_tower if model.config.backbone == LARGE_TOWER else model.backbone.parameters(),
+            "image encoding": image_tower
+            if model.config.backbone == LARGE_TOWER
+            else model.backbone.parameters(),
             "token learner": model.mapping.parameters(),
-            "text tower": (p for p in vl.clip.parameters() if id(p) not in large),  # a CLIP keeps both towers in one module
+            # a CLIP keeps both towers in one module
+            "text tower": (p for p in vl.clip.parameters() if id(p) not in large),
             "search": [stored.embeddings],
         }
-        weights[side] = {part: sum(4 * w.numel() for w in own) / 2**20 for part, own in held.items()}
+        weights[side] = {
+            part: sum(4 * w.numel() for w in own) / 2**20 for part, own in held.items()
+        }
         weights[side][WHOLE] = sum(weights[side].values())
     columns = {
         "ms": timed(systems, rounds),
-        "multiply-adds": pd.DataFrame({s: {part: multiply_adds(call) for part, call in c.items()} for s, c in made.items()}),
+        "multiply-adds": pd.DataFrame(
+            {s: {part: multiply_adds(call) for part, call in c.items()} for s, c in made.items()}
+        ),
         "weights, MiB": pd.DataFrame(weights),
-        "activations, MiB": pd.DataFrame({side: {WHOLE: peak_activations(c[WHOLE])} for side, c in made.items()}),
+        "activations, MiB": pd.DataFrame(
+            {side: {WHOLE: peak_activations(c[WHOLE])} for side, c in made.items()}
+        ),
     }
     return pd.concat(columns, axis=1).reindex([*PARTS, WHOLE])
 
 
 def ratios(ms: pd.DataFrame, others: Sequence[str] = ("symmetric",)) -> pd.Series:
-    """How many times a light query's time the others take, end to end; of a table with the columns "light, cut" and so on."""
+    """How many times a light query's time the others take, end to end; of a table with the columns
+    "light, cut" and so on.
+    """
     whole, found = ms.loc[WHOLE], {}
     for name in others:
         for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut")):
-            found[f"{name} {other} / light {own}"] = whole[f"{name}, {other}"] / whole[f"light, {own}"]
+            found[f"{name} {other} / light {own}"] = (
+                whole[f"{name}, {other}"] / whole[f"light, {own}"]
+            )
     return pd.Series(found, name="ratio")
 
 
-def end_to_end(vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = GALLERY) -> tuple[pd.DataFrame, pd.Series]:
-    """Milliseconds of one query and its parts (batch 1), a column a system; and ratios of the whole, symmetric / light.
+def end_to_end(
+    vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = GALLERY
+) -> tuple[pd.DataFrame, pd.Series]:
+    """Milliseconds of one query and its parts (batch 1), a column a system; and ratios of the
+    whole, symmetric / light.
 
-    light: by a sentence; symmetric: by late fusion with the large image tower; symmetric ISA: by a sentence of that tower.
-    cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same code for all; uncut: all
-    positions in all layers, every time, as open_clip does it and others run it. The large tower is open_clip's throughout.
+    light: by a sentence; symmetric: by late fusion with the large image tower; symmetric ISA: by a
+    sentence of that tower.
+    cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same
+    code for all; uncut: all positions in all layers, every time, as open_clip does it and others
+    run it. The large tower is open_clip's throughout.
     """
     search = partial(random_gallery(vl, gallery).search, k=10)
     systems, encoders = {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
     for way, cut in (("cut", True), ("uncut", False)):
         for name, model in encoders.items():
-            systems[f"{name}, {way}"] = sentence_steps(vl, model, blank(model.config.image_size), [MODIFIER], search, cut=cut)
-        systems[f"symmetric, {way}"] = fusion_steps(vl, blank(vl.image_size), [MODIFIER], search, cut)
+            systems[f"{name}, {way}"] = sentence_steps(
+                vl, model, blank(model.config.image_size), [MODIFIER], search, cut=cut
+            )
+        systems[f"symmetric, {way}"] = fusion_steps(
+            vl, blank(vl.image_size), [MODIFIER], search, cut
+        )
     ms = timed(systems, rounds)
     return ms, ratios(ms, ("symmetric", "symmetric ISA"))

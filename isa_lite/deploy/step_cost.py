@@ -1,8 +1,10 @@
-"""What one step of distillation costs, part by part: GFLOP, seconds, and seconds as products of this machine.
+"""What one step of distillation costs, part by part: GFLOP, seconds, and seconds as products of
+this machine.
 
-A step is cut at the tensors that its parts hand on (feature map, pseudo-words, sentence embeddings), so that the forward and the
-backward pass of each part can be timed alone. *Seconds x rate* is the time in plain matrix products, which compares machines:
-how many GFLOP of float32 products the machine would do in the same time. Ours.
+A step is cut at the tensors that its parts hand on (feature map, pseudo-words, sentence
+embeddings), so that the forward and the backward pass of each part can be timed alone. *Seconds x
+rate* is the time in plain matrix products, which compares machines: how many GFLOP of float32
+products the machine would do in the same time. Ours.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from isa_lite.support.settings import DistillConfig
 from isa_lite.support.training import keep_freed_memory
 from isa_lite.world import scenes
 
-#: Rows, inner and outer width of the products that `product_rate` times: some of a step with the shipped models, and a large one.
+#: Rows, inner and outer width of the products that `product_rate` times: some of a step with the
+#: shipped models, and a large one.
 SIZES = ((2688, 192, 768), (2688, 768, 192), (2560, 128, 512), (1024, 1024, 1024))
 
 
 def product_rate(sizes: Sequence[tuple[int, int, int]] = SIZES, rounds: int = 15) -> float:
-    """GFLOP of float32 matrix products a second on this machine: of each size the median time, of these rates the median."""
+    """GFLOP of float32 matrix products a second on this machine: of each size the median time, of
+    these rates the median.
+    """
     rates = []
     for rows, inner, outer in sizes:
         a, b, times = torch.randn(rows, inner), torch.randn(inner, outer), []
@@ -48,7 +53,9 @@ Clock = Callable[[str, Callable[[], object]], object]
 
 
 class _Parts:
-    """Forward and backward passes by name: `run` cuts the graph before a part, `back` goes through it alone."""
+    """Forward and backward passes by name: `run` cuts the graph before a part, `back` goes through
+    it alone.
+    """
 
     def __init__(self, clock: Clock):
         self.clock, self.kept = clock, {}
@@ -61,7 +68,9 @@ class _Parts:
         return outputs
 
     def back(self, part: str, *grads: Tensor | None) -> list[Tensor | None]:
-        """The gradients of the part's inputs, from those of its outputs (None: nobody needs that one); weights keep theirs."""
+        """The gradients of the part's inputs, from those of its outputs (None: nobody needs that
+        one); weights keep theirs.
+        """
         inputs, outputs = self.kept.pop(part)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
         self.clock(f"{part} backward", lambda: torch.autograd.backward(*zip(*pairs, strict=True)))
@@ -69,7 +78,8 @@ class _Parts:
 
 
 def _counted(name: str, call: Callable, table: dict[str, float]) -> object:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention hides from the counter
+    # fused attention hides from the counter
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = call()
     table[name] = table.get(name, 0) + counter.get_total_flops() / 1e9
     return result
@@ -82,22 +92,30 @@ def _timed(name: str, call: Callable, table: dict[str, list[float]]) -> object:
     return result
 
 
-def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds: int = 7) -> pd.DataFrame:
-    """GFLOP, seconds (median of `rounds`) and seconds x rate of each part (rows) of one step of distillation, and of the whole.
+def step_cost(
+    vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds: int = 7
+) -> pd.DataFrame:
+    """GFLOP, seconds (median of `rounds`) and seconds x rate of each part (rows) of one step of
+    distillation, and of the whole.
 
-    On rendered scenes, on the CPU, in float32, with as many images and negatives as `config` says. The products behind *rate* are
-    timed before and after, see `product_rate`; the table's `attrs` hold it. The counter takes the gradient of a depthwise
-    convolution's weights for a full one's, so the backbone's GFLOP backwards are too many.
+    On rendered scenes, on the CPU, in float32, with as many images and negatives as `config` says.
+    The products behind *rate* are timed before and after, see `product_rate`; the table's `attrs`
+    hold it. The counter takes the gradient of a depthwise convolution's weights for a full one's,
+    so the backbone's GFLOP backwards are too many.
     """
     images = range(config.batch_size)
-    data = scenes.render_many(scenes.sample_scenes(len(images), seed=config.seed), images, vl.image_size)
+    data = scenes.render_many(
+        scenes.sample_scenes(len(images), seed=config.seed), images, vl.image_size
+    )
     with torch.no_grad():
         own, patches = vl.encode_pixels_and_patches(vl.pixels(data))  # B x E, B x P x width
     others = F.normalize(torch.randn(config.negatives, own.shape[1]), dim=1)  # M x E
     encoder.to(memory_format=torch.channels_last)
     distill.train_mode(encoder, distill.frozen_stem(encoder, config))
     pixels = encoder.pixels(data).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in encoder.parameters() if p.requires_grad], lr=1e-6, fused=True
+    )
     local = distill.local_count(len(images), config)
 
     def step(clock: Clock) -> None:
@@ -105,7 +123,9 @@ def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds:
         features = parts.run("backbone", lambda x: encoder.backbone(x)[0], pixels)
         tokens = parts.run("token learner", lambda x: encoder.mapping(x).tokens, features)
         tokens = distill.blur(tokens, config.word_noise, 0, config.seed)
-        query, context, places = parts.run("text tower", lambda x: prompt.read_sentences(vl, x, config.template, local), tokens)
+        query, context, places = parts.run(
+            "text tower", lambda x: prompt.read_sentences(vl, x, config.template, local), tokens
+        )
         parts.run("GCD", lambda x: distill.gcd_loss(x, own, config.temperature, others), query)
         (to_query,), to_context = parts.back("GCD", torch.tensor(config.gcd_weight)), None
         if local:
@@ -131,7 +151,9 @@ def step_cost(vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds:
     for _ in range(rounds + 1):  # the first is a warm-up
         step(lambda part, call: _timed(part, call, times))
     rate = median([*rates, product_rate()])
-    table = pd.DataFrame({"GFLOP": flops, "s": {part: median(seconds[1:]) for part, seconds in times.items()}})
+    table = pd.DataFrame(
+        {"GFLOP": flops, "s": {part: median(seconds[1:]) for part, seconds in times.items()}}
+    )
     table.loc["whole step"] = table.sum()
     table["s x rate"] = table["s"] * rate
     table.attrs["rate"] = rate

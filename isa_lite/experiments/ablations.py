@@ -1,6 +1,8 @@
-"""What the ablations vary, and what came out: the plan of a sweep, its runs as one record, and that record as a table. Ours.
+"""What the ablations vary, and what came out: the plan of a sweep, its runs as one record, and that
+record as a table. Ours.
 
-`sweep` runs them. Everything is notebook 02 with one thing changed; the defaults are the notebook's own.
+`sweep` runs them. Everything is notebook 02 with one thing changed; the defaults are the notebook's
+own.
 """
 
 from __future__ import annotations
@@ -35,29 +37,59 @@ TEMPLATES = (
     "a picture of {sentence}, but {modifier}",
 )
 #: What the record keeps of every run's result.
-KEPT = ("methods", "training_seconds", "wall_seconds", "queries", "gallery", "machine", "commit", "date")
+KEPT = (
+    "methods",
+    "training_seconds",
+    "wall_seconds",
+    "queries",
+    "gallery",
+    "machine",
+    "commit",
+    "date",
+)
 #: What an entry of a record holds, the result.json of a run, and a record (`checkpoint.misfit`).
-_RESULT = {"methods": RECALLS | {"isa": RECALLS[str], "composition ceiling": RECALLS[str]}, "training_seconds": {"isa": float}}
-_RESULT |= {"wall_seconds": float, "queries": int, "gallery": int, "machine": str, "commit": str, "date": str}
+_RESULT = {
+    "methods": RECALLS | {"isa": RECALLS[str], "composition ceiling": RECALLS[str]},
+    "training_seconds": {"isa": float},
+}
+_RESULT |= {
+    "wall_seconds": float,
+    "queries": int,
+    "gallery": int,
+    "machine": str,
+    "commit": str,
+    "date": str,
+}
 ENTRY = _RESULT | {"ablation": str, "label": str, "seed": int, "changed": dict, "key": str}
 RESULT = _RESULT | {"parameters": {"steps": int, "seed": int}}
 _LOOK = {"maps": [[[float]]], "grounding": [float], "elsewhere": [float]}  # of `sentences.look`
 RECORD = {"defaults": {"steps": int}, "runs": [ENTRY], "attention": {str: _LOOK}}
-RECORD |= {"missing": [{"ablation": str, "label": str}], "machine": [str], "commit": [str], "date": [str]}
+RECORD |= {
+    "missing": [{"ablation": str, "label": str}],
+    "machine": [str],
+    "commit": [str],
+    "date": [str],
+}
 #: What a result does not depend on, apart from rounding.
 ASIDE = ("device", "num_workers", "out_dir")
 
 
 def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
-    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets. defaults: complete (`recipes`)."""
+    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets.
+    defaults: complete (`recipes`).
+    """
     lar = defaults["lar_weight"] or 0.1
-    numbers = {"tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)), "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2))}
+    numbers = {
+        "tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)),
+        "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2)),
+    }
     numbers["noise on words"] = "word_noise", (0.0, 0.5, 1.0, 1.5)
     numbers["negatives outside the batch"] = "negatives", (0, 1024, 8192)
     numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
     found: dict[str, dict[str, dict]] = {
         "losses": {
-            # What is said of LAR is said of the whole of it, not of LAR on a share of each step's images.
+            # What is said of LAR is said of the whole of it, not of LAR on a share of each step's
+            # images.
             "GCD and LAR": {"gcd_weight": 1.0, "lar_weight": lar, "lar_share": 1.0},
             "GCD": {"gcd_weight": 1.0, "lar_weight": 0.0},
             "LAR": {"gcd_weight": 0.0, "lar_weight": lar, "lar_share": 1.0},
@@ -67,14 +99,16 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
         "recipe": {name: {"recipe": name, **asdict(aids)} for name, aids in RECIPES.items()},
         "start words": {"a description": {"start_words": START_WORDS}, "none": {"start_words": ""}},
         "norm matching": {"on": {"norm_matching": True}, "off": {"norm_matching": False}},
-        # Learned weights there are for one of them only, so it is shown with and without, and all others start from random ones.
+        # Learned weights there are for one of them only, so it is shown with and without, and all
+        # others start from random ones.
         "backbone": {
             f"{defaults['backbone']}, learned start": {"backbone_weights": SCENES},
             **{name: {"backbone": name, "backbone_weights": ""} for name in BACKBONES},
             "large tower (symmetric)": {"backbone": LARGE_TOWER, "backbone_weights": ""},
         },
         "prompt": {template: {"template": template} for template in TEMPLATES},
-        # The learned backbone belongs to the shipped VL model, so both start from random weights here.
+        # The learned backbone belongs to the shipped VL model, so both start from random weights
+        # here.
         "captions of the VL model": {
             "with the language of change": {"backbone_weights": ""},
             "without": {"vl_model": WITHOUT_CHANGE, "backbone_weights": ""},
@@ -87,31 +121,48 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
 
 
 def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> list[dict]:
-    """The runs: `parameters`, and under `shows` the pairs (ablation, label) that it stands for. The default run comes first.
+    """The runs: `parameters`, and under `shows` the pairs (ablation, label) that it stands for. The
+    default run comes first.
 
-    Two values that come to the same parameters are one run. Raises ValueError for an ablation that is not there.
+    Two values that come to the same parameters are one run. Raises ValueError for an ablation that
+    is not there.
     """
     everything = ablations(defaults)
     unknown = sorted(set(only) - set(everything))
     if unknown:
-        raise ValueError(f"unknown ablation {', '.join(unknown)}; there are: {', '.join(everything)}")
+        raise ValueError(
+            f"unknown ablation {', '.join(unknown)}; there are: {', '.join(everything)}"
+        )
     runs: dict[str, dict] = {}
     for seed in seeds:
         for shown, changed in [
             (("", "default"), {}),
-            *(((name, label), c) for name in (only or everything) for label, c in everything[name].items()),
+            *(
+                ((name, label), c)
+                for name in (only or everything)
+                for label, c in everything[name].items()
+            ),
         ]:
             parameters = {**defaults, "single_vector": False, **changed, "seed": seed}
-            run = runs.setdefault(json.dumps(parameters, sort_keys=True), {"parameters": parameters, "shows": []})
+            run = runs.setdefault(
+                json.dumps(parameters, sort_keys=True), {"parameters": parameters, "shows": []}
+            )
             run["shows"].append(shown)
     return list(runs.values())
 
 
-def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Mapping, stored: Sequence[Mapping] = ()) -> dict:
-    """All finished runs as one record, an entry for each ablation's value and seed; what is not finished under `missing`.
+def gather(
+    runs: Sequence[Mapping],
+    results: Mapping[str, Mapping],
+    defaults: Mapping,
+    stored: Sequence[Mapping] = (),
+) -> dict:
+    """All finished runs as one record, an entry for each ablation's value and seed; what is not
+    finished under `missing`.
 
-    stored: entries of an earlier record; those stay that are of other ablations or seeds, or of a VL model that is not here
-    (no key). An ablation of which nothing but the default is finished has no entries: it compares nothing.
+    stored: entries of an earlier record; those stay that are of other ablations or seeds, or of a
+    VL model that is not here (no key). An ablation of which nothing but the default is finished has
+    no entries: it compares nothing.
     """
     entries, missing = [], []
     for run in runs:
@@ -122,34 +173,56 @@ def gather(runs: Sequence[Mapping], results: Mapping[str, Mapping], defaults: Ma
                 missing.append(entry)
                 continue
             entries.append(
-                {**entry, "changed": changed(run["parameters"], defaults), **{n: result[n] for n in KEPT}, "key": run["key"]}
+                {
+                    **entry,
+                    "changed": changed(run["parameters"], defaults),
+                    **{n: result[n] for n in KEPT},
+                    "key": run["key"],
+                }
             )
-    here = {(*shown, run["parameters"]["seed"]) for run in runs if run["key"] for shown in run["shows"]}
+    here = {
+        (*shown, run["parameters"]["seed"]) for run in runs if run["key"] for shown in run["shows"]
+    }
     others = [e for e in stored if (e["ablation"], e["label"], e["seed"]) not in here]
     entries += others
     missing = [m for m in missing if all(m != {name: e[name] for name in m} for e in others)]
     labels = {(entry["ablation"], entry["label"]) for entry in entries}
-    compared = {ablation for ablation, count in Counter(ablation for ablation, _ in labels).items() if count > 1}
+    compared = {
+        ablation
+        for ablation, count in Counter(ablation for ablation, _ in labels).items()
+        if count > 1
+    }
     entries = [entry for entry in entries if entry["ablation"] in compared or not entry["ablation"]]
     used = [*(results[run["key"]] for run in runs if run["key"] in results), *others]
     return {
         "data": "rendered scenes",
         "defaults": dict(defaults),
-        **{name: sorted({str(r[name]) for r in used}) for name in ("machine", "commit", "date", "queries", "gallery")},
+        **{
+            name: sorted({str(r[name]) for r in used})
+            for name in ("machine", "commit", "date", "queries", "gallery")
+        },
         "runs": entries,
         "missing": missing,
     }
 
 
 def changed(parameters: Mapping, defaults: Mapping) -> dict:
-    """What a run's parameters change of the defaults, apart from the seed and what every run of a sweep sets."""
-    return {n: v for n, v in parameters.items() if v != defaults[n] and n not in (*ASIDE, "seed", "single_vector")}
+    """What a run's parameters change of the defaults, apart from the seed and what every run of a
+    sweep sets.
+    """
+    return {
+        n: v
+        for n, v in parameters.items()
+        if v != defaults[n] and n not in (*ASIDE, "seed", "single_vector")
+    }
 
 
 def table(record: Mapping) -> pd.DataFrame:
-    """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the composition ceiling.
+    """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the composition
+    ceiling.
 
-    The default, which belongs to all ablations, has one row, the first. With several seeds: means with their 95% interval.
+    The default, which belongs to all ablations, has one row, the first. With several seeds: means
+    with their 95% interval.
     """
     rows: dict[tuple[str, str], list[Mapping]] = {}
     names = list(dict.fromkeys(entry["ablation"] for entry in record["runs"]))
@@ -166,6 +239,11 @@ def table(record: Mapping) -> pd.DataFrame:
         isa = {k: [f["methods"]["isa"][f"R@{k}"] for f in found] for k in (1, 10)}
         ceiling = np.mean([f["methods"]["composition ceiling"]["R@1"] for f in found])
         cells[name] = {"R@1": cell(isa[1]), "R@10": cell(isa[10])}
-        cells[name]["of the composition ceiling"] = f"{100 * np.mean(isa[1]) / max(ceiling, 1e-9):.0f}%"
-        cells[name] |= {"seeds": len(found), "training, s": round(np.mean([f["training_seconds"]["isa"] for f in found]))}
+        cells[name]["of the composition ceiling"] = (
+            f"{100 * np.mean(isa[1]) / max(ceiling, 1e-9):.0f}%"
+        )
+        cells[name] |= {
+            "seeds": len(found),
+            "training, s": round(np.mean([f["training_seconds"]["isa"] for f in found])),
+        }
     return pd.DataFrame.from_dict(cells, "index")

@@ -1,7 +1,8 @@
 """Cards of the shipped weights: what they were trained on, how, and what they can and cannot do.
 
-`python -m isa_lite cards --out data` measures the shipped models and writes `data/*/README.md`; every number in a card comes
-from this script or from the record of the training run. It also draws `data/results/queries.png`, for the project's README.
+`python -m isa_lite cards --out data` measures the shipped models and writes `data/*/README.md`;
+every number in a card comes from this script or from the record of the training run. It also draws
+`data/results/queries.png`, for the project's README.
 """
 
 from __future__ import annotations
@@ -19,38 +20,63 @@ from isa_lite.losses import hardest_other, matching_loss
 from isa_lite.methods.baselines import UNTRAINED, composed
 from isa_lite.models.backbones import RECORD
 from isa_lite.models.vl_model import VLModel, load_vl_model
-from isa_lite.pretraining.towers import TRAINED_BY, TRAINING, PretrainConfig, SceneBatches, matching_inputs
+from isa_lite.pretraining.towers import (
+    TRAINED_BY,
+    TRAINING,
+    PretrainConfig,
+    SceneBatches,
+    matching_inputs,
+)
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support.checkpoint import read_json, read_tensors, write_bytes, write_text
-from isa_lite.support.settings import DATA, SCENES, SCENES_BACKBONE, SCENES_CLIP, SCENES_ENCODER, WEIGHTS
+from isa_lite.support.settings import (
+    DATA,
+    SCENES,
+    SCENES_BACKBONE,
+    SCENES_CLIP,
+    SCENES_ENCODER,
+    WEIGHTS,
+)
 from isa_lite.world import scenes
 
 _MADE = {"machine": str, "commit": str}
 #: What a card reads of the record of a training (`checkpoint.misfit`).
 _ENCODER = {"info": TRAINED["info"] | _MADE | {"seconds": float}}
-_BACKBONE = RECORD | _MADE | {"stride": int, "loss": float, "minutes": float, "command": str, "date": str}
+_BACKBONE = (
+    RECORD | _MADE | {"stride": int, "loss": float, "minutes": float, "command": str, "date": str}
+)
 _BACKBONE |= {"config": dict.fromkeys(("num_images", "seed", "steps", "batch_size"), int)}
 
 
 @torch.inference_mode()
-def matching_accuracy(vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1) -> float:
-    """How often, in percent, the matching encoder puts a caption's own image above the hardest other of its batch of 128.
+def matching_accuracy(
+    vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1
+) -> float:
+    """How often, in percent, the matching encoder puts a caption's own image above the hardest
+    other of its batch of 128.
 
-    families: with families of edits in the batch (most hardest others differ in one thing), or unrelated scenes.
+    families: with families of edits in the batch (most hardest others differ in one thing), or
+    unrelated scenes.
     """
-    config = PretrainConfig(seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0)
+    config = PretrainConfig(
+        seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0
+    )
     rates = []
     for i in range(batches):
         tokens, mask, patches, similarity = matching_inputs(vl, *SceneBatches(config, 9)[i])
-        rates.append(float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1]))
+        rates.append(
+            float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1])
+        )
     return 100 * float(np.mean(rates))
 
 
 @torch.inference_mode()
 def place_accuracy(vl: VLModel, count: int = 300, seed: int = 2) -> float:
-    """How often, in percent, a caption is nearer to its image than to the image in which one object only sits elsewhere."""
+    """How often, in percent, a caption is nearer to its image than to the image in which one object
+    only sits elsewhere.
+    """
     rng = np.random.default_rng((seed, 10))
     own = [scenes.sample_scene(rng) for _ in range(count)]
     moved = [scenes.modify(scene, rng, ("move",))[0] for scene in own]
@@ -60,8 +86,12 @@ def place_accuracy(vl: VLModel, count: int = 300, seed: int = 2) -> float:
     return 100 * float((similarity.diagonal() > similarity.diagonal(count)).float().mean())
 
 
-def measure(vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0, 1, 2)) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Recall@K in percent, averaged over benchmark seeds, a row a method; and Recall@1 by group for the first seed."""
+def measure(
+    vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0, 1, 2)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Recall@K in percent, averaged over benchmark seeds, a row a method; and Recall@1 by group for
+    the first seed.
+    """
     found: dict[str, list[list[float]]] = {}
     by_group = None
     for seed in seeds:
@@ -74,7 +104,9 @@ def measure(vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0
         for name, rank in ranks.items():
             found.setdefault(name, []).append([recall(rank, k) for k in KS])
         if by_group is None:
-            by_group = group_table(bench, {name: ranks[name] for name in ranks if name == "isa" or "ceiling" in name})
+            by_group = group_table(
+                bench, {name: ranks[name] for name in ranks if name == "isa" or "ceiling" in name}
+            )
     rows = {name: np.mean(values, 0).round(1) for name, values in found.items()}
     return pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]), by_group
 
@@ -82,7 +114,11 @@ def measure(vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0
 def _markdown(table: pd.DataFrame) -> str:
     lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
     return "\n".join(
-        lines + [f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(table.index, table.values, strict=True)]
+        lines
+        + [
+            f"| {name} | " + " | ".join(map(str, row)) + " |"
+            for name, row in zip(table.index, table.values, strict=True)
+        ]
     )
 
 
@@ -91,9 +127,14 @@ def vl_card(folder: Path, vl: VLModel) -> str:
     record = read_json(folder / "training.json", TRAINED_BY, TRAINING)
     config = record["config"]
     recalls, by_group = measure(vl, None)
-    millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in (("image", vl.clip.visual), ("match", vl.matcher))}
+    millions = {
+        n: sum(p.numel() for p in m.parameters()) / 1e6
+        for n, m in (("image", vl.clip.visual), ("match", vl.matcher))
+    }
     batch = 5 * config["families"] + config["singles"]
-    minutes = " and ".join(f"{value:g} minutes for the {name}" for name, value in record["minutes"].items())
+    minutes = " and ".join(
+        f"{value:g} minutes for the {name}" for name, value in record["minutes"].items()
+    )
     return f"""# scenes-clip: the small vision-language model of rendered scenes
 
 A CLIP in open_clip's format (`local-dir:`), with a matching encoder. Image tower: a ModifiedResNet with {millions["image"]:.1f} million
@@ -134,11 +175,14 @@ Licence: MIT, like the code.
 
 def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
     """The card of a query encoder that notebook 02 saved into `folder`."""
-    info = read_json(folder / "query_encoder.json", "a query encoder of notebook 02", _ENCODER)["info"]
+    info = read_json(folder / "query_encoder.json", "a query encoder of notebook 02", _ENCODER)[
+        "info"
+    ]
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    # A row "remove (73)" has its number of queries, and its cell "46.6 [35.6, 58.9]" a recall with its interval.
+    # A row "remove (73)" has its number of queries, and its cell "46.6 [35.6, 58.9]" a recall with
+    # its interval.
     worst = by_group["isa"].str.split().str[0].astype(float).idxmin().split(" (")[0]
     return f"""# scenes-query-encoder: the light query side for scenes-clip
 
@@ -170,7 +214,9 @@ Licence: MIT, like the code.
 
 def backbone_card(folder: Path) -> str:
     """The card of the weights that `isa_lite.pretraining.light_backbone` wrote into `folder`."""
-    record = read_json(folder / f"{WEIGHTS}.json", "what light_backbone says of its weights", _BACKBONE)
+    record = read_json(
+        folder / f"{WEIGHTS}.json", "what light_backbone says of its weights", _BACKBONE
+    )
     config = record["config"]
     size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
     return f"""# {folder.name}: what the light backbone starts from
@@ -192,15 +238,21 @@ Licence: MIT, like the code.
 
 
 def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers: int = 6) -> bytes:
-    """A picture (PNG) of the first `count` queries of benchmark seed 0, as they come, with their first answers."""
+    """A picture (PNG) of the first `count` queries of benchmark seed 0, as they come, with their
+    first answers.
+    """
     bench, rows = make_benchmark(size=vl.image_size), np.arange(count)
     gallery = Gallery(vl.encode_images(bench.images), [str(i) for i in range(len(bench.images))])
-    found = gallery.search(composed(bench, vl, encoder)[rows], answers, torch.from_numpy(bench.reference[rows]))[1]
+    found = gallery.search(
+        composed(bench, vl, encoder)[rows], answers, torch.from_numpy(bench.reference[rows])
+    )[1]
     return figures.png(figures.retrieval(bench, rows, found.numpy()))
 
 
 def write_cards(out: Path) -> list[Path]:
-    """The cards of everything that is shipped and a picture of some queries, into `out`, laid out as `data/`; returns the files."""
+    """The cards of everything that is shipped and a picture of some queries, into `out`, laid out
+    as `data/`; returns the files.
+    """
     vl = load_vl_model()
     encoder = QueryEncoder.load(DATA / SCENES_ENCODER, vl)
     cards = {

@@ -1,7 +1,9 @@
-"""Where retrieval goes wrong, to be looked at: `python -m isa_lite failures` writes one HTML page that needs no network.
+"""Where retrieval goes wrong, to be looked at: `python -m isa_lite failures` writes one HTML page
+that needs no network.
 
-For every kind of change the worst first answers, each with two numbers: what it kept of the reference, and what it followed of
-the words (`sentences.kept_and_followed`). The lower one says which half of the query was ignored. Ours.
+For every kind of change the worst first answers, each with two numbers: what it kept of the
+reference, and what it followed of the words (`sentences.kept_and_followed`). The lower one says
+which half of the query was ignored. Ours.
 """
 
 from __future__ import annotations
@@ -73,31 +75,52 @@ def kind_of(kinds: Sequence[str]) -> str:
 
 
 def failures(bench: Benchmark, queries: Tensor, gallery: Tensor, answers: int = 5) -> pd.DataFrame:
-    """Every query whose first answer is wrong, worst first: a row a query, indexed by its place in the benchmark.
+    """Every query whose first answer is wrong, worst first: a row a query, indexed by its place in
+    the benchmark.
 
-    queries: B x E, gallery: G x E. Columns: kind; rank of the best hit; kept and followed of the first answer (0 to 1); ignored,
-    the half of the query that came off worse ("image", "words" or "both alike"); found, the gallery indices of the first answers.
+    queries: B x E, gallery: G x E. Columns: kind; rank of the best hit; kept and followed of the
+    first answer (0 to 1); ignored, the half of the query that came off worse ("image", "words" or
+    "both alike"); found, the gallery indices of the first answers.
     """
     ranks = benchmark_ranks(bench, queries, gallery)
-    found = Gallery(gallery, range(len(gallery))).search(queries, answers, torch.from_numpy(bench.reference))[1].numpy()
+    found = (
+        Gallery(gallery, range(len(gallery)))
+        .search(queries, answers, torch.from_numpy(bench.reference))[1]
+        .numpy()
+    )
     rows = {}
     for q in np.flatnonzero(ranks > 1):
         scene = [bench.scenes[i] for i in (bench.reference[q], bench.target[q], found[q, 0])]
         kept, followed = kept_and_followed(*scene)
         ignored = "both alike" if kept == followed else "image" if kept < followed else "words"
-        rows[int(q)] = [kind_of(bench.kinds[q]), int(ranks[q]), kept, followed, ignored, found[q].tolist()]
-    table = pd.DataFrame.from_dict(rows, "index", columns=["kind", "rank", "kept", "followed", "ignored", "found"])
+        rows[int(q)] = [
+            kind_of(bench.kinds[q]),
+            int(ranks[q]),
+            kept,
+            followed,
+            ignored,
+            found[q].tolist(),
+        ]
+    table = pd.DataFrame.from_dict(
+        rows, "index", columns=["kind", "rank", "kept", "followed", "ignored", "found"]
+    )
     order = (table["kept"] + table["followed"]).to_numpy(float)
     return table.iloc[np.lexsort((-table["rank"].to_numpy(int), order))]
 
 
 def summary(bench: Benchmark, failed: pd.DataFrame) -> pd.DataFrame:
-    """By kind of change: its queries, how many have a wrong first answer, and what these kept and followed (mean, in percent)."""
+    """By kind of change: its queries, how many have a wrong first answer, and what these kept and
+    followed (mean, in percent).
+    """
     kinds = pd.Series([kind_of(kinds) for kinds in bench.kinds])
     counts = kinds.value_counts()
     order = [kind for kind in (*KINDS, "two changes") if (failed["kind"] == kind).any()]
     means = 100 * failed.groupby("kind")[["kept", "followed"]].mean()
-    table = pd.DataFrame({"queries": counts, "wrong": failed["kind"].value_counts()}).loc[order].astype(int)
+    table = (
+        pd.DataFrame({"queries": counts, "wrong": failed["kind"].value_counts()})
+        .loc[order]
+        .astype(int)
+    )
     return table.join(means)
 
 
@@ -132,7 +155,9 @@ def _card(bench: Benchmark, q: int, row: pd.Series) -> str:
         if bench.labels[i] == bench.labels[target]:
             answers.append(_picture(bench, i, f"{place}: the target", style="target"))
         else:
-            judged = kept_and_followed(bench.scenes[reference], bench.scenes[target], bench.scenes[i])
+            judged = kept_and_followed(
+                bench.scenes[reference], bench.scenes[target], bench.scenes[i]
+            )
             answers.append(_picture(bench, i, f"answer {place}", _bars(*judged)))
     worse = {
         "image": "First answer: less of the image",
@@ -145,7 +170,9 @@ def _card(bench: Benchmark, q: int, row: pd.Series) -> str:
 <p class="verdict">{worse[row["ignored"]]} (kept {row["kept"]:.0%}, followed {row["followed"]:.0%}).</p></article>"""
 
 
-def page(bench: Benchmark, failed: pd.DataFrame, each: int = 6, title: str = "Where retrieval goes wrong") -> str:
+def page(
+    bench: Benchmark, failed: pd.DataFrame, each: int = 6, title: str = "Where retrieval goes wrong"
+) -> str:
     """The page: a table by kind, and the `each` worst queries of every kind as cards."""
     table = summary(bench, failed)
     rows = "".join(
@@ -162,7 +189,12 @@ def page(bench: Benchmark, failed: pd.DataFrame, each: int = 6, title: str = "Wh
             f'<section id="{kind.replace(" ", "-")}"><h2>{kind}</h2><p class="soft">The {len(some)} worst of '
             f"{table.loc[kind, 'wrong']} wrong first answers to {table.loc[kind, 'queries']} queries.</p>{cards}</section>"
         )
-    choices = (("all", "all"), ("image", "the image"), ("words", "the words"), ("both alike", "both alike"))
+    choices = (
+        ("all", "all"),
+        ("image", "the image"),
+        ("words", "the words"),
+        ("both alike", "both alike"),
+    )
     choose = "".join(
         f'<label><input type="radio" name="ignored" value="{value}"{" checked" if value == "all" else ""}> {label}</label>'
         for value, label in choices

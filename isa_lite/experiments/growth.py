@@ -1,7 +1,9 @@
-"""Recall and search time as the gallery grows: `python -m isa_lite growth` (a reviewer's question on the paper).
+"""Recall and search time as the gallery grows: `python -m isa_lite growth` (a reviewer's question
+on the paper).
 
-Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may happen to show
-the very scene that a query asks for; then it is a hit, as everywhere in this project, and not a mistake.
+Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may
+happen to show the very scene that a query asks for; then it is a hit, as everywhere in this
+project, and not a mistake.
 """
 
 from __future__ import annotations
@@ -36,16 +38,24 @@ GROWN |= {"points": [{"gallery": Between(1, 1e12), "search_ms": float, "methods"
 
 def scene_key(scene: Scene) -> int:
     """64 bits that are equal for equal scenes."""
-    return int.from_bytes(hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big", signed=True
+    )
 
 
 def _shard(vl: VLModel, seed: int, cache: str | Path, start: int, shard: int) -> Path:
     return Path(cache) / f"{vl.fingerprint}-{seed}-{start}-{shard}.safetensors"
 
 
-def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: int = SHARD, progress: bool = True) -> Iterator:
-    """Shards of rendered random scenes: embeddings n x E (float16) and `scene_key`s n. Finished ones are read from `cache`."""
-    with tqdm(total=count, desc="distractors", unit="image", mininterval=2, disable=not progress) as bar:
+def distractors(
+    vl: VLModel, count: int, seed: int, cache: str | Path, shard: int = SHARD, progress: bool = True
+) -> Iterator:
+    """Shards of rendered random scenes: embeddings n x E (float16) and `scene_key`s n. Finished
+    ones are read from `cache`.
+    """
+    with tqdm(
+        total=count, desc="distractors", unit="image", mininterval=2, disable=not progress
+    ) as bar:
         for start in range(0, count, shard):
             path = _shard(vl, seed, cache, start, shard)
             stored = read_shard(path)
@@ -56,7 +66,11 @@ def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: in
                 keys = torch.tensor([scene_key(scene) for scene in world])
                 jitter, parts = rng.integers(2**31, size=shard), []
                 for s in range(0, shard, 500):
-                    parts.append(vl.encode_images(render_many(world[s : s + 500], jitter[s : s + 500], vl.image_size)).half())
+                    parts.append(
+                        vl.encode_images(
+                            render_many(world[s : s + 500], jitter[s : s + 500], vl.image_size)
+                        ).half()
+                    )
                 seconds = time.perf_counter() - began
                 stored = {"embeddings": torch.cat(parts), "keys": keys}
                 write_tensors(path, stored, {"seconds": seconds})
@@ -66,18 +80,26 @@ def distractors(vl: VLModel, count: int, seed: int, cache: str | Path, shard: in
 
 
 def growth_ranks(
-    bench: Benchmark, queries: Mapping[str, Tensor], gallery: Tensor, shards: Sequence, sizes: Sequence[int]
+    bench: Benchmark,
+    queries: Mapping[str, Tensor],
+    gallery: Tensor,
+    shards: Sequence,
+    sizes: Sequence[int],
 ) -> dict[str, np.ndarray]:
-    """Ranks of each method's queries (B x E) in the benchmark's gallery (G x E) with the first `sizes` distractors: sizes x B.
+    """Ranks of each method's queries (B x E) in the benchmark's gallery (G x E) with the first
+    `sizes` distractors: sizes x B.
 
-    shards: pairs of embeddings and scene keys, in order. As `evaluate.score_ranks`: the best hit counts, ties count against.
+    shards: pairs of embeddings and scene keys, in order. As `evaluate.score_ranks`: the best hit
+    counts, ties count against.
     """
     targets = torch.tensor([scene_key(bench.scenes[t]) for t in bench.target])
     own = torch.tensor([scene_key(scene) for scene in bench.scenes])
     rows = torch.arange(len(bench))
 
     def pieces(query: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(where the piece begins, scores B x n, hits B x n); the benchmark's own gallery comes first, at minus one."""
+        """(where the piece begins, scores B x n, hits B x n); the benchmark's own gallery comes
+        first, at minus one.
+        """
         scores = query @ gallery.T
         hits = own == targets[:, None]
         scores[rows, torch.from_numpy(bench.reference)] = float("-inf")
@@ -99,7 +121,9 @@ def growth_ranks(
                     if n and count:
                         better[i] += ((scores[:, :n] >= best[i][:, None]) & ~hits[:, :n]).sum(1)
                     elif n and hits[:, :n].any():
-                        best[i] = torch.maximum(best[i], scores[:, :n].masked_fill(~hits[:, :n], float("-inf")).amax(1))
+                        best[i] = torch.maximum(
+                            best[i], scores[:, :n].masked_fill(~hits[:, :n], float("-inf")).amax(1)
+                        )
         ranks[name] = (better + 1).numpy()
     return ranks
 
@@ -123,12 +147,17 @@ def growth(
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
-    """At every size: Recall@1/5/10 with 95% Wilson intervals of ISA, image + text and the composition ceiling; search time."""
+    """At every size: Recall@1/5/10 with 95% Wilson intervals of ISA, image + text and the
+    composition ceiling; search time.
+    """
     bench = make_benchmark(queries, 4 * queries, seed, vl.image_size)
     gallery = vl.encode_images(bench.images)
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
     # What every shard took when it was made, in this call or an earlier one.
-    embedding = sum(read_info(_shard(vl, seed, cache, start, SHARD))["seconds"] for start in range(0, max(sizes), SHARD))
+    embedding = sum(
+        read_info(_shard(vl, seed, cache, start, SHARD))["seconds"]
+        for start in range(0, max(sizes), SHARD)
+    )
     methods = {
         "isa": composed(bench, vl, encoder),
         "image + text": image_plus_text(bench, vl, gallery),
@@ -139,11 +168,21 @@ def growth(
     points = []
     for i, size in enumerate(sizes):
         recalls = {
-            name: {f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *recall_interval(r[i], k))] for k in KS}
+            name: {
+                f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *recall_interval(r[i], k))]
+                for k in KS
+            }
             for name, r in ranks.items()
         }
         times = search_time(everything[: len(gallery) + size], methods["isa"][:1])
-        points.append({"distractors": size, "gallery": len(gallery) + size, "methods": recalls, "search_ms": round(times, 3)})
+        points.append(
+            {
+                "distractors": size,
+                "gallery": len(gallery) + size,
+                "methods": recalls,
+                "search_ms": round(times, 3),
+            }
+        )
     return {
         "data": "rendered scenes",
         "queries": queries,
@@ -154,10 +193,15 @@ def growth(
 
 
 def growth_table(found: Mapping, k: int = 1) -> pd.DataFrame:
-    """A row a gallery size: Recall@K of every method with its interval, and the milliseconds of one exact search."""
+    """A row a gallery size: Recall@K of every method with its interval, and the milliseconds of one
+    exact search.
+    """
     rows = {
         f"{point['gallery']:,}": {
-            **{name: "{:.1f} [{:.1f}, {:.1f}]".format(*values[f"R@{k}"]) for name, values in point["methods"].items()},
+            **{
+                name: "{:.1f} [{:.1f}, {:.1f}]".format(*values[f"R@{k}"])
+                for name, values in point["methods"].items()
+            },
             "exact search, ms": point["search_ms"],
         }
         for point in found["points"]

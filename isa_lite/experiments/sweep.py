@@ -1,10 +1,13 @@
-"""The ablations: `python -m isa_lite sweep`; with `--dry-run` it prints its plan and how long that will take, and runs nothing.
+"""The ablations: `python -m isa_lite sweep`; with `--dry-run` it prints its plan and how long that
+will take, and runs nothing.
 
-Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number of
-tokens, the mapping network, norm matching, the temperature, the number of training images, the backbone, the prompt, or the
-captions that the VL model was trained on. A finished run has a result file in a folder named after its parameters and the VL
-model's weights, not after the commit; it is not run again. A run that was stopped goes on where it was. With `--add`, what
-the record has already is not run again either, though its folder is gone: so a sweep can take several days or machines. Ours.
+Every run is notebook 02 by papermill, with one thing changed (`ablations`): the losses, the number
+of tokens, the mapping network, norm matching, the temperature, the number of training images, the
+backbone, the prompt, or the captions that the VL model was trained on. A finished run has a result
+file in a folder named after its parameters and the VL model's weights, not after the commit; it is
+not run again. A run that was stopped goes on where it was. With `--add`, what the record has
+already is not run again either, though its folder is gone: so a sweep can take several days or
+machines. Ours.
 """
 
 from __future__ import annotations
@@ -37,50 +40,76 @@ from isa_lite.support.parameters import command_line
 from isa_lite.support.recipes import complete
 from isa_lite.support.settings import DATA, NOTEBOOK, SCENES_CLIP, WITHOUT_CHANGE, PretrainConfig
 
-_STORED = {"runs": [{"training_seconds": {"isa": float}, "params": {"steps": Between(1, 1e9)}}, ...]}
+_STORED = {
+    "runs": [{"training_seconds": {"isa": float}, "params": {"steps": Between(1, 1e9)}}, ...]
+}
 
 
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
-    """The parameters of a notebook with their default values. Raises FileNotFoundError, or ValueError for another file."""
+    """The parameters of a notebook with their default values. Raises FileNotFoundError, or
+    ValueError for another file.
+    """
     if not notebook.is_file():
-        raise FileNotFoundError(f"there is no notebook {notebook}; run this in a checkout, or give --notebook")
+        raise FileNotFoundError(
+            f"there is no notebook {notebook}; run this in a checkout, or give --notebook"
+        )
     try:
         found = papermill.inspect_notebook(str(notebook))
         defaults = {name: ast.literal_eval(about["default"]) for name, about in found.items()}
     except Exception as error:  # whatever nbformat throws at a file that is none
-        raise ValueError(f"{notebook} is no notebook that can be read: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{notebook} is no notebook that can be read: {type(error).__name__}: {error}"
+        ) from error
     if not {"recipe", "steps", "num_tokens", "vl_model"} <= set(defaults):
-        raise ValueError(f"{notebook} has not the parameters of notebook 02, of which every run is one; see --notebook")
+        raise ValueError(
+            f"{notebook} has not the parameters of notebook 02, of which every run is one; see"
+            " --notebook"
+        )
     return defaults
 
 
 def key(parameters: Mapping, vl_fingerprint: str) -> str:
     """What a run's folder is called: a digest of its parameters and of the VL model's weights."""
     kept = {name: value for name, value in parameters.items() if name not in ASIDE}
-    return hashlib.sha256(json.dumps([kept, vl_fingerprint], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([kept, vl_fingerprint], sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
-    """One run: the notebook with these parameters, its results in `folder`; what is left there is small. Returns its result."""
+    """One run: the notebook with these parameters, its results in `folder`; what is left there is
+    small. Returns its result.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     given = {**parameters, "out_dir": str(folder)}
-    papermill.execute_notebook(notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd())
+    papermill.execute_notebook(
+        notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd()
+    )
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    result = {name: found[name] for name in ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")}
+    result = {
+        name: found[name]
+        for name in ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")
+    }
     result |= {"parameters": dict(parameters), "wall_seconds": round(time.time() - began, 1)}
     result |= {"commit": commit(), "date": str(date.today())}
-    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")  # from now on this run is done
-    shutil.rmtree(folder / "cache", ignore_errors=True)  # targets of the large tower: large, and made again in seconds
+    # from now on this run is done
+    write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    # targets of the large tower: large, and made again in seconds
+    shutil.rmtree(folder / "cache", ignore_errors=True)
     for state in folder.glob("*.state.safetensors"):
         state.unlink()
     return result
 
 
-def execute_all(notebook: Path, waiting: Sequence[Mapping], folder: Path, jobs: int = 1) -> Iterator[tuple[Mapping, object]]:
-    """Runs with their results, or with the error that stopped the notebook, as they end; `jobs` of them at a time.
+def execute_all(
+    notebook: Path, waiting: Sequence[Mapping], folder: Path, jobs: int = 1
+) -> Iterator[tuple[Mapping, object]]:
+    """Runs with their results, or with the error that stopped the notebook, as they end; `jobs` of
+    them at a time.
 
-    Each is a process of its own. Several share the cores evenly: small models gain little from a second thread.
+    Each is a process of its own. Several share the cores evenly: small models gain little from a
+    second thread.
     """
 
     def one(run: Mapping) -> tuple[Mapping, object]:
@@ -98,37 +127,69 @@ def execute_all(notebook: Path, waiting: Sequence[Mapping], folder: Path, jobs: 
         for ended in as_completed([pool.submit(one, run) for run in waiting]):
             yield ended.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interruption, what has not begun does not begin
+        # after an interruption, what has not begun does not begin
+        pool.shutdown(cancel_futures=True)
 
 
 def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[float, str]:
-    """An estimate for the runs that wait, and where it is from: runs of this sweep, or the stored training of notebook 02."""
+    """An estimate for the runs that wait, and where it is from: runs of this sweep, or the stored
+    training of notebook 02.
+    """
     if done:
-        each, source = np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]), f"{len(done)} finished runs"
+        each, source = (
+            np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]),
+            f"{len(done)} finished runs",
+        )
     else:
-        stored = read_json(DATA / "results" / "02_distillation.json", "the stored runs of notebook 02", _STORED)["runs"]
+        stored = read_json(
+            DATA / "results" / "02_distillation.json", "the stored runs of notebook 02", _STORED
+        )["runs"]
         each = np.mean([r["training_seconds"]["isa"] / r["params"]["steps"] for r in stored])
         source = "the stored training of notebook 02, without its evaluation"
     return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
 
 
 def sweep(args: Namespace) -> None:
-    """Run what is missing, gather everything. args: of the command. Raises ValueError where they, or a run, cannot work."""
+    """Run what is missing, gather everything. args: of the command. Raises ValueError where they,
+    or a run, cannot work.
+    """
     defaults = notebook_defaults(args.notebook)
-    if args.out is None and (args.smoke or args.steps not in (None, defaults["steps"])) and not args.dry_run:
-        raise ValueError("a sweep of other steps does not replace one of full length: say with --out where its record goes")
-    given = {"steps": args.steps, "smoke": args.smoke or None, "device": args.device, "recipe": args.recipe}
-    defaults = complete(defaults | {name: value for name, value in given.items() if value is not None})
+    if (
+        args.out is None
+        and (args.smoke or args.steps not in (None, defaults["steps"]))
+        and not args.dry_run
+    ):
+        raise ValueError(
+            "a sweep of other steps does not replace one of full length: say with --out where its"
+            " record goes"
+        )
+    given = {
+        "steps": args.steps,
+        "smoke": args.smoke or None,
+        "device": args.device,
+        "recipe": args.recipe,
+    }
+    defaults = complete(
+        defaults | {name: value for name, value in given.items() if value is not None}
+    )
     runs = plan(defaults, args.only, args.seeds)
 
     needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
     if needed and not Path(WITHOUT_CHANGE).is_dir():
         training = read_json(DATA / SCENES_CLIP / "training.json", TRAINED_BY, TRAINING)
-        config = PretrainConfig(change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")})
+        config = PretrainConfig(
+            change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")}
+        )
         run_folder = "runs/pretrain-without-change"
         took = sum(training["minutes"].values())
-        print(f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes. Make it by")
-        print(f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={run_folder}\n  (or give --pretrain)")
+        print(
+            f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes."
+            " Make it by"
+        )
+        print(
+            f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={run_folder}\n  (or"
+            " give --pretrain)"
+        )
         if args.pretrain and not (args.dry_run or args.gather):
             pretrain(config, Path(WITHOUT_CHANGE), Path(run_folder))
     models: dict[str, str] = {}
@@ -136,9 +197,16 @@ def sweep(args: Namespace) -> None:
         if name != WITHOUT_CHANGE or Path(name).is_dir():
             models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
     out = args.out or Path("runs/sweep.json")
-    stored = read_json(out, "the record of a sweep", RECORD) if args.add and out.exists() else {"runs": [], "attention": {}}
+    stored = (
+        read_json(out, "the record of a sweep", RECORD)
+        if args.add and out.exists()
+        else {"runs": [], "attention": {}}
+    )
     if stored["runs"] and (why := _foreign(stored, defaults, models)):
-        raise ValueError(f"--add: the record {out} is of {why}; choose another --out, or leave out --add to write over it")
+        raise ValueError(
+            f"--add: the record {out} is of {why}; choose another --out, or leave out --add to"
+            " write over it"
+        )
     kept = {entry["key"]: entry for entry in stored["runs"]}
     results = {}
     for run in runs:
@@ -146,7 +214,9 @@ def sweep(args: Namespace) -> None:
         run["key"] = key(run["parameters"], model) if model else None
         done = args.runs / str(run["key"]) / "result.json"
         if model and done.is_file():
-            results[run["key"]] = read_json(done, "the result of a run; delete it, and it is run again", RESULT)
+            results[run["key"]] = read_json(
+                done, "the result of a run; delete it, and it is run again", RESULT
+            )
         elif run["key"] in kept:
             results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
@@ -164,49 +234,84 @@ def sweep(args: Namespace) -> None:
         if isinstance(result, dict):
             results[run["key"]] = result
         else:
-            failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {args.runs / run['key'] / 'executed.ipynb'})")
+            failed.append(
+                f"{run['shows']}: {result.ename}: {result.evalue} (see"
+                f" {args.runs / run['key'] / 'executed.ipynb'})"
+            )
             tqdm.write(f"FAILED {failed[-1]}")
     record = gather(runs, results, defaults, stored["runs"])
     first = min((entry["seed"] for entry in record["runs"]), default=0)
-    record["attention"] = _attention(runs, results, args.runs, first, stored["attention"]) or stored["attention"]
+    record["attention"] = (
+        _attention(runs, results, args.runs, first, stored["attention"]) or stored["attention"]
+    )
     write_text(out, json.dumps(record) + "\n")
     write_bytes(out.with_suffix(".png"), figures.png(figures.ablations(record)))
     print(table(record).to_string())
-    print(f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}")
+    print(
+        f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}"
+    )
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
 
 
 def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:
     """What makes a record one that this sweep cannot go on with; "" if nothing does."""
-    if other := [n for n, v in defaults.items() if n not in ASIDE and stored["defaults"].get(n) != v]:
+    if other := [
+        n for n, v in defaults.items() if n not in ASIDE and stored["defaults"].get(n) != v
+    ]:
         return f"another default of {', '.join(other)}"
     for entry in stored["runs"]:
         default = {**defaults, "single_vector": False, "seed": entry["seed"]}
-        if "key" not in entry or not entry["ablation"] and entry["key"] != key(default, models[defaults["vl_model"]]):
+        if (
+            "key" not in entry
+            or not entry["ablation"]
+            and entry["key"] != key(default, models[defaults["vl_model"]])
+        ):
             return "another VL model, or was written by an earlier version"
     return ""
 
 
-def _print_plan(runs: Sequence[Mapping], waiting: Sequence[Mapping], results: Mapping, defaults: Mapping, jobs: int) -> None:
+def _print_plan(
+    runs: Sequence[Mapping],
+    waiting: Sequence[Mapping],
+    results: Mapping,
+    defaults: Mapping,
+    jobs: int,
+) -> None:
     for run in runs:
         state = "done" if run["key"] in results else "to run" if run["key"] else "no VL model"
-        what = ", ".join(f"{n}={v!r}" for n, v in changed(run["parameters"], defaults).items()) or "defaults"
+        what = (
+            ", ".join(f"{n}={v!r}" for n, v in changed(run["parameters"], defaults).items())
+            or "defaults"
+        )
         print(f"{state:12} seed {run['parameters']['seed']}  {what}")
     ahead, source = seconds_ahead(waiting, list(results.values()))
-    print(f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours ({source}); {machine()}")
+    print(
+        f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours"
+        f" ({source}); {machine()}"
+    )
 
 
-def _attention(runs: Sequence[Mapping], results: Mapping, folder: Path, seed: int, stored: Mapping) -> dict:
-    """What the encoders of one seed that differ in their number of tokens look at (`sentences.look`), by that number.
+def _attention(
+    runs: Sequence[Mapping], results: Mapping, folder: Path, seed: int, stored: Mapping
+) -> dict:
+    """What the encoders of one seed that differ in their number of tokens look at
+    (`sentences.look`), by that number.
 
     stored: the same from an earlier record, for encoders that are gone.
     """
     found, encoders, vl = {}, [], None
     for run in runs:
-        if run["key"] in results and run["parameters"]["seed"] == seed and any(a == "tokens" for a, _ in run["shows"]):
-            if (folder / run["key"] / "result.json").is_file():  # a folder without is that of a run that was stopped
-                vl = vl or load_vl_model(run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None)
+        if (
+            run["key"] in results
+            and run["parameters"]["seed"] == seed
+            and any(a == "tokens" for a, _ in run["shows"])
+        ):
+            # a folder without is that of a run that was stopped
+            if (folder / run["key"] / "result.json").is_file():
+                vl = vl or load_vl_model(
+                    run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None
+                )
                 encoders.append(QueryEncoder.load(folder / run["key"], vl))
             elif (length := str(run["parameters"]["num_tokens"])) in stored:
                 found[length] = stored[length]

@@ -1,1 +1,3 @@
-"""Other ways to compose a query, for comparison: baselines, ceilings, late fusion, one pseudo-word."""
+"""Other ways to compose a query, for comparison: baselines, ceilings, late fusion, one
+pseudo-word.
+"""

@@ -1,6 +1,8 @@
-"""What ISA is measured against: embeddings of the same queries by simpler means, and the two ceilings.
+"""What ISA is measured against: embeddings of the same queries by simpler means, and the two
+ceilings.
 
-Each function returns B x E, L2-normalised, for `evaluate.benchmark_ranks`. None of them is trained here.
+Each function returns B x E, L2-normalised, for `evaluate.benchmark_ranks`. None of them is trained
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def text_only(bench: Benchmark, vl: VLModel, gallery: Tensor) -> Tensor:
 
 
 def image_plus_text(bench: Benchmark, vl: VLModel, gallery: Tensor) -> Tensor:
-    """The sum of the two embeddings above: the late fusion that every paper on the task begins with."""
+    """The sum of the two embeddings above: the late fusion that every paper on the task begins
+    with.
+    """
     return F.normalize(image_only(bench, vl, gallery) + text_only(bench, vl, gallery), dim=-1)
 
 
@@ -42,11 +46,15 @@ def composition_ceiling(bench: Benchmark, vl: VLModel, gallery: Tensor, seed: in
     What a sentence method would reach if its pseudo-words said exactly what a full caption says.
     """
     captions = _captions(bench, bench.reference, seed)
-    return vl.encode_text([f"{caption}, {text}" for caption, text in zip(captions, bench.texts, strict=True)])
+    return vl.encode_text(
+        [f"{caption}, {text}" for caption, text in zip(captions, bench.texts, strict=True)]
+    )
 
 
 def target_ceiling(bench: Benchmark, vl: VLModel, gallery: Tensor, seed: int = 0) -> Tensor:
-    """The target's full caption through the text tower: what is lost even when nothing needs composing."""
+    """The target's full caption through the text tower: what is lost even when nothing needs
+    composing.
+    """
     return vl.encode_text(_captions(bench, bench.target, seed))
 
 
@@ -60,7 +68,11 @@ UNTRAINED = {
 }
 
 
-def composed(bench: Benchmark, vl: VLModel, encoder: QueryEncoder, template: str | None = None) -> Tensor:
-    """A trained query encoder: the reference's sentence and the modifier through the frozen text tower."""
+def composed(
+    bench: Benchmark, vl: VLModel, encoder: QueryEncoder, template: str | None = None
+) -> Tensor:
+    """A trained query encoder: the reference's sentence and the modifier through the frozen text
+    tower.
+    """
     tokens = encoder.sentences(bench.images[bench.reference]).tokens
     return compose(vl, tokens, bench.texts, **({"template": template} if template else {}))

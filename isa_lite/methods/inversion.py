@@ -1,19 +1,26 @@
-"""Zero-shot composed retrieval with one pseudo-word: three well-known recipes in short, for comparison with ISA.
+"""Zero-shot composed retrieval with one pseudo-word: three well-known recipes in short, for
+comparison with ISA.
 
-All of them keep the large image tower on the query side: a mapping network turns its *embedding* into one vector of the
-word-embedding space, and the prompt "a photo of <word>, <modifier>" goes through the frozen text tower. They differ in what
-they learn from:
+All of them keep the large image tower on the query side: a mapping network turns its *embedding*
+into one vector of the word-embedding space, and the prompt "a photo of <word>, <modifier>" goes
+through the frozen text tower. They differ in what they learn from:
 
-- `pic2word_like`, after Pic2Word (Saito et al., CVPR 2023). Images: a prompt's embedding must find its own image in the batch.
-- `searle_like`, after SEARLE (Baldrati et al., ICCV 2023). Images: a word is optimised for each, then guessed by the mapping.
-- `lincir_like`, after LinCIR (Gu et al., CVPR 2024). Texts: a caption's embedding must replace that caption's own key words.
+- `pic2word_like`, after Pic2Word (Saito et al., CVPR 2023). Images: a prompt's embedding must find
+its own image in the batch.
+- `searle_like`, after SEARLE (Baldrati et al., ICCV 2023). Images: a word is optimised for each,
+then guessed by the mapping.
+- `lincir_like`, after LinCIR (Gu et al., CVPR 2024). Texts: a caption's embedding must replace that
+caption's own key words.
 
-"Like" means: our own short version, with the differences named in the docstring; no figure of theirs is to be expected of it.
+"Like" means: our own short version, with the differences named in the docstring; no figure of
+theirs is to be expected of it.
 
-With the defaults of its arguments each function is the recipe alone, with norm-matched words. The other aids of ISA's own encoder
-(`recipes`) it takes where it has a place for them: `start_words`, a text whose first word the pseudo-word is before training (all
-three); `word_noise`, noise on words on their way to the text tower (all three); `negatives`, images outside the batch (the two
-that contrast). The backbone's learned start has no place here: the large tower is the backbone. All aids are ours.
+With the defaults of its arguments each function is the recipe alone, with norm-matched words. The
+other aids of ISA's own encoder (`recipes`) it takes where it has a place for them: `start_words`, a
+text whose first word the pseudo-word is before training (all three); `word_noise`, noise on words
+on their way to the text tower (all three); `negatives`, images outside the batch (the two that
+contrast). The backbone's learned start has no place here: the large tower is the backbone. All aids
+are ours.
 """
 
 from __future__ import annotations
@@ -34,23 +41,34 @@ from isa_lite.support.training import fit
 from isa_lite.token_learner import ToWords
 
 #: Words that LinCIR-like training leaves in place, because they name nothing that one can see.
-FUNCTION_WORDS = frozenset("a an the of on in at and with to is it its that this photo picture image drawing background".split())
+FUNCTION_WORDS = frozenset(
+    "a an the of on in at and with to is it its that this photo picture image drawing "
+    "background".split()
+)
 
 
 class Inversion(nn.Module):
-    """Mapping network: image (or text) embeddings B x E -> one pseudo-word each, B x D, about as long as a real word's vector."""
+    """Mapping network: image (or text) embeddings B x E -> one pseudo-word each, B x D, about as
+    long as a real word's vector.
+    """
 
     def __init__(self, embed_dim: int, word_width: int, word_norm: float, width: int = 512):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
         self.to_word = ToWords(width, word_width, word_norm)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.to_word(self.mlp(embeddings))
 
     @torch.no_grad()
-    def compose(self, vl: VLModel, images: Tensor, modifiers: Sequence[str], template: str = TEMPLATE) -> Tensor:
-        """Query embeddings B x E: the pseudo-words of image embeddings B x E, each with its modifier, through the text tower."""
+    def compose(
+        self, vl: VLModel, images: Tensor, modifiers: Sequence[str], template: str = TEMPLATE
+    ) -> Tensor:
+        """Query embeddings B x E: the pseudo-words of image embeddings B x E, each with its
+        modifier, through the text tower.
+        """
         device = next(self.parameters()).device
         return compose(vl, self(images.to(device)).unsqueeze(1), modifiers, template)
 
@@ -58,7 +76,8 @@ class Inversion(nn.Module):
 def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inversion:
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(
-            f"at least two embeddings, N x E, are needed to contrast with one another, not {tuple(embeddings.shape)}"
+            "at least two embeddings, N x E, are needed to contrast with one another, not"
+            f" {tuple(embeddings.shape)}"
         )
     torch.manual_seed(seed)
     mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
@@ -68,14 +87,20 @@ def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inve
 
 
 def _others(embeddings: Tensor, batch: Tensor, negatives: int, step: int, seed: int) -> Tensor:
-    """Rows of `embeddings` outside a batch of B indices, up to `negatives` x E, drawn from the seed and the step."""
-    return embeddings[torch.from_numpy(other_indices(len(embeddings), batch.numpy(), negatives, step, seed))]
+    """Rows of `embeddings` outside a batch of B indices, up to `negatives` x E, drawn from the seed
+    and the step.
+    """
+    return embeddings[
+        torch.from_numpy(other_indices(len(embeddings), batch.numpy(), negatives, step, seed))
+    ]
 
 
 def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
     """Pseudo-words B x D alone in the prompt -> text embeddings B x E."""
     ids, places = (x.expand(len(words), -1) for x in prompt_ids(vl, 1, [""], template))
-    return vl.encode_vectors(splice(vl, words.unsqueeze(1), ids, places), ids, known_words(vl, template))
+    return vl.encode_vectors(
+        splice(vl, words.unsqueeze(1), ids, places), ids, known_words(vl, template)
+    )
 
 
 def _fit(
@@ -89,9 +114,13 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> Inversion:
-    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by epoch) and the step. Returns the mapping."""
+    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by
+    epoch) and the step. Returns the mapping.
+    """
     if steps < 1 or batch_size < 2:
-        raise ValueError(f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}")
+        raise ValueError(
+            f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}"
+        )
     optimizer = torch.optim.AdamW(mapping.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
@@ -103,7 +132,16 @@ def _fit(
             batch, order = order[:batch_size], order[batch_size:]
             yield batch
 
-    fit(name, steps, loss_of, batches, {"mapping": mapping}, optimizer, after=lambda *_: schedule.step(), progress=progress)
+    fit(
+        name,
+        steps,
+        loss_of,
+        batches,
+        {"mapping": mapping},
+        optimizer,
+        after=lambda *_: schedule.step(),
+        progress=progress,
+    )
     return mapping.eval()
 
 
@@ -123,18 +161,23 @@ def pic2word_like(
 ) -> Inversion:
     """Contrastive inversion from unlabeled images, given as embeddings N x E of the large tower.
 
-    The prompt with an image's word must be nearer to that image than to the batch's others, and the other way round.
-    Differs from Pic2Word in: temperature (a constant, CLIP's learned one there), two hidden layers, norm-matched words,
-    rendered scenes for three million web images. Aids, none of them Pic2Word's: start_words, word_noise, negatives.
+    The prompt with an image's word must be nearer to that image than to the batch's others, and the
+    other way round. Differs from Pic2Word in: temperature (a constant, CLIP's learned one there),
+    two hidden layers, norm-matched words, rendered scenes for three million web images. Aids, none
+    of them Pic2Word's: start_words, word_noise, negatives.
     """
     mapping = _fresh(vl, images, seed, start_words)
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
         image = images[batch].to(vl.device)
         query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
-        return gcd_loss(query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device))
+        return gcd_loss(
+            query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device)
+        )
 
-    return _fit("Pic2Word-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress)
+    return _fit(
+        "Pic2Word-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress
+    )
 
 
 def optimize_words(
@@ -150,12 +193,15 @@ def optimize_words(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Tensor:
-    """Textual inversion: for each image embedding (N x E) its own best pseudo-word, N x D, found by gradient descent.
+    """Textual inversion: for each image embedding (N x E) its own best pseudo-word, N x D, found by
+    gradient descent.
 
-    The loss is one minus the cosine of prompt and image; a word has the length of real words. `gravity` weighs one minus the
-    cosine of the word with the nearest real word, which keeps it among words that the text tower knows. Ours, for SEARLE's
-    pull towards phrases that GPT wrote. Aids, neither of them SEARLE's: all words start from the first of start_words instead of
-    from random directions, and each step reads them with word_noise (`distill.blur`), drawn batch by batch.
+    The loss is one minus the cosine of prompt and image; a word has the length of real words.
+    `gravity` weighs one minus the cosine of the word with the nearest real word, which keeps it
+    among words that the text tower knows. Ours, for SEARLE's pull towards phrases that GPT wrote.
+    Aids, neither of them SEARLE's: all words start from the first of start_words instead of from
+    random directions, and each step reads them with word_noise (`distill.blur`), drawn batch by
+    batch.
     """
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()
     known = F.normalize(table[table.norm(dim=1) > 0].float(), dim=-1)  # W x D
@@ -164,7 +210,9 @@ def optimize_words(
     if start_words:
         start = F.normalize(start_vectors(vl, start_words)[:1], dim=-1).repeat(len(images), 1)
     found = []
-    for s in trange(0, len(images), batch_size, desc="words for images", disable=not progress, mininterval=5):
+    for s in trange(
+        0, len(images), batch_size, desc="words for images", disable=not progress, mininterval=5
+    ):
         target = images[s : s + batch_size].to(vl.device)
         free = start[s : s + batch_size].to(vl.device).requires_grad_(True)
         optimizer = torch.optim.Adam([free], lr=lr)
@@ -174,7 +222,8 @@ def optimize_words(
             far = 1 - (_prompt(vl, read, template) * target).sum(-1)  # B
             unlike = 1 - (words @ known.T).amax(-1)  # B
             optimizer.zero_grad(set_to_none=True)
-            (far + gravity * unlike).sum().backward()  # a sum: no image's word depends on what else is in its batch
+            # a sum: no image's word depends on what else is in its batch
+            (far + gravity * unlike).sum().backward()
             optimizer.step()
         found.append(F.normalize(free.detach(), dim=-1).cpu() * vl.word_norm)
     return torch.cat(found)
@@ -196,30 +245,37 @@ def searle_like(
 ) -> Inversion:
     """A mapping that guesses, in one pass, the word that `optimize_words` finds for an image.
 
-    images: N x E, words: N x D (made with `optimize_words` where not given). The guess must be nearer, by cosine, to its
-    own image's word than to the others of the batch, and the other way round. Differs from SEARLE in: the pull is towards
-    words instead of GPT's phrases, in `optimize_words` alone; norm-matched words; no dropout. Aids, none of them SEARLE's:
-    start_words (of the words and of the mapping), word_noise (of the words, which alone are read by the text tower), negatives
-    (other images' words).
+    images: N x E, words: N x D (made with `optimize_words` where not given). The guess must be
+    nearer, by cosine, to its own image's word than to the others of the batch, and the other way
+    round. Differs from SEARLE in: the pull is towards words instead of GPT's phrases, in
+    `optimize_words` alone; norm-matched words; no dropout. Aids, none of them SEARLE's: start_words
+    (of the words and of the mapping), word_noise (of the words, which alone are read by the text
+    tower), negatives (other images' words).
     """
     mapping = _fresh(vl, images, seed, start_words)
     if words is None:
-        words = optimize_words(vl, images, start_words=start_words, word_noise=word_noise, seed=seed, progress=progress)
+        words = optimize_words(
+            vl, images, start_words=start_words, word_noise=word_noise, seed=seed, progress=progress
+        )
     if len(words) != len(images):
         raise ValueError(f"{len(images)} images but {len(words)} words")
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
         others = _others(words, batch, negatives, step, seed)
         guess, word, others = (
-            F.normalize(x.to(vl.device), dim=-1) for x in (mapping(images[batch].to(vl.device)), words[batch], others)
+            F.normalize(x.to(vl.device), dim=-1)
+            for x in (mapping(images[batch].to(vl.device)), words[batch], others)
         )
         return gcd_loss(guess, word, temperature, others)
 
     return _fit("SEARLE-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress)
 
 
-def keyword_prompt(vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WORDS) -> tuple[list[int], list[bool]]:
-    """Token ids of a caption in which every run of key words has become one placeholder, and where the placeholders are.
+def keyword_prompt(
+    vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WORDS
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a caption in which every run of key words has become one placeholder, and where
+    the placeholders are.
 
     Without the special tokens. Key words are all that are neither in `keep` nor punctuation.
     "a photo of two red stars, on grass" -> "a photo of *, on *".
@@ -249,17 +305,21 @@ def lincir_like(
 ) -> Inversion:
     """Self-masking projection from texts alone: no image is seen in training.
 
-    A caption's embedding, plus noise, is mapped to a word; that word takes the place of the caption's key words, and the
-    text tower must give the embedding of the whole caption. The noise (normal, its length up to `noise` times the
-    embedding's, drawn evenly) bridges the gap between text and image embeddings. Differs from LinCIR in: key words are all but
-    a list of function words, there nouns and adjectives; the loss is one minus the cosine, there the squared error.
-    Aids, neither of them LinCIR's: start_words, and word_noise on the word itself. Its loss contrasts nothing, so no negatives.
+    A caption's embedding, plus noise, is mapped to a word; that word takes the place of the
+    caption's key words, and the text tower must give the embedding of the whole caption. The noise
+    (normal, its length up to `noise` times the embedding's, drawn evenly) bridges the gap between
+    text and image embeddings. Differs from LinCIR in: key words are all but a list of function
+    words, there nouns and adjectives; the loss is one minus the cosine, there the squared error.
+    Aids, neither of them LinCIR's: start_words, and word_noise on the word itself. Its loss
+    contrasts nothing, so no negatives.
     """
     embedded = vl.encode_text(captions)
     mapping = _fresh(vl, embedded, seed, start_words)
     start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
     prompts = [keyword_prompt(vl, caption) for caption in captions]
-    without = next((c for c, (_, marks) in zip(captions, prompts, strict=True) if not any(marks)), None)
+    without = next(
+        (c for c, (_, marks) in zip(captions, prompts, strict=True) if not any(marks)), None
+    )
     if without is not None:
         raise ValueError(f"the caption {without!r} holds no key word to replace")
     ids = torch.zeros(len(captions), vl.context_length, dtype=torch.long)
@@ -273,12 +333,18 @@ def lincir_like(
     def loss_of(batch: Tensor, step: int) -> Tensor:
         latent = embedded[batch]
         size = noise * torch.rand(len(batch), 1, generator=generator)
-        latent = latent + size * torch.randn(latent.shape, generator=generator) / float(np.sqrt(latent.shape[1]))
+        latent = latent + size * torch.randn(latent.shape, generator=generator) / float(
+            np.sqrt(latent.shape[1])
+        )
         rows = vl.cut(ids[batch].to(vl.device))
         marks = places[batch, : rows.shape[1]].to(vl.device)
         words = blur(mapping(latent.to(vl.device)), word_noise, step, seed)
         words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
         vectors = splice(vl, words, rows, marks)
-        return (1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)).mean()
+        return (
+            1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)
+        ).mean()
 
-    return _fit("LinCIR-like", mapping, loss_of, len(captions), steps, batch_size, lr, seed, progress)
+    return _fit(
+        "LinCIR-like", mapping, loss_of, len(captions), steps, batch_size, lr, seed, progress
+    )

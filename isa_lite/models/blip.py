@@ -1,8 +1,10 @@
-"""BLIP, a VL model with a matching encoder of its own, through `transformers`: an extra, `pip install 'isa_lite[blip]'`.
+"""BLIP, a VL model with a matching encoder of its own, through `transformers`: an extra, `pip
+install 'isa_lite[blip]'`.
 
-BLIP (Li et al., ICML 2022) is what the paper's three parts look like in one model: an image tower, a text tower, and the
-same text tower once more with cross-attention to the image's tokens, whose head says whether text and image belong
-together. Here it is dressed as a model of open_clip, so that `VLModel` needs no second code path. Ours.
+BLIP (Li et al., ICML 2022) is what the paper's three parts look like in one model: an image tower,
+a text tower, and the same text tower once more with cross-attention to the image's tokens, whose
+head says whether text and image belong together. Here it is dressed as a model of open_clip, so
+that `VLModel` needs no second code path. Ours.
 
 Shapes: B batch, T text positions, N patches, D word-embedding width, W width, E embedding width.
 """
@@ -30,14 +32,20 @@ class BlipImage(nn.Module):
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.vision_model, self.proj = model.vision_model, model.vision_proj
-        self.image_size, self.image_mean, self.image_std = model.config.vision_config.image_size, mean, std
+        self.image_size, self.image_mean, self.image_std = (
+            model.config.vision_config.image_size,
+            mean,
+            std,
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> B x E, not normalised."""
         return self.proj(self.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
 
     def forward_intermediates(self, pixels: Tensor, **_) -> dict:
-        """The embedding, and all tokens of the last layer B x (1 + N) x W: the matching head looks at the class token, too."""
+        """The embedding, and all tokens of the last layer B x (1 + N) x W: the matching head looks
+        at the class token, too.
+        """
         tokens = self.vision_model(pixel_values=pixels).last_hidden_state
         return {"image_features": self.proj(tokens[:, 0]), "image_intermediates": [tokens]}
 
@@ -58,7 +66,9 @@ class BlipText(nn.Module):
 
 
 class BlipTower(TextTower):
-    """The way into BLIP's text tower with word vectors; the same methods as in text_tower.py. The class token is pooled."""
+    """The way into BLIP's text tower with word vectors; the same methods as in text_tower.py. The
+    class token is pooled.
+    """
 
     can_cut = True  # no position looks at the padding
 
@@ -76,8 +86,11 @@ class BlipTower(TextTower):
 
     def tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W."""
-        mask = (ids != self.pad).long()  # the vectors are cloned: transformers adds the positions to them in place
-        return self.module.encoder(inputs_embeds=vectors.clone(), attention_mask=mask).last_hidden_state
+        # the vectors are cloned: transformers adds the positions to them in place
+        mask = (ids != self.pad).long()
+        return self.module.encoder(
+            inputs_embeds=vectors.clone(), attention_mask=mask
+        ).last_hidden_state
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """B x T x W -> B x W, the class token."""
@@ -89,7 +102,9 @@ class BlipTower(TextTower):
 
 
 class Blip(nn.Module):
-    """A `BlipForImageTextRetrieval` dressed as a model of open_clip (`visual`, `text`, `encode_...`), and its `match`."""
+    """A `BlipForImageTextRetrieval` dressed as a model of open_clip (`visual`, `text`,
+    `encode_...`), and its `match`.
+    """
 
     matcher_reads_words = True
 
@@ -104,48 +119,66 @@ class Blip(nn.Module):
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
         """B x T ids -> B x E, as BLIP does it itself, from ids."""
         mask = (ids != self.text.encoder.config.pad_token_id).long()
-        out = self.text.proj(self.text.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+        out = self.text.proj(
+            self.text.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+        )
         return nn.functional.normalize(out, dim=-1) if normalize else out
 
     def match(self, vectors: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         """Does this text belong to this image? By BLIP's own matching head.
 
-        vectors: B x T x D *word* vectors (not contextual tokens: the encoder reads the text anew, with the image in view),
-        mask: B x T (true = a word), patches: B x (1 + N) x W. Returns B x 2 logits: 0 = no match, 1 = match.
+        vectors: B x T x D *word* vectors (not contextual tokens: the encoder reads the text anew,
+        with the image in view),
+        mask: B x T (true = a word), patches: B x (1 + N) x W. Returns B x 2 logits: 0 = no match, 1
+        = match.
         """
-        read = self.text.encoder(inputs_embeds=vectors.clone(), attention_mask=mask.long(), encoder_hidden_states=patches)
+        read = self.text.encoder(
+            inputs_embeds=vectors.clone(), attention_mask=mask.long(), encoder_hidden_states=patches
+        )
         return self.text.head(read.last_hidden_state[:, 0])
 
 
-def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.tokenizer.HFTokenizer]:
+def load_blip(
+    name: str, device: str = "cpu"
+) -> tuple[Blip, object, open_clip.tokenizer.HFTokenizer]:
     """A BLIP for image-text retrieval: model, preprocessing and tokenizer, as `VLModel` takes them.
 
-    name: a local folder in the layout of `transformers` (config.json, weights, tokenizer), or a repository of the hub, for
-    example Salesforce/blip-itm-base-coco. Raises ImportError, naming the extra, without `transformers`; ConnectionError at
-    once if offline; ValueError for a folder without a whole BLIP.
+    name: a local folder in the layout of `transformers` (config.json, weights, tokenizer), or a
+    repository of the hub, for example Salesforce/blip-itm-base-coco. Raises ImportError, naming the
+    extra, without `transformers`; ConnectionError at once if offline; ValueError for a folder
+    without a whole BLIP.
     """
     try:
         from transformers import BlipForImageTextRetrieval
     except ImportError as error:
-        raise ImportError(f"BLIP needs the package transformers; install the extra: pip install '{EXTRA}'") from error
+        raise ImportError(
+            f"BLIP needs the package transformers; install the extra: pip install '{EXTRA}'"
+        ) from error
     folder = repository(name, "a BLIP", "config.json", HF_WEIGHTS, ("preprocessor_config.json",))
     kind = _kind(folder)
     if kind != "blip":
-        raise ValueError(f"{name} holds no BLIP: its config.json " + (f"says {kind!r}" if kind else "is missing"))
+        raise ValueError(
+            f"{name} holds no BLIP: its config.json " + (f"says {kind!r}" if kind else "is missing")
+        )
     weights = next((path for name in HF_WEIGHTS if (path := folder / name).is_file()), None)
     if weights is None:
-        raise ValueError(f"{name} holds no weights; one of {', '.join(HF_WEIGHTS)} must lie beside its config.json")
+        raise ValueError(
+            f"{name} holds no weights; one of {', '.join(HF_WEIGHTS)} must lie beside its"
+            " config.json"
+        )
     settings = folder / "preprocessor_config.json"
     look = read_json(settings, "how images are prepared") if settings.exists() else {}
     look = {key: look[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in look}
     check_preprocessing(settings, look)
     with fitting(weights, "holds no BLIP that fits its config.json"):
-        model, report = BlipForImageTextRetrieval.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, report = BlipForImageTextRetrieval.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
     if report["missing_keys"]:  # a BLIP for captions or questions has no matching head
         missing = sorted(report["missing_keys"])
         raise ValueError(
-            f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are missing, among them {missing[0]}; "
-            "take one like Salesforce/blip-itm-base-coco"
+            f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are"
+            f" missing, among them {missing[0]}; take one like Salesforce/blip-itm-base-coco"
         )
     check_loaded(weights, model)
     with fitting(folder, "holds no tokenizer that works (tokenizer.json, tokenizer_config.json)"):
@@ -154,7 +187,13 @@ def load_blip(name: str, device: str = "cpu") -> tuple[Blip, object, open_clip.t
     std = tuple(look.get("std", open_clip.OPENAI_DATASET_STD))
     blip = Blip(model.eval(), mean, std).to(device)
     size = blip.visual.image_size
-    return blip, open_clip.image_transform(size, False, mean, std, resize_mode="squash", interpolation="bicubic"), tokenizer
+    return (
+        blip,
+        open_clip.image_transform(
+            size, False, mean, std, resize_mode="squash", interpolation="bicubic"
+        ),
+        tokenizer,
+    )
 
 
 def is_blip(folder: Path) -> bool:
@@ -164,4 +203,6 @@ def is_blip(folder: Path) -> bool:
 
 def _kind(folder: Path) -> str | None:
     config = folder / "config.json"
-    return read_json(config, "the settings of a model").get("model_type") if config.is_file() else None
+    return (
+        read_json(config, "the settings of a model").get("model_type") if config.is_file() else None
+    )

@@ -9,27 +9,49 @@ from isa_lite.models.attention import attend
 
 
 class MatchingEncoder(nn.Module):
-    """Does this text belong to this image? Text tokens look at patch tokens; a two-class head answers.
+    """Does this text belong to this image? Text tokens look at patch tokens; a two-class head
+    answers.
 
-    The image-text matching branch of ALBEF/BLIP in small (paper: "matching encoder"; its size is ours): `depth`
-    blocks of self-attention among text tokens, cross-attention to patch tokens and an MLP. The mean over the
-    text positions goes to a linear head of two classes: 0 = no match, 1 = match.
+    The image-text matching branch of ALBEF/BLIP in small (paper: "matching encoder"; its size is
+    ours): `depth` blocks of self-attention among text tokens, cross-attention to patch tokens and
+    an MLP. The mean over the text positions goes to a linear head of two classes: 0 = no match, 1 =
+    match.
     """
 
-    def __init__(self, text_width: int, patch_width: int, patches: int, width: int = 128, depth: int = 2, heads: int = 4):
+    def __init__(
+        self,
+        text_width: int,
+        patch_width: int,
+        patches: int,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+    ):
         super().__init__()
-        self.config = dict(text_width=text_width, patch_width=patch_width, patches=patches, width=width, depth=depth, heads=heads)
+        self.config = dict(
+            text_width=text_width,
+            patch_width=patch_width,
+            patches=patches,
+            width=width,
+            depth=depth,
+            heads=heads,
+        )
         self.text_in = nn.Linear(text_width, width)
         self.patch_in = nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, width))
-        self.patch_position = nn.Parameter(0.5 * torch.randn(patches, width))  # about as large as what it is added to
+        # about as large as what it is added to
+        self.patch_position = nn.Parameter(0.5 * torch.randn(patches, width))
         self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            nn.TransformerDecoderLayer(
+                width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            )
             for _ in range(depth)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def forward(self, text: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        """text: B x T x text_width, mask: B x T (true = a word), patches: B x N x patch_width. Returns B x 2 logits."""
+        """text: B x T x text_width, mask: B x T (true = a word), patches: B x N x patch_width.
+        Returns B x 2 logits.
+        """
         x = self.text_in(text)  # B x T x width
         memory = self.patch_in(patches) + self.patch_position  # B x N x width
         for block in self.blocks:

@@ -1,4 +1,5 @@
-"""Models of open_clip with what belongs to them: by name and tag of weights, or from a folder in its local-dir layout.
+"""Models of open_clip with what belongs to them: by name and tag of weights, or from a folder in
+its local-dir layout.
 
 What comes out is made a `VLModel` by `vl_model.load_vl_model`.
 """
@@ -26,17 +27,26 @@ from isa_lite.support.checkpoint import read_json, read_tensors, sound
 from isa_lite.support.hub import nothing_fetched, weights_file
 
 #: What a file of weights raises that is cut off, or of another model, or no such file at all.
-_UNFIT = (RuntimeError, LookupError, EOFError, UnicodeDecodeError, pickle.UnpicklingError, SafetensorError)
+_UNFIT = (
+    RuntimeError,
+    LookupError,
+    EOFError,
+    UnicodeDecodeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for a name that is not among those known, with the nearest ones."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return ValueError(f"unknown {what} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    return ValueError(
+        f"unknown {what} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+    )
 
 
-#: What a model folder may set, by section. It may come from strangers, and open_clip hands some settings on: `trust_remote_code`
-#: among those of a tokenizer runs their code.
+#: What a model folder may set, by section. It may come from strangers, and open_clip hands some
+#: settings on: `trust_remote_code` among those of a tokenizer runs their code.
 _HARMLESS = {
     "model_cfg": {
         *("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu"),
@@ -59,7 +69,8 @@ _LARGEST = 10_000_000  # of the numbers; larger ones would only fill the memory
 
 
 def check_settings(path: Path, settings: object, section: str) -> dict:
-    """One section of a model folder's settings, with the sections in it, if it is harmless and of the right kind.
+    """One section of a model folder's settings, with the sections in it, if it is harmless and of
+    the right kind.
 
     Raises ValueError that names the file `path` and the setting.
     """
@@ -67,14 +78,21 @@ def check_settings(path: Path, settings: object, section: str) -> dict:
         raise ValueError(f"{path}: {section} must be a JSON object, not {settings!r}")
     for key, value in settings.items():
         if key not in _HARMLESS.get(section, ()):
-            raise ValueError(f"{path}: {section} sets {key!r}, which is not among the settings that are known to be harmless")
+            raise ValueError(
+                f"{path}: {section} sets {key!r}, which is not among the settings that are known to"
+                " be harmless"
+            )
         if isinstance(value, dict):
             check_settings(path, value, key)
             continue
         for item in value if isinstance(value, list) else [value]:
             number = isinstance(item, (int, float))
-            if not (number or isinstance(item, (str, type(None)))) or (number and not abs(item) <= _LARGEST):
-                raise ValueError(f"{path}: {section} sets {key!r} to {str(value)[:60]}, which cannot work")
+            if not (number or isinstance(item, (str, type(None)))) or (
+                number and not abs(item) <= _LARGEST
+            ):
+                raise ValueError(
+                    f"{path}: {section} sets {key!r} to {str(value)[:60]}, which cannot work"
+                )
     return settings
 
 
@@ -82,11 +100,14 @@ def check_preprocessing(path: Path, settings: object) -> None:
     """Raises ValueError, naming the file and the setting, for a preprocessing that cannot work."""
     for key, value in check_settings(path, settings, "preprocess_cfg").items():
         numbers = value if isinstance(value, list) else [value]
-        good = all(type(n) in (int, float) for n in numbers)  # no bool, and no null: open_clip would take its default
+        # no bool, and no null: open_clip would take its default
+        good = all(type(n) in (int, float) for n in numbers)
         if key in ("mean", "std"):
             good = good and len(numbers) == 3 and (key == "mean" or min(numbers) > 0)
         elif key == "size":
-            good = good and len(numbers) in (1, 2) and all(type(n) is int and n > 0 for n in numbers)
+            good = (
+                good and len(numbers) in (1, 2) and all(type(n) is int and n > 0 for n in numbers)
+            )
         elif key in _CHOICES:
             good = value in _CHOICES[key]
         if not good:
@@ -94,9 +115,11 @@ def check_preprocessing(path: Path, settings: object) -> None:
 
 
 def check_loaded(path: Path, module: nn.Module) -> None:
-    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask may be minus infinity).
+    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask
+    may be minus infinity).
 
-    Nor may whole numbers lie in a safetensors file where the module has others: a library turns them into such silently.
+    Nor may whole numbers lie in a safetensors file where the module has others: a library turns
+    them into such silently.
     """
     kinds = {}
     if path.suffix == ".safetensors":
@@ -104,15 +127,21 @@ def check_loaded(path: Path, module: nn.Module) -> None:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     for name, value in module.state_dict().items():
         if name in kinds and kinds[name].startswith(("F", "BF")) != value.is_floating_point():
-            raise ValueError(f"{path} is damaged: its weights {name} are {kinds[name]}, and not {value.dtype}")
+            raise ValueError(
+                f"{path} is damaged: its weights {name} are {kinds[name]}, and not {value.dtype}"
+            )
     for name, value in module.state_dict().items():
         if not (value.isnan().logical_not().all() if name.endswith("mask") else sound(value)):
-            raise ValueError(f"{path} is damaged: its weights {name} hold values that are no numbers")
+            raise ValueError(
+                f"{path} is damaged: its weights {name} hold values that are no numbers"
+            )
 
 
 @contextmanager
 def fitting(path: Path, what: str) -> Iterator[None]:
-    """Inside, whatever a library raises over settings and weights that do not fit is a ValueError that names `path`."""
+    """Inside, whatever a library raises over settings and weights that do not fit is a ValueError
+    that names `path`.
+    """
     try:
         yield
     except (ImportError, ConnectionError, MemoryError):
@@ -120,18 +149,26 @@ def fitting(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} {what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(
+            f"{path} {what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
-def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callable, Callable, MatchingEncoder | None]:
-    """Model, preprocessing, tokenizer, and our matching encoder where one lies beside them. Nothing in the folder is run.
+def from_folder(
+    folder: Path, name: str, device: str
+) -> tuple[nn.Module, Callable, Callable, MatchingEncoder | None]:
+    """Model, preprocessing, tokenizer, and our matching encoder where one lies beside them. Nothing
+    in the folder is run.
 
-    Nothing is fetched either, unless `name` is of the hub. Raises ValueError for no model, a damaged one, and settings that are
-    not known to be harmless; ConnectionError for a part that is not on this machine.
+    Nothing is fetched either, unless `name` is of the hub. Raises ValueError for no model, a
+    damaged one, and settings that are not known to be harmless; ConnectionError for a part that is
+    not on this machine.
     """
     path = folder / "open_clip_config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is a folder without open_clip_config.json, so it holds no model")
+        raise ValueError(
+            f"{folder} is a folder without open_clip_config.json, so it holds no model"
+        )
     config = read_json(path, "the settings of a model")
     model = check_settings(path, config.get("model_cfg"), "model_cfg")
     for section in ("vision_cfg", "text_cfg"):
@@ -139,25 +176,37 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
     check_preprocessing(path, config.get("preprocess_cfg", {}))
     tower = model["vision_cfg"].get("timm_model_name")
     if tower is not None and not (isinstance(tower, str) and timm.is_model(tower)):
-        raise ValueError(f"{path}: vision_cfg sets 'timm_model_name' to {tower!r}, which is no model that timm itself builds")
+        raise ValueError(
+            f"{path}: vision_cfg sets 'timm_model_name' to {tower!r}, which is no model that timm"
+            " itself builds"
+        )
     source = f"local-dir:{folder}"
     with nullcontext() if name.startswith("hf-hub:") else nothing_fetched(folder):
         with fitting(path, "holds no settings that work"):
             text = text_config(model, name)
             if text.get("hf_model_name"):
                 _check_kind(Path(text["hf_model_name"]) / "config.json")
-            tokenizer = load_tokenizer(text, name, folder)  # before the weights: it is small, and may be out of reach
+            # before the weights: it is small, and may be out of reach
+            tokenizer = load_tokenizer(text, name, folder)
         changed = {"text_cfg": text} if text.get("hf_model_name") else {}
         weights = folder / "open_clip_model.safetensors"
         weights = weights if weights.is_file() else folder  # open_clip knows other names, too
         with fitting(weights, "holds no weights that fit its open_clip_config.json"):
-            clip, preprocess = open_clip.create_model_from_pretrained(source, device=device, **changed)
+            clip, preprocess = open_clip.create_model_from_pretrained(
+                source, device=device, **changed
+            )
     check_loaded(weights, clip)
-    matcher, settings, weights = None, folder / "matching_encoder.json", folder / "matching_encoder.safetensors"
+    matcher, settings, weights = (
+        None,
+        folder / "matching_encoder.json",
+        folder / "matching_encoder.safetensors",
+    )
     if settings.is_symlink() or settings.exists() or weights.exists():  # half of it is damage
         record = read_json(settings, "the settings of a matching encoder")
         if any(type(value) is not int or not 0 < value <= 100_000 for value in record.values()):
-            raise ValueError(f"{settings}: its settings must be whole numbers above 0, not {str(record)[:200]}")
+            raise ValueError(
+                f"{settings}: its settings must be whole numbers above 0, not {str(record)[:200]}"
+            )
         with fitting(settings, "holds no settings of a matching encoder"):
             matcher = MatchingEncoder(**record)
         with fitting(weights, "holds no weights that fit its matching_encoder.json"):
@@ -168,25 +217,37 @@ def from_folder(folder: Path, name: str, device: str) -> tuple[nn.Module, Callab
 
 
 def _check_kind(path: Path) -> None:
-    """Raises ValueError for a text model that `transformers` does not know itself: it would ask to run the folder's own code."""
+    """Raises ValueError for a text model that `transformers` does not know itself: it would ask to
+    run the folder's own code.
+    """
     from transformers import CONFIG_MAPPING
 
     kind = read_json(path, "the settings of a text model").get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{path} is of a kind of text model that transformers does not know: model_type {kind!r}")
+        raise ValueError(
+            f"{path} is of a kind of text model that transformers does not know: model_type"
+            f" {kind!r}"
+        )
 
 
-def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module, Callable, Callable]:
-    """Model, preprocessing and tokenizer of a name that open_clip knows; pretrained: tag or file of its weights.
+def from_name(
+    name: str, pretrained: str | None, device: str
+) -> tuple[nn.Module, Callable, Callable]:
+    """Model, preprocessing and tokenizer of a name that open_clip knows; pretrained: tag or file of
+    its weights.
 
-    Raises ValueError for no tag, an unknown one, or a file that does not fit; ImportError for a missing package; ConnectionError
-    for weights out of reach.
+    Raises ValueError for no tag, an unknown one, or a file that does not fit; ImportError for a
+    missing package; ConnectionError for weights out of reach.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise ValueError(f"{name} needs weights: give pretrained= a file or one of the tags {', '.join(tags) or '(none known)'}")
+        raise ValueError(
+            f"{name} needs weights: give pretrained= a file or one of the tags"
+            f" {', '.join(tags) or '(none known)'}"
+        )
     if not Path(pretrained).is_file() and pretrained not in tags:
-        if Path(pretrained).suffix or Path(pretrained).name != pretrained:  # no tag has a dot or a slash
+        # no tag has a dot or a slash
+        if Path(pretrained).suffix or Path(pretrained).name != pretrained:
             raise ValueError(f"there is no file of weights {pretrained}")
         raise unknown(f"tag of weights for {name}:", pretrained, tags)
     text = text_config(open_clip.get_model_config(name), name)
@@ -194,12 +255,22 @@ def from_name(name: str, pretrained: str | None, device: str) -> tuple[nn.Module
     logging.getLogger(__name__).info("loading %s with weights %s", name, pretrained)
     more = {"text_cfg": text} if text.get("hf_model_name") else {}
     if not Path(pretrained).is_file():
-        look = open_clip.get_pretrained_cfg(name, pretrained)  # how images are to be prepared goes with the weights
-        more |= {f"image_{key}": look[key] for key in ("mean", "std", "interpolation", "resize_mode") if look.get(key)}
-        more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}  # and so does the activation
+        # how images are to be prepared goes with the weights
+        look = open_clip.get_pretrained_cfg(name, pretrained)
+        more |= {
+            f"image_{key}": look[key]
+            for key in ("mean", "std", "interpolation", "resize_mode")
+            if look.get(key)
+        }
+        # and so does the activation
+        more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}
     file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
     try:
-        clip, preprocess = open_clip.create_model_from_pretrained(name, pretrained=str(file), device=device, **more)
+        clip, preprocess = open_clip.create_model_from_pretrained(
+            name, pretrained=str(file), device=device, **more
+        )
     except _UNFIT as error:
-        raise ValueError(f"{file} cannot be loaded as weights of {name}: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{file} cannot be loaded as weights of {name}: {type(error).__name__}: {error}"
+        ) from error
     return clip, preprocess, tokenizer

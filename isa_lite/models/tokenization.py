@@ -1,8 +1,10 @@
-"""A model's tokenizer as a prompt needs it: the ids of a piece of text, and the frame around all the pieces.
+"""A model's tokenizer as a prompt needs it: the ids of a piece of text, and the frame around all
+the pieces.
 
-open_clip has two kinds of tokenizers: its own (`SimpleTokenizer`), and a wrapper of one of `transformers`
-(`HFTokenizer`). They differ in what stands before and behind a text and in what fills the rest of the row, and
-text towers look at all of it. The frame is therefore read off the tokenizer's own rows, not assumed. Ours.
+open_clip has two kinds of tokenizers: its own (`SimpleTokenizer`), and a wrapper of one of
+`transformers` (`HFTokenizer`). They differ in what stands before and behind a text and in what
+fills the rest of the row, and text towers look at all of it. The frame is therefore read off the
+tokenizer's own rows, not assumed. Ours.
 """
 
 from __future__ import annotations
@@ -17,65 +19,91 @@ import open_clip
 from isa_lite.support.checkpoint import read_json
 from isa_lite.support.hub import tokenizer_folder
 
-#: A word that stands before a piece which does not start the prompt, while that piece is encoded; its ids are dropped.
+#: A word that stands before a piece which does not start the prompt, while that piece is encoded;
+#: its ids are dropped.
 ANCHOR = "a"
 
 
 def _settled(text: str, clean: Callable[[str], str]) -> str:
-    """Cleaned until nothing changes: cleaning turns "&lt;" into "<", and "&amp;lt;" only on the second go."""
+    """Cleaned until nothing changes: cleaning turns "&lt;" into "<", and "&amp;lt;" only on the
+    second go.
+    """
     while (cleaned := clean(text)) != text:
         text = cleaned
     return text
 
 
 class Words:
-    """Text -> ids without a frame (`ids`), ids -> a whole row of the text tower (`frame`), an id -> its text (`word`).
+    """Text -> ids without a frame (`ids`), ids -> a whole row of the text tower (`frame`), an id ->
+    its text (`word`).
 
-    prefix, suffix: ids before and behind the text; pad: fills the row; room: how many ids fit between; placeholder: an id
-    that no pooling and no mask takes for something else, for the places of pseudo-words (`reserved`: ids that the text tower
-    itself reads as padding or end).
-    Raises ValueError for a tokenizer of neither kind, and for one that pads on the left.
+    prefix, suffix: ids before and behind the text; pad: fills the row; room: how many ids fit
+    between; placeholder: an id that no pooling and no mask takes for something else, for the places
+    of pseudo-words (`reserved`: ids that the text tower itself reads as padding or end). Raises
+    ValueError for a tokenizer of neither kind, and for one that pads on the left.
     """
 
     def __init__(self, tokenizer, name: str = "", reserved: Sequence[int] = ()):
         self.tokenizer, self.context_length = tokenizer, getattr(tokenizer, "context_length", None)
         self._known: dict[tuple[str, str], list[int]] = {}
-        self.inner = None if hasattr(tokenizer, "eot_token_id") else getattr(tokenizer, "tokenizer", None)
+        self.inner = (
+            None if hasattr(tokenizer, "eot_token_id") else getattr(tokenizer, "tokenizer", None)
+        )
         if hasattr(tokenizer, "eot_token_id"):
             self.special = {tokenizer.sot_token_id, tokenizer.eot_token_id}
-            self.prefix, self.suffix, self.pad, self._tail = [tokenizer.sot_token_id], [tokenizer.eot_token_id], 0, 0
+            self.prefix, self.suffix, self.pad, self._tail = (
+                [tokenizer.sot_token_id],
+                [tokenizer.eot_token_id],
+                0,
+                0,
+            )
             self.room = self.context_length - 2
         elif callable(self.inner) and self.context_length:
             self.special = set(self.inner.all_special_ids) - {self.inner.unk_token_id}
             self._read_frame(name)
         else:
             raise ValueError(
-                f"{name or 'the model'}: prompts are composed for open_clip's own tokenizer (SimpleTokenizer) and for its "
-                f"wrapper of one of transformers (HFTokenizer), and this model has a {type(tokenizer).__name__}"
+                f"{name or 'the model'}: prompts are composed for open_clip's own tokenizer"
+                " (SimpleTokenizer) and for its wrapper of one of transformers (HFTokenizer), and"
+                f" this model has a {type(tokenizer).__name__}"
             )
         taken = self.special | {0, self.pad, *self.prefix, *self.suffix, *reserved}
         self.placeholder = next(i for i in range(1, len(taken) + 2) if i not in taken)
 
     def _read_frame(self, name: str) -> None:
         """Prefix, suffix and pad, from a row with one word and a row with too many."""
-        few, many = self._encode(ANCHOR), self._encode(" ".join([ANCHOR] * (self.context_length + 2)))
-        short, full = self.tokenizer([ANCHOR, " ".join([ANCHOR] * (self.context_length + 2))]).tolist()
+        few, many = (
+            self._encode(ANCHOR),
+            self._encode(" ".join([ANCHOR] * (self.context_length + 2))),
+        )
+        short, full = self.tokenizer(
+            [ANCHOR, " ".join([ANCHOR] * (self.context_length + 2))]
+        ).tolist()
         start = next((i for i in range(len(short)) if few and short[i : i + len(few)] == few), None)
         if start is None or short[:start] != full[:start]:
             raise ValueError(
-                f"{name or 'the model'}: its tokenizer ({type(self.inner).__name__}) pads on the left, or changes words by what "
-                "surrounds them; prompts cannot be composed for it piece by piece"
+                f"{name or 'the model'}: its tokenizer ({type(self.inner).__name__}) pads on the"
+                " left, or changes words by what surrounds them; prompts cannot be composed for it"
+                " piece by piece"
             )
         same = [a == b for a, b in zip(full[start:], many, strict=False)]
         self.room = (same + [False]).index(False)
-        self.prefix, self.suffix, rest = short[:start], full[start + self.room :], short[start + len(few) :]
-        for before in range(len(self.suffix), -1, -1):  # how much of the suffix stands before the padding
+        self.prefix, self.suffix, rest = (
+            short[:start],
+            full[start + self.room :],
+            short[start + len(few) :],
+        )
+        # how much of the suffix stands before the padding
+        for before in range(len(self.suffix), -1, -1):
             behind = self.suffix[before:]
             fill = rest[before : len(rest) - len(behind)]
             if fill and len(set(fill)) == 1 and rest == self.suffix[:before] + fill + behind:
                 self.pad, self._tail = fill[0], len(behind)
                 return
-        raise ValueError(f"{name or 'the model'}: the rows of its tokenizer ({type(self.inner).__name__}) have no plain padding")
+        raise ValueError(
+            f"{name or 'the model'}: the rows of its tokenizer ({type(self.inner).__name__}) have"
+            " no plain padding"
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self.inner(text, add_special_tokens=False).input_ids
@@ -89,26 +117,36 @@ class Words:
 
     def _wrapped_ids(self, text: str, before: str) -> list[int]:
         text = _settled(text, self.tokenizer.clean_fn)
-        for tag in self.inner.all_special_tokens:  # somebody typed "</s>" or "[SEP]": no special token, but characters
+        # somebody typed "</s>" or "[SEP]": no special token, but characters
+        for tag in self.inner.all_special_tokens:
             while len(tag) > 1 and tag in text:
                 text = text.replace(tag, f"{tag[0]} {tag[1:]}")
         ids = self._encode(text) if text else []
         if before and text:  # as the tokenizer writes it within a text, not at its start
-            anchor, whole = self._encode(ANCHOR), self._encode(ANCHOR + " " * (before == "space") + text)
+            anchor, whole = (
+                self._encode(ANCHOR),
+                self._encode(ANCHOR + " " * (before == "space") + text),
+            )
             ids = whole[len(anchor) :] if whole[: len(anchor)] == anchor else ids
         return [i for i in ids if i not in self.special]  # should one have got through all the same
 
     def ids(self, text: str, before: str = "") -> list[int]:
-        """Ids of a piece of text, without a frame. before: what stands before it: nothing (""), a "space" or a "word"."""
+        """Ids of a piece of text, without a frame. before: what stands before it: nothing (""), a
+        "space" or a "word".
+        """
         key = (text, before)
         if key not in self._known:
             if len(self._known) >= 10_000:
                 self._known.clear()
-            self._known[key] = self._wrapped_ids(text, before) if self.inner else self._simple_ids(text)
+            self._known[key] = (
+                self._wrapped_ids(text, before) if self.inner else self._simple_ids(text)
+            )
         return list(self._known[key])
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """The whole row for these ids, which must fit into `room`, as the tokenizer writes it: prefix, ids, suffix, padding."""
+        """The whole row for these ids, which must fit into `room`, as the tokenizer writes it:
+        prefix, ids, suffix, padding.
+        """
         cut = len(self.suffix) - self._tail
         fill = [self.pad] * (self.room - len(ids))
         return [*self.prefix, *ids, *self.suffix[:cut], *fill, *self.suffix[cut:]]
@@ -119,31 +157,41 @@ class Words:
 
 
 def hf_tokenizer(folder: Path, **settings) -> open_clip.tokenizer.HFTokenizer:
-    """A tokenizer of `transformers` from its files. Raises ValueError naming one that is no JSON object; else what they raise."""
+    """A tokenizer of `transformers` from its files. Raises ValueError naming one that is no JSON
+    object; else what they raise.
+    """
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.exists():
             read_json(path, "a tokenizer or its settings")
-    made = open_clip.tokenizer.HFTokenizer(str(folder), local_files_only=True, trust_remote_code=False, **settings)
+    made = open_clip.tokenizer.HFTokenizer(
+        str(folder), local_files_only=True, trust_remote_code=False, **settings
+    )
     made([ANCHOR]), made.tokenizer(ANCHOR)  # some settings are only looked at now
     return made
 
 
 @lru_cache(maxsize=8)
 def _simple(settings: str) -> open_clip.SimpleTokenizer:
-    """open_clip's own tokenizer with these settings (JSON). Shared: its tables take as long to build as a small model to load."""
+    """open_clip's own tokenizer with these settings (JSON). Shared: its tables take as long to
+    build as a small model to load.
+    """
     return open_clip.SimpleTokenizer(**json.loads(settings))
 
 
 def load_tokenizer(text: dict, name: str, folder: Path | None = None):
     """A model's own tokenizer.
 
-    text: the model's text settings; folder: the model's, whose tokenizer files come first.
-    Raises ConnectionError, at once, for a tokenizer that is neither on this machine nor within reach.
+    text: the model's text settings; folder: the model's, whose tokenizer files come first. Raises
+    ConnectionError, at once, for a tokenizer that is neither on this machine nor within reach.
     """
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if not text.get("hf_tokenizer_name"):
-        return _simple(json.dumps({"context_length": length, **(text.get("tokenizer_kwargs") or {})}))
-    own = folder is not None and any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+        return _simple(
+            json.dumps({"context_length": length, **(text.get("tokenizer_kwargs") or {})})
+        )
+    own = folder is not None and any(
+        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
+    )
     return hf_tokenizer(
         folder if own else Path(tokenizer_folder(text["hf_tokenizer_name"], name)),
         context_length=length,

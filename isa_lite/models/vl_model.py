@@ -1,8 +1,10 @@
-"""The frozen vision-language (VL) model: image tower, text tower, and a matching encoder where there is one.
+"""The frozen vision-language (VL) model: image tower, text tower, and a matching encoder where
+there is one.
 
-Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one addition to what they offer: the
-text tower can be entered with *word vectors* instead of token ids, which is how pseudo-words get in (text_tower.py). The small
-model that we ship and ViT-L-14 go through the same code.
+Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one
+addition to what they offer: the text tower can be entered with *word vectors* instead of token ids,
+which is how pseudo-words get in (text_tower.py). The small model that we ship and ViT-L-14 go
+through the same code.
 
 Shapes: B batch, T text positions, N patches, D word-embedding width, E embedding width.
 """
@@ -35,12 +37,16 @@ from isa_lite.support.settings import DATA, SCENES_CLIP
 
 
 def check_texts(texts: object, what: str = "texts") -> list[str]:
-    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for what is no text.
+    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for
+    what is no text.
 
     A text alone would be taken for a list of its letters.
     """
     if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__getitem__"):
-        raise ValueError(f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a list")
+        raise ValueError(
+            f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a"
+            " list"
+        )
     if len(texts) == 0:
         raise ValueError(f"{what} is empty; give at least one text")
     for i, one in enumerate(texts):
@@ -52,27 +58,42 @@ def check_texts(texts: object, what: str = "texts") -> list[str]:
 class VLModel(nn.Module):
     """A model of open_clip (or a `Blip`), frozen unless you unfreeze it, with what ISA asks of it.
 
-    clip: the model; preprocess: PIL image -> 3 x H x W; tokenizer: list of texts -> B x T ids; matcher: a
-    `MatchingEncoder`, the matching head of a BLIP, or None; name: for messages and cards.
-    Raises ValueError for a text tower that cannot be entered with word vectors.
+    clip: the model; preprocess: PIL image -> 3 x H x W; tokenizer: list of texts -> B x T ids;
+    matcher: a `MatchingEncoder`, the matching head of a BLIP, or None; name: for messages and
+    cards. Raises ValueError for a text tower that cannot be entered with word vectors.
     """
 
-    def __init__(self, clip: nn.Module, preprocess, tokenizer, matcher: Callable | None = None, name: str = ""):
+    def __init__(
+        self,
+        clip: nn.Module,
+        preprocess,
+        tokenizer,
+        matcher: Callable | None = None,
+        name: str = "",
+    ):
         super().__init__()
         self.tower = text_tower(clip, name)
         self.words = Words(tokenizer, name or type(clip).__name__, self.tower.reserved)
         self.context_length: int = self.words.context_length
         if self.tower.context_length not in (0, self.context_length):
             raise ValueError(
-                f"{name or type(clip).__name__}: its tokenizer makes rows of {self.context_length} ids, "
-                f"and its text tower reads {self.tower.context_length}"
+                f"{name or type(clip).__name__}: its tokenizer makes rows of {self.context_length}"
+                f" ids, and its text tower reads {self.tower.context_length}"
             )
-        if self.words.pad != getattr(self.tower, "pad", self.words.pad):  # transformers guesses what is not there
+        # transformers guesses what is not there
+        if self.words.pad != getattr(self.tower, "pad", self.words.pad):
             raise ValueError(
-                f"{name or type(clip).__name__}: its tokenizer pads with the id {self.words.pad}, and its text tower knows "
-                f"{self.tower.pad}; are tokenizer.json and tokenizer_config.json there, and its own?"
+                f"{name or type(clip).__name__}: its tokenizer pads with the id {self.words.pad},"
+                f" and its text tower knows {self.tower.pad}; are tokenizer.json and"
+                " tokenizer_config.json there, and its own?"
             )
-        self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = clip, preprocess, tokenizer, matcher, name
+        self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = (
+            clip,
+            preprocess,
+            tokenizer,
+            matcher,
+            name,
+        )
         #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
         self.matcher_reads_words: bool = getattr(clip, "matcher_reads_words", False)
         self._hashed: tuple[list, str] = [], ""  # see `fingerprint`
@@ -81,7 +102,8 @@ class VLModel(nn.Module):
         self.image_size: int = size if isinstance(size, int) else size[0]
         self.eval().requires_grad_(False)
 
-    # ------------------------------------------------------------------------------------------- text
+    # -------------------------------------------------------------------------------------------
+    # text
 
     @property
     def _text(self) -> nn.Module:
@@ -98,10 +120,13 @@ class VLModel(nn.Module):
         Our pre-training leaves the vectors of words it never saw at zero; those do not count.
         """
         norms = self.tower.table.weight.detach().float().norm(dim=1)
-        return float(norms[norms > 0].median() * getattr(self.tower.table, "embed_scale", 1))  # NLLB's table scales its output
+        # NLLB's table scales its output
+        return float(norms[norms > 0].median() * getattr(self.tower.table, "embed_scale", 1))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> B x context_length ids, with the model's own tokenizer (which cuts what is too long)."""
+        """Texts -> B x context_length ids, with the model's own tokenizer (which cuts what is too
+        long).
+        """
         return self.tokenizer(check_texts(texts)).to(self.device)
 
     def word_vectors(self, ids: Tensor) -> Tensor:
@@ -109,7 +134,8 @@ class VLModel(nn.Module):
         return self.tower.table(ids)
 
     def text_tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        """Contextual tokens: B x T x D word vectors and B x T ids (for the padding) -> B x T x width, before pooling.
+        """Contextual tokens: B x T x D word vectors and B x T ids (for the padding) -> B x T x
+        width, before pooling.
 
         A CoCa appends a token of its own: it gives B x (T + 1) x width.
         """
@@ -124,14 +150,18 @@ class VLModel(nn.Module):
         return F.normalize(self.tower.project(tokens).float(), dim=-1)
 
     def cut(self, ids: Tensor) -> Tensor:
-        """B x T ids without the columns past the longest text, where the tower never looks at those."""
+        """B x T ids without the columns past the longest text, where the tower never looks at
+        those.
+        """
         return self.tower.cut(ids)
 
     def encode_vectors(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
-        """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x E.
+        """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x
+        E.
 
-        known: how many positions at the start are words, not pseudo-words, and the same in every row and many calls: a tower
-        that never looks ahead reads them once (`OpenClipText.embed`). No gradient flows into them.
+        known: how many positions at the start are words, not pseudo-words, and the same in every
+        row and many calls: a tower that never looks ahead reads them once (`OpenClipText.embed`).
+        No gradient flows into them.
         """
         return self.project_tokens(self.tower.embed(vectors, ids, known))
 
@@ -142,37 +172,55 @@ class VLModel(nn.Module):
     @checked(batch_size=whole(1))
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no list of texts."""
+        """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no
+        list of texts.
+        """
         texts, parts = check_texts(texts), []
         for start in range(0, len(texts), batch_size):
-            parts.append(self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu())
+            parts.append(
+                self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu()
+            )
         return self._checked(torch.cat(parts))
 
     def _checked(self, embeddings: Tensor) -> Tensor:
-        """Embeddings B x E of length 1. Raises ValueError for others, as weights that are damaged make them."""
-        if not ((torch.linalg.vector_norm(embeddings.float(), dim=-1) - 1).abs() <= 0.01).all():  # False for nan, too
-            raise ValueError(f"{self.name or 'the model'} gives embeddings that are zero or no numbers; are its weights damaged?")
+        """Embeddings B x E of length 1. Raises ValueError for others, as weights that are damaged
+        make them.
+        """
+        # False for nan, too
+        if not ((torch.linalg.vector_norm(embeddings.float(), dim=-1) - 1).abs() <= 0.01).all():
+            raise ValueError(
+                f"{self.name or 'the model'} gives embeddings that are zero or no numbers; are its"
+                " weights damaged?"
+            )
         return embeddings
 
-    # ------------------------------------------------------------------------------------------ images
+    # ------------------------------------------------------------------------------------------
+    # images
 
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images -> B x 3 x H x W on the CPU, normalised as the model wants them."""
         visual = self.clip.visual
-        return to_pixels(images, self.preprocess, self.image_size, visual.image_mean, visual.image_std)
+        return to_pixels(
+            images, self.preprocess, self.image_size, visual.image_mean, visual.image_std
+        )
 
     def _at_home(self, pixels: Tensor) -> Tensor:
         """Pixels where the image tower is, in its precision: half, for one."""
-        kind = next((p.dtype for p in self.clip.visual.parameters() if p.is_floating_point()), pixels.dtype)
+        kind = next(
+            (p.dtype for p in self.clip.visual.parameters() if p.is_floating_point()), pixels.dtype
+        )
         return pixels.to(self.device, kind)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> L2-normalised image embeddings B x E."""
         out = self.clip.encode_image(self._at_home(pixels))
-        return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)  # some give their tokens as well
+        # some give their tokens as well
+        return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)
 
     def encode_pixels_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens B x N x width."""
+        """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens
+        B x N x width.
+        """
         visual, pixels = self.clip.visual, self._at_home(pixels)
         try:  # vision transformers give B x N x C, convolutional towers only B x C x H x W
             out = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")
@@ -184,21 +232,27 @@ class VLModel(nn.Module):
         return F.normalize(out["image_features"].float(), dim=-1), local
 
     def project_patches(self, patches: Tensor) -> Tensor:
-        """Local tokens B x N x width -> L2-normalised in the joint space, B x N x E, as the tower projects its global one.
+        """Local tokens B x N x width -> L2-normalised in the joint space, B x N x E, as the tower
+        projects its global one.
 
-        An attention pool projects each position as if it had all the attention (as MaskCLIP does). Raises
-        ValueError for a tower that has no such projection.
+        An attention pool projects each position as if it had all the attention (as MaskCLIP does).
+        Raises ValueError for a tower that has no such projection.
         """
         project = self._patch_projection()
         if project is None:
-            raise ValueError(f"{self.name}: a {type(self.clip.visual).__name__} does not project patches; set lar_weight to 0")
+            raise ValueError(
+                f"{self.name}: a {type(self.clip.visual).__name__} does not project patches; set"
+                " lar_weight to 0"
+            )
         return F.normalize(project(patches).float(), dim=-1)
 
     def _patch_projection(self) -> Callable[[Tensor], Tensor] | None:
         visual = self.clip.visual
         if hasattr(visual, "project_patches"):
             return visual.project_patches
-        parts = [getattr(visual, part, None) is not None for part in ("ln_post", "proj", "attn_pool")]
+        parts = [
+            getattr(visual, part, None) is not None for part in ("ln_post", "proj", "attn_pool")
+        ]
         if parts == [True, True, False]:  # CoCa's pooler stands between patches and projection
             return lambda patches: visual.ln_post(patches) @ visual.proj
         if hasattr(getattr(visual, "attnpool", None), "c_proj"):
@@ -206,70 +260,108 @@ class VLModel(nn.Module):
         return None
 
     def check_lar(self) -> None:
-        """Raises ValueError for a model with which LAR cannot work: one without matching encoder and projection of patches."""
+        """Raises ValueError for a model with which LAR cannot work: one without matching encoder
+        and projection of patches.
+        """
         if self.matcher is None and self._patch_projection() is None:
             self.project_patches(torch.empty(0))
 
     @checked(batch_size=whole(1))
     @torch.no_grad()
-    def encode_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+    def encode_images(
+        self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 64
+    ) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU.
 
-        A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is no list of pictures.
+        A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is
+        no list of pictures.
         """
         check_images(images)
         starts = range(0, len(images), batch_size)
-        return self._checked(torch.cat([self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts]))
+        return self._checked(
+            torch.cat(
+                [self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts]
+            )
+        )
 
     @property
     def fingerprint(self) -> str:
-        """A key that changes with any weight, the activation or the preprocessing; what is cached on disk is filed under it."""
+        """A key that changes with any weight, the activation or the preprocessing; what is cached
+        on disk is filed under it.
+        """
         tensors = sorted(self.state_dict().items())
-        state = [repr(self.preprocess), any(isinstance(module, QuickGELU) for module in self.modules()), *map(_trace, tensors)]
+        state = [
+            repr(self.preprocess),
+            any(isinstance(module, QuickGELU) for module in self.modules()),
+            *map(_trace, tensors),
+        ]
         if self._hashed[0] != state:  # a large model takes seconds
             self._hashed = state, self._hash(tensors)
         return self._hashed[1]
 
     def _hash(self, tensors: Sequence[tuple[str, Tensor]]) -> str:
         digest = hashlib.sha256(repr(self.preprocess).encode())
-        if any(isinstance(module, QuickGELU) for module in self.modules()):  # which the weights do not show
+        # which the weights do not show
+        if any(isinstance(module, QuickGELU) for module in self.modules()):
             digest.update(b"QuickGELU")
         for key, value in tensors:
             digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
 
 def _trace(named: tuple[str, Tensor]) -> tuple:
-    """What shows that a tensor has changed: where it is, how often it was written, and some of its values."""
+    """What shows that a tensor has changed: where it is, how often it was written, and some of its
+    values.
+    """
     name, value = named
     some = value.detach().flatten()[:: max(1, value.numel() // 64)].tolist()
-    return name, value.data_ptr(), 0 if value.is_inference() else value._version, value.dtype, str(some)
+    return (
+        name,
+        value.data_ptr(),
+        0 if value.is_inference() else value._version,
+        value.dtype,
+        str(some),
+    )
 
 
 @checked(name=path_name(), pretrained=optional(text()), device=text())
-def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu") -> VLModel:
+def load_vl_model(
+    name: str = SCENES_CLIP, pretrained: str | None = None, device: str = "cpu"
+) -> VLModel:
     """Load a VL model, frozen and in evaluation mode.
 
-    name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of transformers; the name of any
-    open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub; `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
-    pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from the cache) or a file; every
-    other model brings its own weights.
-    Raises ValueError for an unknown name or tag (with the nearest ones), a device that is not there, a model without weights, or
-    one that cannot be entered with word vectors; ImportError where a package is missing; ConnectionError, at once, where what
-    you named is out of reach.
+    name: `scenes-clip` (shipped); a folder in open_clip's local-dir layout, or with a BLIP of
+    transformers; the name of any open_clip model; `hf-hub:ORG/NAME`, an open_clip model on the hub;
+    `blip:ORG/NAME` or `blip:FOLDER`, a BLIP.
+    pretrained: for the name of an open_clip model, the tag of its weights (fetched, or taken from
+    the cache) or a file; every other model brings its own weights. Raises ValueError for an unknown
+    name or tag (with the nearest ones), a device that is not there, a model without weights, or one
+    that cannot be entered with word vectors; ImportError where a package is missing;
+    ConnectionError, at once, where what you named is out of reach.
     """
     check_device(device)
     name = os.fspath(name)
-    own = name == SCENES_CLIP or name.startswith(("blip:", "hf-hub:", "local-dir:")) or Path(name).is_dir()
+    own = (
+        name == SCENES_CLIP
+        or name.startswith(("blip:", "hf-hub:", "local-dir:"))
+        or Path(name).is_dir()
+    )
     if pretrained and own:
-        raise ValueError(f"pretrained={pretrained!r} is for names of open_clip alone: {name} comes with its own weights")
+        raise ValueError(
+            f"pretrained={pretrained!r} is for names of open_clip alone: {name} comes with its own"
+            " weights"
+        )
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
     if name.startswith("blip:") or is_blip(folder):
         clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)
         return VLModel(clip, preprocess, tokenizer, clip.match, name)
     if name.startswith("hf-hub:"):
-        folder = repository(name.removeprefix("hf-hub:"), "a model of open_clip", "open_clip_config.json", WEIGHTS)
+        folder = repository(
+            name.removeprefix("hf-hub:"), "a model of open_clip", "open_clip_config.json", WEIGHTS
+        )
     if folder.is_dir():
         return _checked(VLModel(*from_folder(folder, name, device), name))
     if name not in open_clip.list_models():
@@ -279,13 +371,19 @@ def load_vl_model(name: str = SCENES_CLIP, pretrained: str | None = None, device
 
 @torch.no_grad()
 def _checked(vl: VLModel) -> VLModel:
-    """The model, if its text tower gives the same from word vectors as from ids (tried on one text); ValueError otherwise."""
+    """The model, if its text tower gives the same from word vectors as from ids (tried on one
+    text); ValueError otherwise.
+    """
     ids = vl.tokenize(["a photo of a cat"])
     short, theirs = vl.cut(ids), vl.clip.encode_text(ids, normalize=True).float()
-    ways = vl.encode_ids(short), vl.pool(vl.text_tokens(vl.word_vectors(short), short), short)  # of queries, and of training
+    # of queries, and of training
+    ways = vl.encode_ids(short), vl.pool(vl.text_tokens(vl.word_vectors(short), short), short)
     off = max(float((ours - theirs).abs().max()) for ours in ways)
     if not off <= 1e-2:
-        raise ValueError(f"{vl.name}: its text tower gives something else from word vectors than from ids (off by {off:.2g})")
+        raise ValueError(
+            f"{vl.name}: its text tower gives something else from word vectors than from ids (off"
+            f" by {off:.2g})"
+        )
     return vl
 
 
@@ -307,7 +405,9 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, for cards; "unknown" outside a checkout, with "-dirty" where it was changed."""
+    """The commit of the code that runs, for cards; "unknown" outside a checkout, with "-dirty"
+    where it was changed.
+    """
     where = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,10 @@
-"""Pre-training of a small VL model on a folder of captioned images: a closed domain, without any download. Ours.
+"""Pre-training of a small VL model on a folder of captioned images: a closed domain, without any
+download. Ours.
 
     python -m isa_lite pretrain_folder --images DIR --captions DIR/captions.csv --out DIR
 
-The loops are those of `pretrain`, the batches come from `folder_batches`. The result is a folder in open_clip's local-dir layout,
-for `load_vl_model` or open_clip itself.
+The loops are those of `pretrain`, the batches come from `folder_batches`. The result is a folder in
+open_clip's local-dir layout, for `load_vl_model` or open_clip itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ import torch
 from tqdm.auto import tqdm
 
 from isa_lite.models.vl_model import VLModel, commit, load_vl_model, machine
-from isa_lite.pretraining.folder_batches import CHANGES, LOSSES, PROMPT, FolderBatches, split, words_of
+from isa_lite.pretraining.folder_batches import (
+    CHANGES,
+    LOSSES,
+    PROMPT,
+    FolderBatches,
+    split,
+    words_of,
+)
 from isa_lite.pretraining.towers import export, train_matcher, train_towers
 from isa_lite.retrieval.own_data import fingerprint
 from isa_lite.support.checkpoint import write_text
@@ -35,9 +43,19 @@ FEWEST = 8  # different captions, below which there is nothing to contrast
 
 def _may_say(texts: Sequence[str], config: FolderConfig) -> list[str]:
     """Everything that a batch may say, piece by piece: the words whose vectors are trained."""
-    phrases = [p.format(a="", b="", old="") for p in (*CHANGES, *LOSSES)] if config.change > 0 and config.related > 0 else []
+    phrases = (
+        [p.format(a="", b="", old="") for p in (*CHANGES, *LOSSES)]
+        if config.change > 0 and config.related > 0
+        else []
+    )
     prompt = [PROMPT.format("")] if config.prompted > 0 else []
-    return [*texts, *(f"{t}," for t in texts), *(" ".join(words_of(t)) for t in texts), *phrases, *prompt]
+    return [
+        *texts,
+        *(f"{t}," for t in texts),
+        *(" ".join(words_of(t)) for t in texts),
+        *phrases,
+        *prompt,
+    ]
 
 
 def pretrain_folder(
@@ -49,12 +67,14 @@ def pretrain_folder(
     log: Callable[[str], None] = tqdm.write,
     checkpoint_minutes: float = MINUTES,
 ) -> VLModel:
-    """Both towers, contrastive, then the matching encoder with hardest negatives; written to `out` and loaded from there.
+    """Both towers, contrastive, then the matching encoder with hardest negatives; written to `out`
+    and loaded from there.
 
-    captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of checkpoints, to resume from
-    (see `runs.Keeper`).
-    `out` is then a folder in open_clip's local-dir layout, with training.json beside the weights. Warns of captions that are
-    too long for the text tower. Raises ValueError for too few different captions, and for a `run` of other settings or data.
+    captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of
+    checkpoints, to resume from (see `runs.Keeper`). `out` is then a folder in open_clip's local-dir
+    layout, with training.json beside the weights. Warns of captions that are too long for the text
+    tower. Raises ValueError for too few different captions, and for a `run` of other settings or
+    data.
     """
     out, run = Path(out), Path(run) if run else None
     rows, unseen = split(captions, config.held_out, config.seed)
@@ -62,35 +82,45 @@ def pretrain_folder(
     different = len({tuple(words_of(t)) or t for t in batches.texts})
     if different < FEWEST:
         raise ValueError(
-            f"the {len(rows)} training images have {different} different captions, and {FEWEST} are needed: "
-            "caption more of them, or take a trained model (vl_model)"
+            f"the {len(rows)} training images have {different} different captions, and {FEWEST} are"
+            " needed: caption more of them, or take a trained model (vl_model)"
         )
     towers = run / "towers.safetensors" if run else None
     config = with_dtype(config, towers)
     config.data = fingerprint(images, captions)
-    vl, seconds = train_towers(config, towers, log, batches.source, _may_say(batches.texts, config), checkpoint_minutes)
+    vl, seconds = train_towers(
+        config, towers, log, batches.source, _may_say(batches.texts, config), checkpoint_minutes
+    )
     minutes = {"towers": round(seconds / 60, 1)}
     cut = sum(int(ids[-1]) != 0 for ids in vl.tokenize(batches.texts))
     if cut:
         warnings.warn(
-            f"{cut} captions are longer than {config.context_length} tokens; the model has read their beginnings", stacklevel=2
+            f"{cut} captions are longer than {config.context_length} tokens; the model has read"
+            " their beginnings",
+            stacklevel=2,
         )
     if config.matching_steps:
         matching = run / "matching_encoder.safetensors" if run else None
-        vl.matcher, seconds = train_matcher(vl, config, matching, log, batches.source, checkpoint_minutes)
+        vl.matcher, seconds = train_matcher(
+            vl, config, matching, log, batches.source, checkpoint_minutes
+        )
         minutes["matching encoder"] = round(seconds / 60, 1)
     export(vl, config, out)
     record = {
         "commit": commit(),
         "config": asdict(config),
         "data": {
-            "images": len(images), "captioned": len(rows) + len(unseen), "held out": len(unseen), "captions": len(batches.texts),
-            "captions with a relative": sum(map(bool, batches.relatives.places)), "captions that were cut": cut,
+            "images": len(images),
+            "captioned": len(rows) + len(unseen),
+            "held out": len(unseen),
+            "captions": len(batches.texts),
+            "captions with a relative": sum(map(bool, batches.relatives.places)),
+            "captions that were cut": cut,
         },
         "minutes": minutes,
         "machine": machine(),
         "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
     write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
     return load_vl_model(str(out), device=config.device)

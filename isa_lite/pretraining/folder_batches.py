@@ -1,12 +1,15 @@
 """Batches of captioned images from a folder, made so that a small VL model learns to compose. Ours.
 
-Scenes can be edited at will, a folder cannot, so both things that help in `pretrain` are looked for in the captions.
-Two captions are *relatives* when they differ in one short run of words, as "man student" and "woman student" do.
+Scenes can be edited at will, a folder cannot, so both things that help in `pretrain` are looked for
+in the captions. Two captions are *relatives* when they differ in one short run of words, as "man
+student" and "woman student" do.
 
-- *Families*: a batch holds images together with relatives of theirs, as hard negatives of one another.
-- *The language of change*: the second of two relatives is also described from the first, "man student, but a woman". The words
-  come from the two captions and from `CHANGES`, a list of plain phrases; no query is read, so evaluation stays zero-shot. Where
-  the phrases resemble the words of the queries ("with {b}"), composing gains more than elsewhere: write them before you look.
+- *Families*: a batch holds images together with relatives of theirs, as hard negatives of one
+another.
+- *The language of change*: the second of two relatives is also described from the first, "man
+  student, but a woman". The words come from the two captions and from `CHANGES`, a list of plain
+  phrases; no query is read, so evaluation stays zero-shot. Where the phrases resemble the words of
+  the queries ("with {b}"), composing gains more than elsewhere: write them before you look.
 """
 
 from __future__ import annotations
@@ -26,34 +29,59 @@ from isa_lite.distill import batch_indices
 from isa_lite.support.images import ImageFolder
 from isa_lite.support.settings import FolderConfig
 
-#: How a caption {a}, and the words {b} in the place of its words {old}, describe another image; in another language, write yours.
+#: How a caption {a}, and the words {b} in the place of its words {old}, describe another image; in
+#: another language, write yours.
 CHANGES = (
-    "{a}, but {b}", "{a}, but a {b}", "{a}, now {b}", "{a}, {b} instead", "{a}, with {b}", "{a}, with a {b}", "{a}, as a {b}",
-    "{a}, on {b}", "{a}, in {b}", "{a}, make it {b}", "{a}, change it to {b}", "{a}, {b} instead of {old}",
+    "{a}, but {b}",
+    "{a}, but a {b}",
+    "{a}, now {b}",
+    "{a}, {b} instead",
+    "{a}, with {b}",
+    "{a}, with a {b}",
+    "{a}, as a {b}",
+    "{a}, on {b}",
+    "{a}, in {b}",
+    "{a}, make it {b}",
+    "{a}, change it to {b}",
+    "{a}, {b} instead of {old}",
     "{a}, {b} and not {old}",
-)  # fmt: skip
+)
 #: The same where nothing takes the place of {old}.
-LOSSES = ("{a}, but without {old}", "{a}, without the {old}", "{a}, but no {old}", "{a}, not {old}", "{a}, remove the {old}")
+LOSSES = (
+    "{a}, but without {old}",
+    "{a}, without the {old}",
+    "{a}, but no {old}",
+    "{a}, not {old}",
+    "{a}, remove the {old}",
+)
 PROMPT = "a photo of {}"  # queries begin with it, so captions must know it
 _AROUND = string.punctuation + "…“”‘’«»、。，：；！？（）"
 LONGEST = 3  # words that relatives may differ in
-TOO_LONG = 30  # words; longer captions have no relatives, since nearly none would differ in one place alone
+# words; longer captions have no relatives, since nearly none would differ in one place alone
+TOO_LONG = 30
 KEEP = 2 << 30  # bytes of pictures kept in memory at the model's size
 
 
-def split(captions: Sequence[Sequence[str]], held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the captioned images that training sees, and of those that it does not; both sorted."""
+def split(
+    captions: Sequence[Sequence[str]], held_out: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the captioned images that training sees, and of those that it does not; both
+    sorted.
+    """
     captioned = np.array([i for i, said in enumerate(captions) if said])
     order = np.random.default_rng((seed, 10)).permutation(captioned)
     count = round(held_out * len(captioned))
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-# ------------------------------------------------------------------------------------------------ relatives
+# ------------------------------------------------------------------------------------------------
+# relatives
 
 
 def clauses_of(caption: str) -> list[list[str]]:
-    """The words of a caption in lower case, without the punctuation around them, in the groups that punctuation makes."""
+    """The words of a caption in lower case, without the punctuation around them, in the groups that
+    punctuation makes.
+    """
     clauses: list[list[str]] = [[]]
     for token in caption.lower().split():
         word = token.strip(_AROUND)
@@ -72,19 +100,26 @@ def words_of(caption: str) -> list[str]:
 
 
 class Relatives:
-    """Which captions differ in one run of at most `LONGEST` words of a clause (in one of the two it may be empty), and in which.
+    """Which captions differ in one run of at most `LONGEST` words of a clause (in one of the two it
+    may be empty), and in which.
 
-    Every caption is filed under each of its frames: what is left of it around a run of words. Captions of the same frame
-    with other words in its place are relatives. A frame has at least one word.
+    Every caption is filed under each of its frames: what is left of it around a run of words.
+    Captions of the same frame with other words in its place are relatives. A frame has at least one
+    word.
     """
 
     def __init__(self, captions: Sequence[str]):
         self.words = [words_of(c) for c in captions]
-        filed: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # frame -> caption, first and last of the run
+        # frame -> caption, first and last of the run
+        filed: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for i, (caption, words) in enumerate(zip(captions, self.words, strict=True)):
             for start, stop in self._runs(caption) if 0 < len(words) <= TOO_LONG else ():
                 filed[hash((tuple(words[:start]), tuple(words[stop:])))].append((i, start, stop))
-        self.frames = {key: found for key, found in filed.items() if len({tuple(self.words[i]) for i, _, _ in found}) > 1}
+        self.frames = {
+            key: found
+            for key, found in filed.items()
+            if len({tuple(self.words[i]) for i, _, _ in found}) > 1
+        }
         self.places: list[list[tuple[int, int, int]]] = [[] for _ in self.words]
         for key, found in self.frames.items():
             for i, start, stop in found:
@@ -96,35 +131,52 @@ class Relatives:
         runs, begin, total = [], 0, len(words_of(caption))
         for clause in clauses_of(caption):
             end = begin + len(clause)
-            runs += [(s, t) for s in range(begin, end + 1) for t in range(s, min(s + LONGEST, end) + 1) if t - s < total]
+            runs += [
+                (s, t)
+                for s in range(begin, end + 1)
+                for t in range(s, min(s + LONGEST, end) + 1)
+                if t - s < total
+            ]
             begin = end
         return dict.fromkeys(runs)  # each once, in a fixed order
 
     def draw(self, i: int, rng: np.random.Generator) -> tuple[int, str, str] | None:
-        """A relative of caption i: its number, the words that only caption i has there, and those that only the other has."""
+        """A relative of caption i: its number, the words that only caption i has there, and those
+        that only the other has.
+        """
         if not self.places[i]:
             return None
         key, start, stop = self.places[i][rng.integers(len(self.places[i]))]
         own = self.words[i][start:stop]
-        others = [(j, self.words[j][s:e]) for j, s, e in self.frames[key] if self.words[j][s:e] != own]
+        others = [
+            (j, self.words[j][s:e]) for j, s, e in self.frames[key] if self.words[j][s:e] != own
+        ]
         j, theirs = others[rng.integers(len(others))]
         return j, " ".join(own), " ".join(theirs)
 
 
 def say_change(a: str, old: str, new: str, rng: np.random.Generator) -> str:
-    """Caption `a`, and that the words `new` take the place of its words `old`; one of the two may be empty."""
+    """Caption `a`, and that the words `new` take the place of its words `old`; one of the two may
+    be empty.
+    """
     possible = [phrase for phrase in CHANGES if old or "{old}" not in phrase] if new else LOSSES
     return possible[rng.integers(len(possible))].format(a=a, b=new, old=old)
 
 
-# -------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------
+# batches
 
 
 def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8 images B x S x S x 3, each enlarged or reduced and shifted by up to the part `zoom`; its border goes on outwards."""
+    """uint8 images B x S x S x 3, each enlarged or reduced and shifted by up to the part `zoom`;
+    its border goes on outwards.
+    """
     if zoom == 0:
         return images
-    scale, shift = 1 + rng.uniform(-zoom, zoom, len(images)), rng.uniform(-zoom, zoom, (len(images), 2))
+    scale, shift = (
+        1 + rng.uniform(-zoom, zoom, len(images)),
+        rng.uniform(-zoom, zoom, (len(images), 2)),
+    )
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(scale)
     theta[:, :, 2] = torch.from_numpy(shift)
@@ -135,22 +187,36 @@ def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndar
 
 
 class FolderBatches(Dataset):
-    """Batch number `i`, as `towers.SceneBatches` gives it: uint8 images B x S x S x 3, captions, owners.
+    """Batch number `i`, as `towers.SceneBatches` gives it: uint8 images B x S x S x 3, captions,
+    owners.
 
-    No two images of a batch share the caption that was drawn for them: neither could tell its own text from the other's; so B
-    is smaller where there are few different captions. A batch depends on the seed, the purpose and its number alone.
+    No two images of a batch share the caption that was drawn for them: neither could tell its own
+    text from the other's; so B is smaller where there are few different captions. A batch depends
+    on the seed, the purpose and its number alone.
     """
 
-    def __init__(self, images: ImageFolder, captions: Sequence[Sequence[str]], rows: np.ndarray, config: FolderConfig):
+    def __init__(
+        self,
+        images: ImageFolder,
+        captions: Sequence[Sequence[str]],
+        rows: np.ndarray,
+        config: FolderConfig,
+    ):
         """rows: the images to train on, each with a caption."""
         self.images, self.rows, self.config = images, rows, config
         self.texts = [text for i in rows for text in captions[i]]  # numbered through
         self.owner = [int(i) for i in rows for _ in captions[i]]
-        self.said: dict[int, list[int]] = defaultdict(list)  # of each image, the numbers of its captions
+        # of each image, the numbers of its captions
+        self.said: dict[int, list[int]] = defaultdict(list)
         for number, image in enumerate(self.owner):
             self.said[image].append(number)
         self.relatives = Relatives(self.texts)
-        self.squared = T.Compose([T.Resize(config.image_size, T.InterpolationMode.BICUBIC), T.CenterCrop(config.image_size)])
+        self.squared = T.Compose(
+            [
+                T.Resize(config.image_size, T.InterpolationMode.BICUBIC),
+                T.CenterCrop(config.image_size),
+            ]
+        )
         self.kept: dict[int, np.ndarray] = {}
         self.purpose = self.start = self.stop = 0
 
@@ -166,10 +232,16 @@ class FolderBatches(Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, list[str], list[int]]:
         shown, texts, owner = self.chosen(self.start + i)
         rng = np.random.default_rng((self.config.seed, self.purpose, self.start + i, 2))
-        return jitter(np.stack([self.square(j) for j in shown]), self.config.zoom, rng), texts, owner
+        return (
+            jitter(np.stack([self.square(j) for j in shown]), self.config.zoom, rng),
+            texts,
+            owner,
+        )
 
     def square(self, i: int) -> np.ndarray:
-        """Picture i at the model's size, S x S x 3, resized and cropped as open_clip does for the exported model."""
+        """Picture i at the model's size, S x S x 3, resized and cropped as open_clip does for the
+        exported model.
+        """
         if i in self.kept:
             return self.kept[i]
         picture = np.asarray(self.squared(self.images[i]))
@@ -178,10 +250,13 @@ class FolderBatches(Dataset):
         return picture
 
     def chosen(self, number: int) -> tuple[list[int], list[str], list[int]]:
-        """Of a batch: its images, their captions, and which image (by its place in the batch) each caption belongs to."""
+        """Of a batch: its images, their captions, and which image (by its place in the batch) each
+        caption belongs to.
+        """
         c = self.config
         rng = np.random.default_rng((c.seed, self.purpose, number))
-        words = np.random.default_rng((c.seed, self.purpose, number, 1))  # apart, so that `change` leaves the images as they are
+        # apart, so that `change` leaves the images as they are
+        words = np.random.default_rng((c.seed, self.purpose, number, 1))
         shown: list[int] = []
         texts: list[str] = []
         owner: list[int] = []
@@ -192,7 +267,9 @@ class FolderBatches(Dataset):
             owner.append(len(shown))
 
         def take(caption: int, change: tuple[int, str, str] | None = None) -> None:
-            """One image with one caption and, where `change` is another caption, what it loses and gains, with that."""
+            """One image with one caption and, where `change` is another caption, what it loses and
+            gains, with that.
+            """
             text = self.texts[caption]
             key = tuple(words_of(text)) or text
             if key in taken or self.owner[caption] in shown:

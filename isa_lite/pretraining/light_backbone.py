@@ -1,9 +1,11 @@
-"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite light_backbone`.
+"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite
+light_backbone`.
 
-A light backbone usually starts from weights that were learned on photographs. Of rendered scenes these know little, and a
-laptop without a network has none. So the backbone first learns to say what the large image tower says about each part of an
-image (feature distillation, Romero et al., "FitNets", ICLR 2015). It sees images alone. `QueryEncoderConfig.backbone_weights`
-names the result: "scenes" for the one that is shipped. Ours.
+A light backbone usually starts from weights that were learned on photographs. Of rendered scenes
+these know little, and a laptop without a network has none. So the backbone first learns to say what
+the large image tower says about each part of an image (feature distillation, Romero et al.,
+"FitNets", ICLR 2015). It sees images alone. `QueryEncoderConfig.backbone_weights` names the result:
+"scenes" for the one that is shipped. Ours.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from isa_lite.targets import targets
 
 
 def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean squared error between predicted and true local features, each channel in units of its standard deviation.
+    """Mean squared error between predicted and true local features, each channel in units of its
+    standard deviation.
 
-    features: B x C x h x w, of the light backbone behind a linear layer; patches: B x N x C of the large tower, on a square
-    grid; mean, std: C. Where the grids differ, the light one is averaged or interpolated to the other's. 1 is what the mean
-    feature alone achieves.
+    features: B x C x h x w, of the light backbone behind a linear layer; patches: B x N x C of the
+    large tower, on a square grid; mean, std: C. Where the grids differ, the light one is averaged
+    or interpolated to the other's. 1 is what the mean feature alone achieves.
     """
     side = round(patches.shape[1] ** 0.5)
     features = F.interpolate(features, (side, side), mode="area")  # B x C x side x side
@@ -52,10 +55,12 @@ def learn_features(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[float, float]:
-    """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the last hundred steps, and seconds.
+    """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the
+    last hundred steps, and seconds.
 
-    checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises ValueError for one of another
-    run, a damaged one, and one that another process works on, and where `config` tells of another backbone than the encoder's.
+    checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises
+    ValueError for one of another run, a damaged one, and one that another process works on, and
+    where `config` tells of another backbone than the encoder's.
     """
     for name in ("backbone", "stride"):
         wanted, there = getattr(config, name), getattr(encoder.config, name)
@@ -66,11 +71,17 @@ def learn_features(
 
 
 def _learn_features(
-    images: Images, vl: VLModel, encoder: QueryEncoder, config: BackboneConfig, cache: Path, keeper: Keeper
+    images: Images,
+    vl: VLModel,
+    encoder: QueryEncoder,
+    config: BackboneConfig,
+    cache: Path,
+    keeper: Keeper,
 ) -> tuple[float, float]:
     known = targets(images, vl, True, cache, config.num_workers).patches  # N x P x C, float16
     some = torch.from_numpy(known[:4000].astype(np.float32))
-    mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3  # C each; a channel that never moves is not divided by nothing
+    # C each; a channel that never moves is not divided by nothing
+    mean, std = some.mean((0, 1)), some.std((0, 1)) + 1e-3
     channels = encoder.backbone.eval()(encoder.pixels(images[:1]))[0].shape[1]
     torch.manual_seed(config.seed)
     modules = {"backbone": encoder.backbone, "head": nn.Conv2d(channels, len(mean), 1)}
@@ -81,12 +92,24 @@ def _learn_features(
     mean, std, losses = mean.to(config.device), std.to(config.device), []
 
     def batches(start: int) -> Iterable:
-        rows = Batches(np.arange(len(images)), config.batch_size, config.seed, start, config.steps, in_order=True)
-        return zip(rows, batch_loader(images, rows, encoder.pixels, config.num_workers), strict=True)
+        rows = Batches(
+            np.arange(len(images)),
+            config.batch_size,
+            config.seed,
+            start,
+            config.steps,
+            in_order=True,
+        )
+        return zip(
+            rows, batch_loader(images, rows, encoder.pixels, config.num_workers), strict=True
+        )
 
     def loss_of(batch: tuple[np.ndarray, Tensor], step: int) -> Tensor:
         rows, pixels = batch
-        features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[0]  # B x c x h x w
+        # B x c x h x w
+        features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[
+            0
+        ]
         patches = torch.from_numpy(known[rows].astype(np.float32)).to(config.device)  # B x P x C
         loss = feature_loss(modules["head"](features), patches, mean, std)
         losses.append(loss.item())
@@ -94,7 +117,11 @@ def _learn_features(
 
     def restore(info: dict) -> None:
         found = info.get("losses")
-        if not isinstance(found, list) or len(found) != info["step"] or not all(isinstance(x, (int, float)) for x in found):
+        if (
+            not isinstance(found, list)
+            or len(found) != info["step"]
+            or not all(isinstance(x, (int, float)) for x in found)
+        ):
             raise damaged(keeper.path, "its losses are not those of its steps")
         losses[:] = found
 
@@ -105,6 +132,17 @@ def _learn_features(
     identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
     kept = {"identity": identity, "state": lambda seconds: {"losses": losses}, "restore": restore}
     rate = partial(learning_rate, config=config)
-    seconds = fit("light backbone", config.steps, loss_of, batches, modules, optimizer, rate, keeper, after=after, **kept)
+    seconds = fit(
+        "light backbone",
+        config.steps,
+        loss_of,
+        batches,
+        modules,
+        optimizer,
+        rate,
+        keeper,
+        after=after,
+        **kept,
+    )
     encoder.backbone.eval()
     return float(np.mean(losses[-100:])), seconds

@@ -1,14 +1,16 @@
-"""Pre-training of the small VL model that we ship: `python -m isa_lite pretrain --out data/scenes-clip`.
+"""Pre-training of the small VL model that we ship: `python -m isa_lite pretrain --out
+data/scenes-clip`.
 
-A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on top of its
-frozen towers. Two things make a small model good enough to compose (both ours):
+A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on
+top of its frozen towers. Two things make a small model good enough to compose (both ours):
 
-- *Families.* Random negatives teach little once colours and shapes are known, and nothing about places: two random
-  scenes hardly ever differ in a place alone. So a batch holds families of five scenes: a scene, three edits of it, of
-  which at least one only moves an object, and one in which words trade places. Each is the others' hard negative.
-- *The language of change.* An edited scene also gets the caption "<the scene before>, <the edit>". It describes
-  the one image it belongs to, as web captions of the kind "my house, now with a red door" do. Without it, a text
-  tower has no reason to understand an instruction.
+- *Families.* Random negatives teach little once colours and shapes are known, and nothing about
+  places: two random scenes hardly ever differ in a place alone. So a batch holds families of five
+  scenes: a scene, three edits of it, of which at least one only moves an object, and one in which
+  words trade places. Each is the others' hard negative.
+- *The language of change.* An edited scene also gets the caption "<the scene before>, <the edit>".
+  It describes the one image it belongs to, as web captions of the kind "my house, now with a red
+  door" do. Without it, a text tower has no reason to understand an instruction.
 """
 
 from __future__ import annotations
@@ -43,13 +45,36 @@ POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
 #: What training.json says of the shipped model, and its shape (`checkpoint.misfit`).
 TRAINED_BY = "what pretrain says of its model"
-_SIZES = ("image_size", "embed_dim", "text_width", "text_layers", "steps", "matching_steps", "families", "singles", "seed")
-TRAINING = {"command": str, "commit": str, "machine": str, "date": str, "minutes": {str: float}, "versions": {str: str}}
+_SIZES = (
+    "image_size",
+    "embed_dim",
+    "text_width",
+    "text_layers",
+    "steps",
+    "matching_steps",
+    "families",
+    "singles",
+    "seed",
+)
+TRAINING = {
+    "command": str,
+    "commit": str,
+    "machine": str,
+    "date": str,
+    "minutes": {str: float},
+    "versions": {str: str},
+}
 TRAINING |= {"config": dict.fromkeys(_SIZES, int)}
-PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+PREPROCESS_CFG = {
+    "mean": [0.5] * 3,
+    "std": [0.5] * 3,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
 
 
-# ------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------------
+# data
 
 
 def _pick(rng: np.random.Generator, items: Sequence):
@@ -57,15 +82,18 @@ def _pick(rng: np.random.Generator, items: Sequence):
 
 
 def _kinds(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, ...] | None:
-    """Kinds of the next edit: None leaves them to chance; removing, which text towers find hard, comes more often."""
+    """Kinds of the next edit: None leaves them to chance; removing, which text towers find hard,
+    comes more often.
+    """
     return ("remove",) if len(scene.objects) > 1 and rng.random() < REMOVED else None
 
 
 class SceneBatches(Dataset):
-    """Batch number `i`: uint8 images B x S x S x 3, captions, and which image each caption belongs to.
+    """Batch number `i`: uint8 images B x S x S x 3, captions, and which image each caption belongs
+    to.
 
-    Never a held-out shape-colour pair. Batch `start + i` depends on
-    the seed, the purpose (1 towers, 3 matching encoder, 9 measuring) and its number alone, so a run can resume.
+    Never a held-out shape-colour pair. Batch `start + i` depends on the seed, the purpose (1
+    towers, 3 matching encoder, 9 measuring) and its number alone, so a run can resume.
     """
 
     def __init__(self, config: PretrainConfig, purpose: int, start: int = 0, stop: int = 0):
@@ -82,7 +110,9 @@ class SceneBatches(Dataset):
             base = scenes.sample_scene(rng)
             family = {base: None}
             while len(family) < 4:
-                edited, change = scenes.modify(base, rng, _kinds(base, rng) if len(family) > 1 else ("move",))
+                edited, change = scenes.modify(
+                    base, rng, _kinds(base, rng) if len(family) > 1 else ("move",)
+                )
                 family.setdefault(edited, change)
             family.setdefault(scenes.confuse(_pick(rng, list(family)), rng), None)
             for scene, change in family.items():
@@ -98,7 +128,11 @@ class SceneBatches(Dataset):
             texts.append(scenes.caption(scene, rng, full=rng.random() >= c.partial))
             owner.append(len(images))
             images.append(scene)
-        return scenes.render_many(images, rng.integers(2**31, size=len(images)), c.image_size), texts, owner
+        return (
+            scenes.render_many(images, rng.integers(2**31, size=len(images)), c.image_size),
+            texts,
+            owner,
+        )
 
 
 def scene_texts(seed: int) -> list[str]:
@@ -107,32 +141,44 @@ def scene_texts(seed: int) -> list[str]:
     texts = []
     for _ in range(4000):
         scene = scenes.sample_scene(rng)
-        texts += [scenes.caption(scene, rng), scenes.caption(scene, rng, False), scenes.modify(scene, rng)[1].text + ", but ."]
+        texts += [
+            scenes.caption(scene, rng),
+            scenes.caption(scene, rng, False),
+            scenes.modify(scene, rng)[1].text + ", but .",
+        ]
     return texts
 
 
-#: Where batches come from: purpose, start and stop give a dataset that yields what `SceneBatches` yields.
+#: Where batches come from: purpose, start and stop give a dataset that yields what `SceneBatches`
+#: yields.
 Source = Callable[[int, int, int], Dataset]
 
 
 def _stream(data: Dataset, num_workers: int) -> DataLoader:
-    return DataLoader(data, batch_size=None, num_workers=num_workers, prefetch_factor=4 if num_workers else None)
+    return DataLoader(
+        data, batch_size=None, num_workers=num_workers, prefetch_factor=4 if num_workers else None
+    )
 
 
-# --------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------
+# training
 
 
 class _WordTable(torch.nn.Module):
     """The rows of the word-embedding table that `texts` use, trained apart from the 49,408 others.
 
-    Words that never occur keep the zero vector: the model says nothing about what it has not seen, and the
-    file of weights compresses well.
+    Words that never occur keep the zero vector: the model says nothing about what it has not seen,
+    and the file of weights compresses well.
     """
 
     def __init__(self, vl: VLModel, texts: Sequence[str]):
         super().__init__()
         table = vl._text.token_embedding.weight
-        used = torch.unique(torch.cat([vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]))
+        used = torch.unique(
+            torch.cat(
+                [vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]
+            )
+        )
         self.row = torch.zeros(table.shape[0], dtype=torch.long)
         self.row[used] = torch.arange(len(used))
         self.used, self.rows = used, torch.nn.Parameter(table[used].clone())
@@ -149,36 +195,56 @@ def _encode_captions(vl: VLModel, table: _WordTable, texts: list[str], chunks: i
     """Captions -> embeddings, in chunks of similar length, each cut at its own longest caption."""
     ids = vl.tokenize(texts)
     order = ids.argmax(1).argsort()
-    parts = [vl.encode_vectors(table(vl.cut(part)), vl.cut(part)) for part in (ids[p] for p in order.chunk(chunks))]
+    parts = [
+        vl.encode_vectors(table(vl.cut(part)), vl.cut(part))
+        for part in (ids[p] for p in order.chunk(chunks))
+    ]
     return torch.cat(parts)[order.argsort()]
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE both ways, for images B x E with one or two captions each: M x E, caption m belongs to image owner[m].
+    """InfoNCE both ways, for images B x E with one or two captions each: M x E, caption m belongs
+    to image owner[m].
 
-    Image to text: each caption in turn is the positive, and the image's other caption is left out of the sum.
+    Image to text: each caption in turn is the positive, and the image's other caption is left out
+    of the sum.
     """
     logits = scale * texts @ images.T  # M x B
     text_to_image = F.cross_entropy(logits, owner)
     same = owner[:, None] == owner[None]  # M x M: captions of one image
     other = same & ~torch.eye(len(owner), dtype=torch.bool, device=owner.device)
     image_to_text = F.cross_entropy(
-        logits.T[owner].masked_fill(other, float("-inf")), torch.arange(len(owner), device=owner.device)
+        logits.T[owner].masked_fill(other, float("-inf")),
+        torch.arange(len(owner), device=owner.device),
     )
     return (text_to_image + image_to_text) / 2
 
 
 def _lr(step: int, steps: int, config: PretrainConfig) -> float:
-    return float(config.lr) * min(1.0, (step + 1) / config.warmup) * (0.5 + 0.5 * float(np.cos(np.pi * step / steps))) + 1e-6
+    return (
+        float(config.lr)
+        * min(1.0, (step + 1) / config.warmup)
+        * (0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
+        + 1e-6
+    )
 
 
-def _optimizer(modules: dict[str, torch.nn.Module], config: PretrainConfig) -> torch.optim.Optimizer:
+def _optimizer(
+    modules: dict[str, torch.nn.Module], config: PretrainConfig
+) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices but not on vectors, embeddings or position codes."""
     named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in named if p.ndim > 1 and "embedding" not in n and n not in ("rows", "patch_position")]
+    decayed = [
+        p
+        for n, p in named
+        if p.ndim > 1 and "embedding" not in n and n not in ("rows", "patch_position")
+    ]
     kept = {id(p) for p in decayed}
     others = [p for _, p in named if id(p) not in kept]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
 
@@ -186,11 +252,14 @@ def fresh_model(config: PretrainConfig) -> VLModel:
     """The VL model before training, from the seed."""
     torch.manual_seed(config.seed)
     clip = open_clip.CLIP(**config.model_cfg()).to(config.device, memory_format=torch.channels_last)
-    # The position code of the attention pool starts as large as the features it is added to. With open_clip's start, less
-    # than a tenth of that, training left it as it was: the tower then knew what an image shows, and hardly where.
+    # The position code of the attention pool starts as large as the features it is added to. With
+    # open_clip's start, less than a tenth of that, training left it as it was: the tower then knew
+    # what an image shows, and hardly where.
     torch.nn.init.normal_(clip.visual.attnpool.positional_embedding, std=POSITION_STD)
     clip.visual.image_mean = clip.visual.image_std = tuple(PREPROCESS_CFG["mean"])
-    return VLModel(clip, None, SimpleTokenizer(context_length=config.context_length), name="in training")
+    return VLModel(
+        clip, None, SimpleTokenizer(context_length=config.context_length), name="in training"
+    )
 
 
 def _train(
@@ -205,12 +274,16 @@ def _train(
     log: Callable[[str], None],
     checkpoint_minutes: float,
 ) -> float:
-    """The loop of both trainings: `loss_of` a batch gives the loss and the share of right answers. Returns the seconds it took.
+    """The loop of both trainings: `loss_of` a batch gives the loss and the share of right answers.
+    Returns the seconds it took.
 
-    Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for one of other settings.
+    Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for
+    one of other settings.
     """
     settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
-    settings = {k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")}
+    settings = {
+        k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")
+    }
     found: list[tuple[Tensor, Tensor]] = []  # of the step: loss, and share of right answers
 
     def loss_alone(batch: tuple, step: int) -> Tensor:
@@ -228,7 +301,15 @@ def _train(
     with Keeper(checkpoint, checkpoint_minutes) as keeper:
         how = {"rate": lambda step: _lr(step, steps, config), "after": after, "clip": 1.0}
         return fit(
-            name, steps, loss_alone, batches, modules, _optimizer(modules, config), keeper=keeper, identity=settings, **how
+            name,
+            steps,
+            loss_alone,
+            batches,
+            modules,
+            _optimizer(modules, config),
+            keeper=keeper,
+            identity=settings,
+            **how,
         )
 
 
@@ -240,15 +321,20 @@ def train_towers(
     texts: Sequence[str] | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[VLModel, float]:
-    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is saved there and resumed.
+    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is
+    saved there and resumed.
 
     source: batches of other images than scenes; texts: then all that their captions may say.
     """
-    source, texts = source or partial(SceneBatches, config), scene_texts(config.seed) if texts is None else texts
+    source, texts = (
+        source or partial(SceneBatches, config),
+        scene_texts(config.seed) if texts is None else texts,
+    )
     config = with_dtype(config, checkpoint)
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)
-    vl.clip.token_embedding.weight.requires_grad_(False)  # its rows are trained as a table of their own
+    # its rows are trained as a table of their own
+    vl.clip.token_embedding.weight.requires_grad_(False)
     modules = {"vl": vl, "table": _WordTable(vl, texts).to(config.device)}
     scale = vl.clip.logit_scale
 
@@ -261,16 +347,30 @@ def train_towers(
         with mixed(config.device, config.dtype):
             image = vl.encode_pixels(pixels)  # B x E
             text = _encode_captions(vl, modules["table"], texts)  # M x E
-        right = ((text @ image.T).argmax(1) == owner).float().mean()  # captions nearest to their own image
+        # captions nearest to their own image
+        right = ((text @ image.T).argmax(1) == owner).float().mean()
         return contrastive_loss(image, text, owner, scale.exp()), right
 
-    seconds = _train("towers", modules, loss_of, source, 1, config.steps, config, checkpoint, log, checkpoint_minutes)
+    seconds = _train(
+        "towers",
+        modules,
+        loss_of,
+        source,
+        1,
+        config.steps,
+        config,
+        checkpoint,
+        log,
+        checkpoint_minutes,
+    )
     modules["table"].store(vl)
     return vl.eval().requires_grad_(False), seconds
 
 
 @torch.no_grad()
-def matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: list[int]) -> tuple[Tensor, ...]:
+def matching_inputs(
+    vl: VLModel, images: np.ndarray, texts: list[str], owner: list[int]
+) -> tuple[Tensor, ...]:
     """One caption an image (the last one: of change, where there is one) through the frozen towers.
 
     Returns contextual tokens B x T x width, mask B x T, patches B x N x width, similarity B x B.
@@ -286,20 +386,26 @@ def matching_inputs(vl: VLModel, images: np.ndarray, texts: list[str], owner: li
 def candidates_loss(
     matcher: MatchingEncoder, tokens: Tensor, mask: Tensor, patches: Tensor, others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each caption with its own image and its K hardest others: tokens B x T x width, patches B x N x width, others B x K.
+    """Each caption with its own image and its K hardest others: tokens B x T x width, patches B x N
+    x width, others B x K.
 
-    Two-class cross-entropy (own image and others weigh the same), plus the cross-entropy of picking the own image
-    by its log-odds of a match. Returns the loss in nats, and the share of own images above all others. Ours: with the
-    first term and one other image alone, as in ALBEF, the same number of steps teaches much less.
+    Two-class cross-entropy (own image and others weigh the same), plus the cross-entropy of picking
+    the own image by its log-odds of a match. Returns the loss in nats, and the share of own images
+    above all others. Ours: with the first term and one other image alone, as in ALBEF, the same
+    number of steps teaches much less.
     """
     batch, k = others.shape
     own = torch.arange(batch, device=others.device)
-    shown = torch.cat([own, others.T.flatten()])  # (1 + K) B: own images, hardest others, second hardest ...
-    logits = matcher(tokens.repeat(1 + k, 1, 1), mask.repeat(1 + k, 1), patches[shown]).float()  # (1 + K) B x 2
+    # (1 + K) B: own images, hardest others, second hardest ...
+    shown = torch.cat([own, others.T.flatten()])
+    # (1 + K) B x 2
+    logits = matcher(tokens.repeat(1 + k, 1, 1), mask.repeat(1 + k, 1), patches[shown]).float()
     odds = logits.diff(dim=1).view(1 + k, batch).T  # B x (1 + K)
     match = (torch.arange(len(shown), device=others.device) < batch).long()
     two_class = F.cross_entropy(logits, match, weight=logits.new_tensor([1.0, k]))
-    return two_class + F.cross_entropy(odds, torch.zeros_like(own)), (odds.argmax(1) == 0).float().mean()
+    return two_class + F.cross_entropy(odds, torch.zeros_like(own)), (
+        odds.argmax(1) == 0
+    ).float().mean()
 
 
 def train_matcher(
@@ -310,49 +416,85 @@ def train_matcher(
     source: Source | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[MatchingEncoder, float]:
-    """The matching encoder on the frozen towers, own image against the three hardest others; also the seconds it took."""
+    """The matching encoder on the frozen towers, own image against the three hardest others; also
+    the seconds it took.
+    """
     source = source or partial(SceneBatches, config)
     config = with_dtype(config, checkpoint)
     torch.manual_seed(config.seed)
     with mixed(config.device, config.dtype):
         tokens, _, patches, _ = matching_inputs(vl, *source(3, 0, 1)[0])
-    matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(config.device)
+    matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(
+        config.device
+    )
 
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
         with mixed(config.device, config.dtype):
             tokens, mask, patches, similarity = matching_inputs(vl, *batch)
-            others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices  # B x 3
+            # B x 3
+            others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices
             return candidates_loss(matcher, tokens, mask, patches, others)
 
     modules, steps = {"matcher": matcher}, config.matching_steps
-    seconds = _train("matching encoder", modules, loss_of, source, 3, steps, config, checkpoint, log, checkpoint_minutes)
+    seconds = _train(
+        "matching encoder",
+        modules,
+        loss_of,
+        source,
+        3,
+        steps,
+        config,
+        checkpoint,
+        log,
+        checkpoint_minutes,
+    )
     return matcher.eval().requires_grad_(False), seconds
 
 
-# ------------------------------------------------------------------------------------- shipping and card
+# ------------------------------------------------------------------------------------- shipping and
+# card
 
 
 def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
-    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if there is one, beside them.
+    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if
+    there is one, beside them.
 
-    The config, without which a folder is no model, goes first and comes back last: an export that is cut off leaves no half.
+    The config, without which a folder is no model, goes first and comes back last: an export that
+    is cut off leaves no half.
     """
     settings = folder / "open_clip_config.json"
-    for old in (settings, folder / "matching_encoder.json", folder / "matching_encoder.safetensors"):
+    for old in (
+        settings,
+        folder / "matching_encoder.json",
+        folder / "matching_encoder.safetensors",
+    ):
         old.unlink(missing_ok=True)  # nor may a matching encoder of an earlier model stay
     half = {k: v.half() if v.is_floating_point() else v for k, v in vl.clip.state_dict().items()}
     write_tensors(folder / "open_clip_model.safetensors", half)
     if vl.matcher is not None:
-        write_tensors(folder / "matching_encoder.safetensors", {k: v.half() for k, v in vl.matcher.state_dict().items()})
+        write_tensors(
+            folder / "matching_encoder.safetensors",
+            {k: v.half() for k, v in vl.matcher.state_dict().items()},
+        )
         write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
-    write_text(settings, json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1) + "\n")
+    write_text(
+        settings,
+        json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1)
+        + "\n",
+    )
 
 
-def pretrain(config: PretrainConfig, folder: Path, run: Path, checkpoint_minutes: float = MINUTES) -> None:
+def pretrain(
+    config: PretrainConfig, folder: Path, run: Path, checkpoint_minutes: float = MINUTES
+) -> None:
     """Both trainings, with checkpoints in `run`; the model and its record go into `folder`."""
     made_by, config = commit(), with_dtype(config, run / "towers.safetensors")
-    vl, towers = train_towers(config, run / "towers.safetensors", checkpoint_minutes=checkpoint_minutes)
-    vl.matcher, matching = train_matcher(vl, config, run / "matching_encoder.safetensors", checkpoint_minutes=checkpoint_minutes)
+    vl, towers = train_towers(
+        config, run / "towers.safetensors", checkpoint_minutes=checkpoint_minutes
+    )
+    vl.matcher, matching = train_matcher(
+        vl, config, run / "matching_encoder.safetensors", checkpoint_minutes=checkpoint_minutes
+    )
     export(vl, config, folder)
     record = {
         "command": command_line("pretrain", config),

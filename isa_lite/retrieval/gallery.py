@@ -1,6 +1,8 @@
-"""The gallery: embeddings of the images to search, with their ids, on disk; exact search, and FAISS behind the same interface.
+"""The gallery: embeddings of the images to search, with their ids, on disk; exact search, and FAISS
+behind the same interface.
 
-Where two images have the same score, the one that stands first in the gallery is found first, in both.
+Where two images have the same score, the one that stands first in the gallery is found first, in
+both.
 """
 
 from __future__ import annotations
@@ -24,12 +26,19 @@ TOLERANCE = 0.01
 
 
 def _checked_ids(ids: Sequence) -> Sequence[str | int]:
-    """Ids as texts or whole numbers, which can be saved. Raises ValueError for other kinds, and for an id that is there twice."""
+    """Ids as texts or whole numbers, which can be saved. Raises ValueError for other kinds, and for
+    an id that is there twice.
+    """
     if isinstance(ids, range):  # numbers that differ
         return ids
     if isinstance(ids, (str, bytes, os.PathLike, Mapping)) or not hasattr(ids, "__getitem__"):
-        raise ValueError(f"ids must be a list of texts or whole numbers, not one {type(ids).__name__}")
-    plain = [os.fspath(i) if isinstance(i, os.PathLike) else i.item() if isinstance(i, np.generic) else i for i in ids]
+        raise ValueError(
+            f"ids must be a list of texts or whole numbers, not one {type(ids).__name__}"
+        )
+    plain = [
+        os.fspath(i) if isinstance(i, os.PathLike) else i.item() if isinstance(i, np.generic) else i
+        for i in ids
+    ]
     for i, value in enumerate(plain):
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise ValueError(f"ids[{i}] must be a text, a path or a whole number, not {value!r}")
@@ -40,36 +49,49 @@ def _checked_ids(ids: Sequence) -> Sequence[str | int]:
 
 
 def _checked_embeddings(embeddings: Tensor | np.ndarray) -> Tensor:
-    """N x E float32. Raises ValueError for another shape or kind, and for a row that is not finite or not of length 1."""
+    """N x E float32. Raises ValueError for another shape or kind, and for a row that is not finite
+    or not of length 1.
+    """
     embeddings = _vectors("embeddings", embeddings)
     lengths = torch.linalg.vector_norm(embeddings, dim=1)  # nan or inf where one of the numbers is
     wrong = ~((lengths - 1).abs() <= TOLERANCE)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"embeddings must be finite and L2-normalised, and {int(wrong.sum())} of {len(lengths)} rows are not; "
-            f"the first is row {row}, of length {float(lengths[row]):.3g}"
+            f"embeddings must be finite and L2-normalised, and {int(wrong.sum())} of {len(lengths)}"
+            f" rows are not; the first is row {row}, of length {float(lengths[row]):.3g}"
         )
     return embeddings
 
 
 def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
-    """A tensor or an array as float32, B x E (a single vector as one row). Raises ValueError for anything else, or nothing."""
+    """A tensor or an array as float32, B x E (a single vector as one row). Raises ValueError for
+    anything else, or nothing.
+    """
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         values = torch.from_numpy(np.ascontiguousarray(values))
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, (Tensor, np.ndarray)) else f"a {type(values).__name__}"
+        kind = (
+            values.dtype
+            if isinstance(values, (Tensor, np.ndarray))
+            else f"a {type(values).__name__}"
+        )
         raise ValueError(f"{what} must be a tensor or an array of floats, not {kind}")
     values = values.detach().float()
     if values.ndim == 1 and what == "queries":
         values = values[None]
     if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"{what} must have the shape {'B' if what == 'queries' else 'N'} x E, not {tuple(values.shape)}")
+        raise ValueError(
+            f"{what} must have the shape {'B' if what == 'queries' else 'N'} x E, not"
+            f" {tuple(values.shape)}"
+        )
     return values
 
 
 def indices(values: object) -> Tensor:
-    """Whole numbers as a tensor; one of floats, which nobody takes for indices, where they are something else."""
+    """Whole numbers as a tensor; one of floats, which nobody takes for indices, where they are
+    something else.
+    """
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
@@ -78,11 +100,13 @@ def indices(values: object) -> Tensor:
 
 @dataclass
 class Gallery:
-    """embeddings: N x E, L2-normalised; ids: N different names, whatever tells the images apart to the user.
+    """embeddings: N x E, L2-normalised; ids: N different names, whatever tells the images apart to
+    the user.
 
-    Arrays and half precision become a float32 tensor. Ids are texts or whole numbers, and stay what they are; those of numpy
-    become Python's, and a path becomes its text. vl_model: the fingerprint of the model that embedded them, so that a query side
-    of another model can be refused. Raises ValueError where one of these is something else.
+    Arrays and half precision become a float32 tensor. Ids are texts or whole numbers, and stay what
+    they are; those of numpy become Python's, and a path becomes its text. vl_model: the fingerprint
+    of the model that embedded them, so that a query side of another model can be refused. Raises
+    ValueError where one of these is something else.
     """
 
     embeddings: Tensor
@@ -94,7 +118,10 @@ class Gallery:
         if len(self.embeddings) != len(self.ids):
             raise ValueError(f"{len(self.embeddings)} embeddings but {len(self.ids)} ids")
         if not isinstance(self.vl_model, str):
-            raise ValueError(f"vl_model must be a model's fingerprint, a text, not a {type(self.vl_model).__name__}")
+            raise ValueError(
+                "vl_model must be a model's fingerprint, a text, not a"
+                f" {type(self.vl_model).__name__}"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,34 +129,50 @@ class Gallery:
     def _checked(
         self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None
     ) -> tuple[Tensor, int, Tensor | None]:
-        """What a search was asked for: queries B x E float32, k, and B indices to leave out. Raises ValueError."""
+        """What a search was asked for: queries B x E float32, k, and B indices to leave out. Raises
+        ValueError.
+        """
         queries = _vectors("queries", queries).to(self.embeddings.device)
         if queries.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
-                f"queries have {queries.shape[1]} numbers each, and the gallery's embeddings {self.embeddings.shape[1]}; "
-                "both must come from one model"
+                f"queries have {queries.shape[1]} numbers each, and the gallery's embeddings"
+                f" {self.embeddings.shape[1]}; both must come from one model"
             )
         if not queries.isfinite().all():
-            raise ValueError(f"queries must be finite, and row {int((~queries.isfinite().all(1)).nonzero()[0])} is not")
+            raise ValueError(
+                f"queries must be finite, and row {int((~queries.isfinite().all(1)).nonzero()[0])}"
+                " is not"
+            )
         if exclude is not None:
             exclude = indices(exclude).to(queries.device)
             if exclude.shape != (len(queries),) or exclude.is_floating_point():
-                raise ValueError(f"exclude must hold one index for each of the {len(queries)} queries, or -1 for none")
+                raise ValueError(
+                    f"exclude must hold one index for each of the {len(queries)} queries, or -1 for"
+                    " none"
+                )
             if int(exclude.min()) < -1 or int(exclude.max()) >= len(self):
                 raise ValueError(f"exclude must hold indices from -1 (none) to {len(self) - 1}")
         most = len(self) - (exclude is not None and bool((exclude >= 0).any()))
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= most:
-            raise ValueError(f"k must be between 1 and {most}, the images that every query may find, not {k}")
+            raise ValueError(
+                f"k must be between 1 and {most}, the images that every query may find, not {k}"
+            )
         return queries, int(k), exclude
 
     @checked(chunk=whole(1))
     def search(
-        self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None = None, chunk: int = 1024
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        exclude: Tensor | np.ndarray | None = None,
+        chunk: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """The k best by cosine for queries B x E (or one, E): scores and gallery indices, both B x k, best first.
+        """The k best by cosine for queries B x E (or one, E): scores and gallery indices, both B x
+        k, best first.
 
-        Of equal scores, the smaller index comes first. exclude: B indices (-1: none) of the image that a query must not find,
-        usually its own reference. Raises ValueError for queries of another width or not finite, for k or exclude out of range.
+        Of equal scores, the smaller index comes first. exclude: B indices (-1: none) of the image
+        that a query must not find, usually its own reference. Raises ValueError for queries of
+        another width or not finite, for k or exclude out of range.
         """
         queries, k, exclude = self._checked(queries, k, exclude)
         parts = []
@@ -143,12 +186,18 @@ class Gallery:
 
     def save(self, path: str | Path) -> None:
         """To one safetensors file."""
-        write_tensors(Path(path), {"embeddings": self.embeddings}, {"ids": list(self.ids), "vl_model": self.vl_model})
+        write_tensors(
+            Path(path),
+            {"embeddings": self.embeddings},
+            {"ids": list(self.ids), "vl_model": self.vl_model},
+        )
 
     @classmethod
     @checked(path=path_name())
     def load(cls, path: str | Path) -> Gallery:
-        """What `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is damaged or holds no gallery."""
+        """What `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is damaged
+        or holds no gallery.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no gallery {path}; Gallery.save writes one")
         tensors, info = read_tensors(Path(path))
@@ -157,18 +206,23 @@ class Gallery:
                 raise ValueError("it lacks embeddings or ids")
             return cls(tensors["embeddings"], info["ids"], info.get("vl_model"))
         except ValueError as error:
-            raise ValueError(f"{path} is no gallery that can be used: {error}; save it again") from error
+            raise ValueError(
+                f"{path} is no gallery that can be used: {error}; save it again"
+            ) from error
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row of B x N scores, and where they stand, B x k each; of equal ones, those that stand first.
+    """The k highest of each row of B x N scores, and where they stand, B x k each; of equal ones,
+    those that stand first.
 
-    `topk` alone picks among equal scores as it likes. Where the next one is not equal, only its order is put right.
+    `topk` alone picks among equal scores as it likes. Where the next one is not equal, only its
+    order is put right.
     """
     values, found = scores.topk(min(k + 1, scores.shape[1]))
     tied = (values[:, 1:] == values[:, :-1]).any(1)
     for row in tied.nonzero()[:, 0].tolist():
-        among = (scores[row] >= values[row, k - 1]).nonzero()[:, 0]  # all that could be among the k, by their place
+        # all that could be among the k, by their place
+        among = (scores[row] >= values[row, k - 1]).nonzero()[:, 0]
         order = scores[row, among].argsort(descending=True, stable=True)[:k]
         found[row, :k] = among[order]
         values[row, :k] = scores[row, among[order]]
@@ -184,8 +238,9 @@ def mask_reference(scores: Tensor, reference: Tensor) -> None:
 def _faiss():
     """FAISS, which is imported only where it is used.
 
-    On macOS, PyTorch and FAISS bring an OpenMP each, and two of them in one process may stop or crash it (an open issue of both:
-    github.com/faiss-wheels/faiss-wheels/issues/73). The usual way round, not tried by us: allow two, and give FAISS one thread.
+    On macOS, PyTorch and FAISS bring an OpenMP each, and two of them in one process may stop or
+    crash it (an open issue of both: github.com/faiss-wheels/faiss-wheels/issues/73). The usual way
+    round, not tried by us: allow two, and give FAISS one thread.
     """
     if sys.platform == "darwin":
         os.environ.setdefault("KMP_DUPLICATE_LIB_OK", "TRUE")
@@ -200,9 +255,10 @@ def _faiss():
 class FaissGallery(Gallery):
     """The same gallery, searched by FAISS, which keeps a copy of the embeddings.
 
-    kind: "flat" compares a query with every image: exact. "ivf" (inverted file) is approximate: k-means puts the images into
-    `lists` lists (0: the square root of their number), and a query looks through the `probes` lists that it is nearest to.
-    What that loses is to be measured, with `agreement`.
+    kind: "flat" compares a query with every image: exact. "ivf" (inverted file) is approximate:
+    k-means puts the images into `lists` lists (0: the square root of their number), and a query
+    looks through the `probes` lists that it is nearest to. What that loses is to be measured, with
+    `agreement`.
     """
 
     kind: str = "flat"
@@ -212,15 +268,19 @@ class FaissGallery(Gallery):
     def __post_init__(self):
         super().__post_init__()
         if self.kind not in ("flat", "ivf"):
-            raise ValueError(f"kind must be 'flat' (exact) or 'ivf' (approximate), not {self.kind!r}")
+            raise ValueError(
+                f"kind must be 'flat' (exact) or 'ivf' (approximate), not {self.kind!r}"
+            )
         # k-means wants 39 points a list, and says so where it gets fewer.
         check_settings(self, lists=whole(0, len(self)), probes=whole(1))
         lists = self.lists or max(1, min(round(len(self) ** 0.5), len(self) // 39))
         faiss, width = _faiss(), self.embeddings.shape[1]
-        index = faiss.IndexFlatIP(width)  # inner product: the cosine, as everything has the length 1
+        # inner product: the cosine, as everything has the length 1
+        index = faiss.IndexFlatIP(width)
         if self.kind == "ivf":
             index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
-            index.cp.min_points_per_centroid = 1  # somebody who asks for more lists has been told, above
+            # somebody who asks for more lists has been told, above
+            index.cp.min_points_per_centroid = 1
             index.train(self._numpy(self.embeddings))  # from a fixed seed
             index.nprobe = min(self.probes, lists)
         index.add(self._numpy(self.embeddings))
@@ -232,24 +292,34 @@ class FaissGallery(Gallery):
 
     @checked(chunk=whole(1))
     def search(
-        self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None = None, chunk: int = 1024
+        self,
+        queries: Tensor | np.ndarray,
+        k: int,
+        exclude: Tensor | np.ndarray | None = None,
+        chunk: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """As `Gallery.search`. Where an approximate search finds fewer than k, index -1 and score minus infinity fill up."""
+        """As `Gallery.search`. Where an approximate search finds fewer than k, index -1 and score
+        minus infinity fill up.
+        """
         queries, k, exclude = self._checked(queries, k, exclude)
         parts = [
-            self._search(self._numpy(queries[s : s + chunk]), k + (exclude is not None)) for s in range(0, len(queries), chunk)
+            self._search(self._numpy(queries[s : s + chunk]), k + (exclude is not None))
+            for s in range(0, len(queries), chunk)
         ]
         scores, found = (
             torch.cat(part) for part in zip(*parts, strict=True)
         )  # B x (k, or one more for the one that is left out)
         if exclude is not None:
             unwanted = (found == exclude[:, None].cpu()) & (exclude >= 0)[:, None].cpu()
-            order = unwanted.to(torch.uint8).argsort(dim=1, stable=True)  # to the end with them; the rest stays in order
+            # to the end with them; the rest stays in order
+            order = unwanted.to(torch.uint8).argsort(dim=1, stable=True)
             scores, found = scores.gather(1, order)[:, :k], found.gather(1, order)[:, :k]
         return scores, found
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and indices, B x k each, of equal scores the smaller index first: FAISS itself keeps any of them."""
+        """Scores and indices, B x k each, of equal scores the smaller index first: FAISS itself
+        keeps any of them.
+        """
         wanted = min(k + 1, len(self))
         while True:
             scores, found = map(torch.from_numpy, self.index.search(queries, max(k, wanted)))
@@ -257,7 +327,8 @@ class FaissGallery(Gallery):
             last = scores[:, k - 1]
             if wanted >= len(self) or not ((scores[:, -1] == last) & last.isfinite()).any():
                 break
-            wanted = min(2 * wanted, len(self))  # the last one equals the k-th, so more may equal it
+            # the last one equals the k-th, so more may equal it
+            wanted = min(2 * wanted, len(self))
         order = found.argsort(dim=1, stable=True)
         scores, found = scores.gather(1, order), found.gather(1, order)
         order = scores.argsort(dim=1, descending=True, stable=True)
@@ -265,5 +336,7 @@ class FaissGallery(Gallery):
 
 
 def agreement(found: Tensor, exact: Tensor) -> float:
-    """The share, in percent, of the exact answers that were found: both B x k indices (an index's own "recall")."""
+    """The share, in percent, of the exact answers that were found: both B x k indices (an index's
+    own "recall").
+    """
     return 100 * float((found[:, :, None] == exact[:, None, :]).any(1).float().mean())

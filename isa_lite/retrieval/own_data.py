@@ -2,8 +2,10 @@
 
 Two files, both optional, beside or inside a folder of images:
 
-- `captions.csv`, a table with the columns `image` (a path in the folder) and `caption`; a row a caption.
-- `triplets.json`, a list of {"reference": file, "modifier": text, "targets": [files]}, for evaluation only.
+- `captions.csv`, a table with the columns `image` (a path in the folder) and `caption`; a row a
+caption.
+- `triplets.json`, a list of {"reference": file, "modifier": text, "targets": [files]}, for
+evaluation only.
 
 Whatever is wrong with them is said at once, with the file and the row, before any work is done.
 """
@@ -39,10 +41,12 @@ from isa_lite.support.parameters import checked, path_name
 
 DELIMITERS = ",;\t|"
 SHOWN = 5  # problems of a file that a message lists
-NEAR = 500  # names on either side, in the alphabet, among which one that is nearly right is looked for
+# names on either side, in the alphabet, among which one that is nearly right is looked for
+NEAR = 500
 
 
-# ------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------
+# reading
 
 
 class _Names:
@@ -51,40 +55,61 @@ class _Names:
     def __init__(self, images: ImageFolder):
         self.folder = images.folder.resolve()
         number = {f: i for i, f in enumerate(images.files)}
-        copies = {copy: number[first] for copy, first in images.duplicates.items() if first in number}  # of what was kept
-        self.number = {self._key(f.relative_to(images.folder).as_posix()): i for f, i in (copies | number).items()}
-        self.broken = {self._key(f.relative_to(images.folder).as_posix()): why for f, why in images.broken.items()}
+        # of what was kept
+        copies = {
+            copy: number[first] for copy, first in images.duplicates.items() if first in number
+        }
+        self.number = {
+            self._key(f.relative_to(images.folder).as_posix()): i
+            for f, i in (copies | number).items()
+        }
+        self.broken = {
+            self._key(f.relative_to(images.folder).as_posix()): why
+            for f, why in images.broken.items()
+        }
 
     @cached_property
     def _sorted(self) -> list[str]:
         return sorted(self.number)
 
     #: What people change in a name or leave out: large and small letters, the folder, the ending.
-    _loosened = (str.casefold, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem.casefold())
+    _loosened = (
+        str.casefold,
+        lambda name: PurePosixPath(name).name,
+        lambda name: PurePosixPath(name).stem.casefold(),
+    )
 
     @cached_property
     def _loose(self) -> list[dict[str, str]]:
         """For each of `_loosened`, the first name of the folder by what is left of it."""
-        return [{loosen(name): name for name in reversed(self._sorted)} for loosen in self._loosened]
+        return [
+            {loosen(name): name for name in reversed(self._sorted)} for loosen in self._loosened
+        ]
 
     @staticmethod
     def _key(name: str) -> str:
         return unicodedata.normalize("NFC", name)  # macOS stores an accent apart from its letter
 
     def _near(self, key: str) -> str | None:
-        """The name that was probably meant. Comparing letters is slow: it is done with the neighbours in the alphabet alone."""
+        """The name that was probably meant. Comparing letters is slow: it is done with the
+        neighbours in the alphabet alone.
+        """
         for loosen, known in zip(self._loosened, self._loose, strict=True):
             if loosen(key) in known:
                 return known[loosen(key)]
         place = bisect(self._sorted, key)
-        alike = difflib.get_close_matches(key, self._sorted[max(0, place - NEAR) : place + NEAR], n=50)
+        alike = difflib.get_close_matches(
+            key, self._sorted[max(0, place - NEAR) : place + NEAR], n=50
+        )
         # Of names that differ in a digit, one that begins alike.
         return max(alike, key=lambda known: len(commonprefix([known, key])), default=None)
 
     def find(self, name: str, hint: bool = True) -> int:
-        """The number of the image in its folder. Raises ValueError saying what is wrong with the name and what to do.
+        """The number of the image in its folder. Raises ValueError saying what is wrong with the
+        name and what to do.
 
-        hint: look for the name that was probably meant; a message shows a few errors, and need not do so for all the others.
+        hint: look for the name that was probably meant; a message shows a few errors, and need not
+        do so for all the others.
         """
         if not name.strip():
             raise ValueError("names no image; write its path in the folder, or delete the entry")
@@ -93,14 +118,21 @@ class _Names:
             if path.is_absolute() or ".." in path.parts:
                 whole = (self.folder / path).resolve()
                 if not whole.is_relative_to(self.folder):
-                    raise ValueError(f"{name!r} lies outside the folder {self.folder.name}; copy it into the folder")
+                    raise ValueError(
+                        f"{name!r} lies outside the folder {self.folder.name}; copy it into the"
+                        " folder"
+                    )
                 path = PurePosixPath(whole.relative_to(self.folder).as_posix())
             key = self._key(str(path))
             if key in self.number:
                 return self.number[key]
             if key in self.broken:
-                raise ValueError(f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or delete the entry")
-        if os.path.exists(self.folder / name.strip()):  # False also for what no file can be called, such as a long caption
+                raise ValueError(
+                    f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or"
+                    " delete the entry"
+                )
+        # False also for what no file can be called, such as a long caption
+        if os.path.exists(self.folder / name.strip()):
             raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
         near = self._near(key) if hint else None
         advice = f"did you mean {near!r}?" if near else "put it there, or delete the entry"
@@ -110,7 +142,9 @@ class _Names:
 def _refuse(path: Path, problems: Sequence[str], what: str) -> None:
     if problems:
         more = f" ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(f"{path}: {len(problems)} {what} cannot be used: " + "; ".join(problems[:SHOWN]) + more)
+        raise ValueError(
+            f"{path}: {len(problems)} {what} cannot be used: " + "; ".join(problems[:SHOWN]) + more
+        )
 
 
 def _text_of(path: Path, name: str) -> str:
@@ -119,23 +153,29 @@ def _text_of(path: Path, name: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8 (Excel: 'CSV UTF-8')") from None
+        raise ValueError(
+            f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8 (Excel: 'CSV UTF-8')"
+        ) from None
 
 
 def plain(caption: str) -> str:
-    """A caption with single spaces, and so that open_clip's tokenizer cannot take a part of it for the end of the text."""
+    """A caption with single spaces, and so that open_clip's tokenizer cannot take a part of it for
+    the end of the text.
+    """
     caption = html.unescape(html.unescape(caption)).replace("<start_of_text>", "< start_of_text>")
     return " ".join(caption.replace("<end_of_text>", "< end_of_text>").split())
 
 
 @checked(path=path_name())
 def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
-    """The captions of each image of the folder, in the table's order; an empty list for an image that has none.
+    """The captions of each image of the folder, in the table's order; an empty list for an image
+    that has none.
 
-    The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored. Any Unicode is a caption,
-    an image may have several, and a row that is there twice counts once. The captions of a copy that was left out go to the image
-    that it is a copy of. Rows count like a spreadsheet's: the header is 1.
-    Raises FileNotFoundError, or ValueError naming the file, the first rows that cannot be used, and what to do.
+    The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored.
+    Any Unicode is a caption, an image may have several, and a row that is there twice counts once.
+    The captions of a copy that was left out go to the image that it is a copy of. Rows count like a
+    spreadsheet's: the header is 1. Raises FileNotFoundError, or ValueError naming the file, the
+    first rows that cannot be used, and what to do.
     """
     path, names = Path(path), _Names(images)
     content = _text_of(path, "captions")
@@ -145,20 +185,37 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
         try:
             columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
         except csv.Error as error:
-            raise ValueError(f"{path}: the first row cannot be read ({error}); save the table as CSV again") from None
+            raise ValueError(
+                f"{path}: the first row cannot be read ({error}); save the table as CSV again"
+            ) from None
         if {"image", "caption"} <= set(columns):
             break
     else:
-        raise ValueError(f"{path}: the first row must name the columns image and caption; it is {head[:80]!r}")
+        raise ValueError(
+            f"{path}: the first row must name the columns image and caption; it is {head[:80]!r}"
+        )
     if columns.count("image") > 1 or columns.count("caption") > 1:
-        raise ValueError(f"{path}: the first row names a column twice ({head[:80]!r}); several captions are several rows")
-    try:  # without a header for pandas, which would take the first column for an index where a row is too long
+        raise ValueError(
+            f"{path}: the first row names a column twice ({head[:80]!r}); several captions are"
+            " several rows"
+        )
+    # without a header for pandas, which would take the first column for an index where a row is too
+    # long
+    try:
         table = pd.read_csv(
-            io.StringIO(content), sep=delimiter, header=None, dtype=str, keep_default_na=False, skip_blank_lines=False
+            io.StringIO(content),
+            sep=delimiter,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skip_blank_lines=False,
         )
     except pd.errors.ParserError as error:
         detail = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        raise ValueError(f"{path}: {detail}; put a text that contains {delimiter!r} or a line break in double quotes") from None
+        raise ValueError(
+            f"{path}: {detail}; put a text that contains {delimiter!r} or a line break in double"
+            " quotes"
+        ) from None
     rows = table.fillna("")[[columns.index("image"), columns.index("caption")]].to_numpy()[1:]
     captions: list[list[str]] = [[] for _ in images.files]
     problems = []
@@ -181,15 +238,22 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
 
 
 def beside(images: ImageFolder, name: str) -> Path | None:
-    """The file `name` in a folder of images or, where there is none, right beside the folder; None where there is neither."""
-    return next((p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()), None)
+    """The file `name` in a folder of images or, where there is none, right beside the folder; None
+    where there is neither.
+    """
+    return next(
+        (p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()),
+        None,
+    )
 
 
 @dataclass
 class Triplets:
-    """Composed queries over the images of a folder: query i is (reference[i], texts[i]), and any of targets[i] is right.
+    """Composed queries over the images of a folder: query i is (reference[i], texts[i]), and any of
+    targets[i] is right.
 
-    reference: B gallery indices; targets: for each query the indices of its right answers, without the reference.
+    reference: B gallery indices; targets: for each query the indices of its right answers, without
+    the reference.
     """
 
     reference: np.ndarray
@@ -200,7 +264,9 @@ class Triplets:
         return len(self.texts)
 
     def ranks(self, queries: Tensor, gallery: Tensor) -> np.ndarray:
-        """The rank of each query's best target among the gallery G x E, with the reference left out; queries B x E."""
+        """The rank of each query's best target among the gallery G x E, with the reference left
+        out; queries B x E.
+        """
         hits = torch.zeros(len(self), len(gallery), dtype=torch.bool)
         for row, right in zip(hits, self.targets, strict=True):
             row[right] = True
@@ -211,12 +277,16 @@ class Triplets:
 def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
     """Queries with their answers, checked against the folder. Entries count from 1.
 
-    Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used, and what to do.
+    Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used,
+    and what to do.
     """
     path, names = Path(path), _Names(images)
     entries = read_json(path, "triplets", object)
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}}, and not empty')
+        raise ValueError(
+            f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}},'
+            " and not empty"
+        )
     reference, texts, targets, problems = [], [], [], []
     for number, entry in enumerate(entries, 1):
         try:
@@ -231,26 +301,34 @@ def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
 
 def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"is {str(entry)[:40]!r}; it must be an object with reference, modifier and targets")
+        raise ValueError(
+            f"is {str(entry)[:40]!r}; it must be an object with reference, modifier and targets"
+        )
     missing = [key for key in ("reference", "modifier", "targets") if key not in entry]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
     if not isinstance(entry["reference"], str) or not isinstance(entry["modifier"], str):
         raise ValueError("reference and modifier must be texts")
-    if not isinstance(entry["targets"], list) or not all(isinstance(t, str) for t in entry["targets"]):
+    if not isinstance(entry["targets"], list) or not all(
+        isinstance(t, str) for t in entry["targets"]
+    ):
         raise ValueError("targets must be a list of files, also where there is only one")
     if not entry["modifier"].strip():
         raise ValueError("has an empty modifier; say what should be different")
     start = names.find(entry["reference"], hint)
     found = sorted({names.find(t, hint) for t in entry["targets"]} - {start})
     if not found:
-        raise ValueError("has no target but its own reference, which a ranking leaves out; name another image")
+        raise ValueError(
+            "has no target but its own reference, which a ranking leaves out; name another image"
+        )
     return start, " ".join(entry["modifier"].split()), found
 
 
 def fingerprint(images: ImageFolder, captions: Sequence[Sequence[str]]) -> str:
     """A digest of the images and all that is said about them."""
-    return hashlib.sha256(json.dumps([images.key, [list(c) for c in captions]]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([images.key, [list(c) for c in captions]]).encode()
+    ).hexdigest()[:16]
 
 
 def part(images: ImageFolder, rows: Sequence[int]) -> ImageFolder:
@@ -262,10 +340,13 @@ def part(images: ImageFolder, rows: Sequence[int]) -> ImageFolder:
 
 
 def unseen_words(vl: VLModel, texts: Sequence[str]) -> list[str]:
-    """Words of the texts that a model of `pretrain_folder` has never met: the vectors of their pieces are zero, all of them.
+    """Words of the texts that a model of `pretrain_folder` has never met: the vectors of their
+    pieces are zero, all of them.
 
     Of another model, whose every vector is something, no word is named.
     """
     norms = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).norm(dim=-1)
-    words = sorted({word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()} - {""})
+    words = sorted(
+        {word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()} - {""}
+    )
     return [word for word in words if not norms[vl.words.ids(word)].any()]

@@ -1,8 +1,8 @@
 """Files that a run writes and reads: its state, what it caches, its results.
 
-A file is written under a temporary name and then takes its own, so a process that is killed at any moment leaves either the old
-file or the new one. The state of a run is one safetensors file: the tensors, and everything else as JSON in its header.
-Nothing is unpickled.
+A file is written under a temporary name and then takes its own, so a process that is killed at any
+moment leaves either the old file or the new one. The state of a run is one safetensors file: the
+tensors, and everything else as JSON in its header. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _OLD = 3600  # seconds after which a file under such a name was left by a proces
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Bytes to `path`: all of them, or OSError and the old file stays. Several processes may write the same file."""
+    """Bytes to `path`: all of them, or OSError and the old file stays. Several processes may write
+    the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(_PART.format("*")):
         with suppress(OSError):  # another process may be clearing up, too
@@ -36,14 +38,17 @@ def write_bytes(path: Path, content: bytes) -> None:
                 left.unlink()
     part = path.with_name(_PART.format(secrets.token_hex(8)))
     try:
-        with open(part, "xb") as file:  # x: a file of our own, never one that a link leads to; its mode follows the umask
+        # x: a file of our own, never one that a link leads to; its mode follows the umask
+        with open(part, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # the content is on the disk before the name is: a loss of power leaves one or the other
+            # the content is on the disk before the name is: a loss of power leaves one or the other
+            os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException as error:  # Ctrl-C, too
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(part), part):  # a full disk does not say what it was for
+        # a full disk does not say what it was for
+        if isinstance(error, OSError) and error.filename in (None, str(part), part):
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -56,11 +61,15 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | None = None) -> None:
     """Tensors, and a JSON-able `info`, to `path` in one step.
 
-    They are in memory twice meanwhile: the writer of safetensors itself leaves a file that nobody else may read.
+    They are in memory twice meanwhile: the writer of safetensors itself leaves a file that nobody
+    else may read.
     """
     from safetensors.torch import save
 
-    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"info": json.dumps(info or {})})
+    content = save(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        {"info": json.dumps(info or {})},
+    )
     write_bytes(path, content)
 
 
@@ -72,11 +81,12 @@ class Between(NamedTuple):
 
 
 def misfit(found: object, shape: object, where: str = "it") -> str:
-    """What keeps a JSON value from having a shape, in words; "" if nothing does. NaN is no number here.
+    """What keeps a JSON value from having a shape, in words; "" if nothing does. NaN is no number
+    here.
 
-    A shape is a type (int: of 64 bits; object: anything); a `Between`; a dict of keys with their shapes, which must be there
-    (others may, too; the key `str` is all the others); a list of one shape, for any number of values, or [shape, ...] for at
-    least one; or a tuple of shapes.
+    A shape is a type (int: of 64 bits; object: anything); a `Between`; a dict of keys with their
+    shapes, which must be there (others may, too; the key `str` is all the others); a list of one
+    shape, for any number of values, or [shape, ...] for at least one; or a tuple of shapes.
     """
     if isinstance(shape, dict):
         if not isinstance(found, dict):
@@ -85,30 +95,56 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
             for name in [key] if key is not str else sorted(set(found) - set(shape)):
                 if name not in found:
                     return f"{where} has no {name!r}"
-                if fault := misfit(found[name], inner, name if where == "it" else f"{where}.{name}"):
+                if fault := misfit(
+                    found[name], inner, name if where == "it" else f"{where}.{name}"
+                ):
                     return fault
         return ""
     if isinstance(shape, (list, tuple)) and not isinstance(shape, Between):
         if not isinstance(found, list) or isinstance(shape, tuple) and len(found) != len(shape):
-            return f"{where} is {_told(found)}, no list" + (f" of {len(shape)}" if isinstance(shape, tuple) else "")
+            return f"{where} is {_told(found)}, no list" + (
+                f" of {len(shape)}" if isinstance(shape, tuple) else ""
+            )
         if len(found) < len(shape) - 1:
             return f"{where} is empty"
         inner = shape if isinstance(shape, tuple) else shape[:1] * len(found)
-        faults = (misfit(value, kind, f"{where}[{i}]") for i, (value, kind) in enumerate(zip(found, inner, strict=True)))
+        faults = (
+            misfit(value, kind, f"{where}[{i}]")
+            for i, (value, kind) in enumerate(zip(found, inner, strict=True))
+        )
         return next(filter(None, faults), "")
     if isinstance(shape, Between) or shape in (int, float):
-        least, most = shape if isinstance(shape, Between) else (-(2.0**63), 2.0**63) if shape is int else (-1e300, 1e300)
-        if isinstance(found, bool) or not isinstance(found, int if shape is int else (int, float)) or not least <= found <= most:
+        least, most = (
+            shape
+            if isinstance(shape, Between)
+            else (-(2.0**63), 2.0**63)
+            if shape is int
+            else (-1e300, 1e300)
+        )
+        if (
+            isinstance(found, bool)
+            or not isinstance(found, int if shape is int else (int, float))
+            or not least <= found <= most
+        ):
             bound = f" from {least:g} to {most:g}" if isinstance(shape, Between) else ""
             return f"{where} is {_told(found)}, no {'whole ' if shape is int else ''}number{bound}"
         return ""
     if shape is object or type(found) is shape:
         return ""
-    return f"{where} is {_told(found)}, no { {dict: 'object', list: 'list', str: 'text', bool: 'true or false'}[shape] }"
+    return (
+        f"{where} is {_told(found)}, no"
+        f" { {dict: 'object', list: 'list', str: 'text', bool: 'true or false'}[shape] }"
+    )
 
 
 def _told(found: object) -> str:
-    return "an object" if isinstance(found, dict) else "a list" if isinstance(found, list) else json.dumps(found)[:60]
+    return (
+        "an object"
+        if isinstance(found, dict)
+        else "a list"
+        if isinstance(found, list)
+        else json.dumps(found)[:60]
+    )
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -131,7 +167,8 @@ def read_json(path: Path, what: str, kind: object = dict) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is no file; it should hold {what}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)  # with an editor's mark or without
+        # with an editor's mark or without
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deep
         raise ValueError(f"{path} should hold {what}, but is not JSON: {error}") from error
     if fault := misfit(found, kind):
@@ -140,12 +177,16 @@ def read_json(path: Path, what: str, kind: object = dict) -> Any:
 
 
 def read_info(path: Path) -> dict:
-    """The `info` that `write_tensors` wrote; no tensor is read. Raises FileNotFoundError, or ValueError for another file."""
+    """The `info` that `write_tensors` wrote; no tensor is read. Raises FileNotFoundError, or
+    ValueError for another file.
+    """
     return _read(path, with_tensors=False)[1]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `write_tensors` wrote: the tensors by name, and `info`. Raises FileNotFoundError, or ValueError for another file."""
+    """What `write_tensors` wrote: the tensors by name, and `info`. Raises FileNotFoundError, or
+    ValueError for another file.
+    """
     return _read(path, with_tensors=True)
 
 
@@ -157,8 +198,11 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
-            # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that is.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()} if with_tensors else {}
+            # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that
+            # is.
+            tensors = (
+                {key: file.get_tensor(key).clone() for key in file.keys()} if with_tensors else {}
+            )
     except (SafetensorError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     if not isinstance(info, dict):
@@ -167,65 +211,103 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
 
 
 def sound(value: Tensor) -> bool:
-    """Whether these can be weights, or what goes with them: numbers, and none at the end of what float32 holds."""
-    return not value.is_floating_point() or bool((value.float().abs() < 1e30).all())  # False for nan, too
+    """Whether these can be weights, or what goes with them: numbers, and none at the end of what
+    float32 holds.
+    """
+    # False for nan, too
+    return not value.is_floating_point() or bool((value.float().abs() < 1e30).all())
 
 
 def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError, naming `what` (a file) and the tensor, unless these are a module's: all of `wanted`, alike, finite."""
+    """Raises ValueError, naming `what` (a file) and the tensor, unless these are a module's: all of
+    `wanted`, alike, finite.
+    """
     if strange := sorted(set(wanted) ^ set(tensors)):
-        raise ValueError(f"{what} holds other weights: {strange[0]} is {'missing' if strange[0] in wanted else 'unknown'}")
+        raise ValueError(
+            f"{what} holds other weights: {strange[0]} is"
+            f" {'missing' if strange[0] in wanted else 'unknown'}"
+        )
     for key, value in tensors.items():
-        if value.shape != wanted[key].shape or value.is_floating_point() != wanted[key].is_floating_point():
-            there, here = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (value, wanted[key]))
+        if (
+            value.shape != wanted[key].shape
+            or value.is_floating_point() != wanted[key].is_floating_point()
+        ):
+            there, here = (
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
+                for t in (value, wanted[key])
+            )
             raise ValueError(f"{what} holds other weights: {key} is {there}, not {here}")
         if not sound(value):
             raise ValueError(f"{what} is damaged: {key} holds values that are no numbers")
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a finished shard; None where there is none, or one damaged, as a loss of power may leave it."""
+    """The tensors of a finished shard; None where there is none, or one damaged, as a loss of power
+    may leave it.
+    """
     try:
         return read_tensors(path)[0]
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _optimizer_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor, str]]:
+def _optimizer_tensors(
+    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> Iterable[tuple[str, Tensor, str]]:
     for name, module in modules.items():
         for key, parameter in module.named_parameters():
             for slot in optimizer.state.get(parameter, {}):
                 yield f"optimizer.{name}.{key}.{slot}", parameter, slot
 
 
-def save_run(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, info: Mapping) -> None:
-    """Modules by name, their optimizer's moments, and `info` (the identity, the step, the history so far)."""
+def save_run(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, info: Mapping
+) -> None:
+    """Modules by name, their optimizer's moments, and `info` (the identity, the step, the history
+    so far).
+    """
     import torch
 
-    tensors = {f"{name}.{key}": value for name, m in modules.items() for key, value in m.state_dict().items()}
-    tensors |= {key: torch.as_tensor(optimizer.state[p][slot]) for key, p, slot in _optimizer_tensors(modules, optimizer)}
+    tensors = {
+        f"{name}.{key}": value
+        for name, m in modules.items()
+        for key, value in m.state_dict().items()
+    }
+    tensors |= {
+        key: torch.as_tensor(optimizer.state[p][slot])
+        for key, p, slot in _optimizer_tensors(modules, optimizer)
+    }
     write_tensors(path, tensors, {"threads": torch.get_num_threads()} | dict(info))
 
 
 def resume_run(
-    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, identity: Mapping, steps: int
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping,
+    steps: int,
 ) -> dict | None:
     """Put back what `save_run` wrote; returns its `info`, or None where there is no run.
 
-    Its `info` must hold `identity`, by which runs are told apart, and a "step" of at most `steps`. Raises ValueError, before
-    anything is loaded, that names each setting that is different, with both values, or the file, where it is damaged. Warns where
-    the threads of this process are not as many as the run had.
+    Its `info` must hold `identity`, by which runs are told apart, and a "step" of at most `steps`.
+    Raises ValueError, before anything is loaded, that names each setting that is different, with
+    both values, or the file, where it is damaged. Warns where the threads of this process are not
+    as many as the run had.
     """
     import torch
 
     if not path.exists():
         return None
     tensors, info = read_tensors(path)
-    found, wanted = info.get("identity"), json.loads(json.dumps(identity))  # tuples come back as lists
+    # tuples come back as lists
+    found, wanted = info.get("identity"), json.loads(json.dumps(identity))
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no state of a run; choose another file")
     if changed := list(_differences(found, wanted)):
-        raise ValueError(f"{path} belongs to another run ({'; '.join(changed)}); delete it or choose another file")
+        raise ValueError(
+            f"{path} belongs to another run ({'; '.join(changed)}); delete it or choose another"
+            " file"
+        )
     if type(info.get("step")) is not int or not 0 <= info["step"] <= steps:
         raise damaged(path, f"its step is {info.get('step')!r}")
     state, moments = _sorted_out(path, tensors, modules)
@@ -233,13 +315,16 @@ def resume_run(
         module.load_state_dict(state[name])
     for parameter, slots in moments.items():
         # In the parameter's own order of memory: AdamW's fused step reads both as they lie.
-        like = {k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in slots.items()}
+        like = {
+            k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in slots.items()
+        }
         optimizer.state[parameter] = like
     if (threads := info.get("threads")) != torch.get_num_threads():
         now = torch.get_num_threads()
         warnings.warn(
-            f"{path} was made with {threads} threads, and this process has {now} (OMP_NUM_THREADS sets them): the result will "
-            "differ a little from that of a run that was never interrupted",
+            f"{path} was made with {threads} threads, and this process has {now} (OMP_NUM_THREADS"
+            " sets them): the result will differ a little from that of a run that was never"
+            " interrupted",
             stacklevel=3,
         )
     return info
@@ -254,7 +339,9 @@ def _differences(found: object, wanted: object, name: str = "") -> Iterable[str]
     """Where two sets of settings differ, as "name: theirs there, ours here"."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in dict.fromkeys((*wanted, *found)):
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            yield from _differences(
+                found.get(key), wanted.get(key), f"{name}.{key}" if name else key
+            )
     elif found != wanted:
         yield f"{name}: {_short(found)} there, {_short(wanted)} here"
 
@@ -264,8 +351,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _sorted_out(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> tuple[dict, dict]:
-    """The tensors of a state, by module and by parameter. Raises ValueError, naming the file, for one that does not fit."""
+def _sorted_out(
+    path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> tuple[dict, dict]:
+    """The tensors of a state, by module and by parameter. Raises ValueError, naming the file, for
+    one that does not fit.
+    """
     left, state, moments = dict(tensors), {}, {}
     for key, value in tensors.items():
         if not sound(value):

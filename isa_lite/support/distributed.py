@@ -1,9 +1,11 @@
-"""One training run on several GPUs or processes, and what they exchange; alone, a process has nothing to exchange.
+"""One training run on several GPUs or processes, and what they exchange; alone, a process has
+nothing to exchange.
 
-`torchrun --nproc-per-node 4 -m isa_lite distill ...` starts the processes. Each works on its part of every batch, the loss is
-that of the whole batch, and all take the same step. A contrastive loss compares across the parts, so embeddings are gathered:
-gradients flow into a process's own rows, and adding up all processes' gradients gives that of the whole. Only batch
-normalisation, which looks at a process's own images, and LAR on a share of each process's images make this differ from a run of
+`torchrun --nproc-per-node 4 -m isa_lite distill ...` starts the processes. Each works on its part
+of every batch, the loss is that of the whole batch, and all take the same step. A contrastive loss
+compares across the parts, so embeddings are gathered: gradients flow into a process's own rows, and
+adding up all processes' gradients gives that of the whole. Only batch normalisation, which looks at
+a process's own images, and LAR on a share of each process's images make this differ from a run of
 one process. Ours.
 """
 
@@ -24,7 +26,11 @@ Value = TypeVar("Value")
 
 def count() -> int:
     """How many processes there are: 1, unless torchrun started more."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return (
+        distributed.get_world_size()
+        if distributed.is_available() and distributed.is_initialized()
+        else 1
+    )
 
 
 def rank() -> int:
@@ -34,20 +40,28 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device` is "cuda".
+    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device`
+    is "cuda".
 
-    Raises ValueError where there is no such GPU, or `device` names one. After an error inside there is no farewell: it would wait
-    for the others, which wait for this process, and torchrun ends them all.
+    Raises ValueError where there is no such GPU, or `device` names one. After an error inside there
+    is no farewell: it would wait for the others, which wait for this process, and torchrun ends
+    them all.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"several processes share no {device!r}: give device cuda, and each takes a GPU of its own, or cpu")
+        raise ValueError(
+            f"several processes share no {device!r}: give device cuda, and each takes a GPU of its"
+            " own, or cpu"
+        )
     if device == "cuda":
         own = int(os.environ["LOCAL_RANK"])
         if own >= torch.cuda.device_count():
-            raise ValueError(f"process {own} has no GPU of its own, as there are {torch.cuda.device_count()}: start fewer")
+            raise ValueError(
+                f"process {own} has no GPU of its own, as there are {torch.cuda.device_count()}:"
+                " start fewer"
+            )
         torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     yield
@@ -55,14 +69,18 @@ def joined(device: str) -> Iterator[None]:
 
 
 def part(rows: Rows, own: int | None = None, of: int | None = None) -> Rows:
-    """This process's rows of a batch, or those of process `own` of so many: as many as every other's, in order."""
+    """This process's rows of a batch, or those of process `own` of so many: as many as every
+    other's, in order.
+    """
     own, of = rank() if own is None else own, of or count()
     size = len(rows) // of
     return rows[own * size : (own + 1) * size]
 
 
 def gather(rows: Tensor) -> Tensor:
-    """b x ... of this process -> B x ... of all, in order. Gradients flow into this process's own rows only."""
+    """b x ... of this process -> B x ... of all, in order. Gradients flow into this process's own
+    rows only.
+    """
     if count() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(count())]
@@ -99,18 +117,23 @@ def average(tensors: Iterable[Tensor]) -> None:
     """Give every process the mean of all processes' values, which all tensors have of one type."""
     known = list(tensors) if count() > 1 else []
     if known:
-        mean = total(torch.cat([t.flatten() for t in known])) / count()  # one exchange for all of them
+        # one exchange for all of them
+        mean = total(torch.cat([t.flatten() for t in known])) / count()
         for tensor, new in zip(known, mean.split([t.numel() for t in known]), strict=True):
             tensor.copy_(new.view_as(tensor))
 
 
 def same(value: object, what: str) -> None:
-    """Raises ValueError in every process where they differ in `value`: they would wait for each other forever."""
+    """Raises ValueError in every process where they differ in `value`: they would wait for each
+    other forever.
+    """
     values: list[object] = [value] * count()
     if count() > 1:
         distributed.all_gather_object(values, value)
     if any(other != value for other in values):
-        raise ValueError(f"the {count()} processes differ in {what}: {values}; give all of them the same files")
+        raise ValueError(
+            f"the {count()} processes differ in {what}: {values}; give all of them the same files"
+        )
 
 
 def told(value: Value) -> Value:
@@ -125,7 +148,9 @@ def anywhere(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether any process has it set."""
     if count() == 1:
         return flags
-    found = torch.tensor(flags, dtype=torch.uint8, device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    found = torch.tensor(
+        flags, dtype=torch.uint8, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
+    )
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return tuple(map(bool, found.tolist()))
 

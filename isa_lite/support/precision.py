@@ -1,7 +1,9 @@
-"""In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or what you ask for.
+"""In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or what
+you ask for.
 
-A CPU without instructions for bfloat16 (AVX2 alone, which is most laptops) emulates it, and takes many times as long. The weights
-stay float32 in any case, and evaluation always computes in float32. Ours.
+A CPU without instructions for bfloat16 (AVX2 alone, which is most laptops) emulates it, and takes
+many times as long. The weights stay float32 in any case, and evaluation always computes in float32.
+Ours.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ Config = TypeVar("Config", DistillConfig, PretrainConfig)
 
 
 def training_dtype(wanted: str, device: torch.device | str, recorded: str | None = None) -> str:
-    """ "float32" or "bfloat16": `wanted`, or for "auto" what an earlier part of the run `recorded`, else what suits the device.
+    """ "float32" or "bfloat16": `wanted`, or for "auto" what an earlier part of the run `recorded`,
+    else what suits the device.
 
-    An explicit bfloat16 on a CPU is obeyed; where it is slower there, a warning gives the measured ratio.
+    An explicit bfloat16 on a CPU is obeyed; where it is slower there, a warning gives the measured
+    ratio.
     """
     check_dtype(wanted)
     device = torch.device(device)
@@ -34,28 +38,34 @@ def training_dtype(wanted: str, device: torch.device | str, recorded: str | None
         return recorded or ("bfloat16" if fast else "float32")
     if wanted == "bfloat16" and device.type == "cpu" and (ratio := bfloat16_cost()) > 1:
         warnings.warn(
-            f"dtype='bfloat16': a matrix product on this CPU takes {ratio:.1f} times as long as in float32; 'auto' takes float32",
+            f"dtype='bfloat16': a matrix product on this CPU takes {ratio:.1f} times as long as in"
+            " float32; 'auto' takes float32",
             stacklevel=4,
         )
     return wanted
 
 
 def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
-    """Settings whose `dtype` is no longer "auto": that of the run whose state lies in `checkpoint`, else the device's."""
+    """Settings whose `dtype` is no longer "auto": that of the run whose state lies in `checkpoint`,
+    else the device's.
+    """
     recorded = None
     if checkpoint is not None and checkpoint.is_file():
         info = read_info(checkpoint)
         run = info.get("identity", info)
         settings = run.get("config") if isinstance(run, dict) else None
         found = settings.get("dtype") if isinstance(settings, dict) else None
-        recorded = found if found in ("float32", "bfloat16") else None  # damage is named by who resumes
+        # damage is named by who resumes
+        recorded = found if found in ("float32", "bfloat16") else None
     config = copy(config)  # `replace` would forget the fields that are filled in later
     config.dtype = training_dtype(config.dtype, config.device, recorded)
     return config
 
 
 def bfloat16_cost(size: int = 256, rounds: int = 5) -> float:
-    """How many times as long a product of two size x size matrices takes in bfloat16 as in float32, on the CPU; medians."""
+    """How many times as long a product of two size x size matrices takes in bfloat16 as in float32,
+    on the CPU; medians.
+    """
     medians = []
     for dtype in (torch.bfloat16, torch.float32):
         a, times = torch.ones(size, size, dtype=dtype), []
@@ -69,4 +79,6 @@ def bfloat16_cost(size: int = 256, rounds: int = 5) -> float:
 
 def mixed(device: torch.device | str, dtype: str) -> AbstractContextManager:
     """Inside, products of a training are computed in `dtype`."""
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
+    return torch.autocast(
+        torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"
+    )

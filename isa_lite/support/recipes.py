@@ -1,7 +1,9 @@
-"""Recipes: what a query encoder and its distillation are given beyond the parts that the paper's abstract names.
+"""Recipes: what a query encoder and its distillation are given beyond the parts that the paper's
+abstract names.
 
-`recipe("core")`: the adaptive token learner, GCD within the batch, LAR and a prompt, in our reading, and no further aids.
-`recipe("default")`: what ships, the same with five aids. All five are ours.
+`recipe("core")`: the adaptive token learner, GCD within the batch, LAR and a prompt, in our
+reading, and no further aids. `recipe("default")`: what ships, the same with five aids. All five are
+ours.
 """
 
 from __future__ import annotations
@@ -10,16 +12,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 #: A description of a scene, in the form of the captions of the shipped VL model.
-START_WORDS = "large red circle top left, small blue square right, large yellow star bottom, on white, flat style"
+START_WORDS = (
+    "large red circle top left, small blue square right, large yellow star bottom, on white, flat"
+    " style"
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The aids, each with the value that leaves it out.
 
-    Of the query encoder (`QueryEncoderConfig`): the words that a sentence starts from, holding pseudo-words to the length of real
-    words, the weights that the backbone starts from. Of distillation (`DistillConfig`): noise on pseudo-words, and images outside
-    the batch that each sentence is told apart from. lar_share is no aid but saves time: LAR on a share of each step's images.
+    Of the query encoder (`QueryEncoderConfig`): the words that a sentence starts from, holding
+    pseudo-words to the length of real words, the weights that the backbone starts from. Of
+    distillation (`DistillConfig`): noise on pseudo-words, and images outside the batch that each
+    sentence is told apart from. lar_share is no aid but saves time: LAR on a share of each step's
+    images.
     """
 
     start_words: str = ""
@@ -32,7 +39,10 @@ class Recipe:
     @property
     def encoder(self) -> dict:
         """Settings for `QueryEncoder.for_model`."""
-        return {name: getattr(self, name) for name in ("start_words", "norm_matching", "backbone_weights")}
+        return {
+            name: getattr(self, name)
+            for name in ("start_words", "norm_matching", "backbone_weights")
+        }
 
     @property
     def distillation(self) -> dict:
@@ -42,15 +52,25 @@ class Recipe:
 
 RECIPES = {
     "core": Recipe(),
-    "default": Recipe(START_WORDS, norm_matching=True, backbone_weights="scenes", word_noise=1.0, negatives=8192, lar_share=0.25),
+    "default": Recipe(
+        START_WORDS,
+        norm_matching=True,
+        backbone_weights="scenes",
+        word_noise=1.0,
+        negatives=8192,
+        lar_share=0.25,
+    ),
 }
 
 
-def recipe(name: str, vl_model: str = "scenes-clip", backbone: str = "mobilenetv4_conv_small_050") -> Recipe:
-    """A recipe by its name, for a VL model and a light backbone. Raises ValueError for an unknown name.
+def recipe(
+    name: str, vl_model: str = "scenes-clip", backbone: str = "mobilenetv4_conv_small_050"
+) -> Recipe:
+    """A recipe by its name, for a VL model and a light backbone. Raises ValueError for an unknown
+    name.
 
-    The start words are those of the shipped VL model, and the learned start is that of one backbone for it: with others,
-    these two aids are left out.
+    The start words are those of the shipped VL model, and the learned start is that of one backbone
+    for it: with others, these two aids are left out.
     """
     if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(map(repr, RECIPES))}")
@@ -63,6 +83,11 @@ def recipe(name: str, vl_model: str = "scenes-clip", backbone: str = "mobilenetv
 
 
 def complete(settings: Mapping) -> dict:
-    """Settings with a `recipe`, a `vl_model` and a `backbone`, and the recipe's value where an aid's setting is None."""
+    """Settings with a `recipe`, a `vl_model` and a `backbone`, and the recipe's value where an
+    aid's setting is None.
+    """
     chosen = asdict(recipe(settings["recipe"], settings["vl_model"], settings["backbone"]))
-    return {**settings, **{name: value for name, value in chosen.items() if settings.get(name) is None}}
+    return {
+        **settings,
+        **{name: value for name, value in chosen.items() if settings.get(name) is None},
+    }

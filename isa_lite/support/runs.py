@@ -1,4 +1,5 @@
-"""What every long run shares: one process works on a state at a time, it is saved now and then, and stopping loses nothing.
+"""What every long run shares: one process works on a state at a time, it is saved now and then, and
+stopping loses nothing.
 
 with Keeper(checkpoint, minutes) as keeper:
     start = ...  # the step that the checkpoint holds, or 0
@@ -26,14 +27,16 @@ from isa_lite.support import distributed
 from isa_lite.support.settings import MINUTES
 
 _BEYOND = 1 << 30  # the byte that is locked: beyond the text, which others may read
-_held: dict[Path, object] = {}  # what this process has locked: a system's lock does not stop its own process
+# what this process has locked: a system's lock does not stop its own process
+_held: dict[Path, object] = {}
 
 
 class Lock:
     """Inside, no other process works on `path`. ValueError, naming that process, where one does.
 
-    The system keeps the lock, on the file `.NAME.lock` beside `path`, and lets it go when the process ends, however it ends.
-    Of several processes of one run (`distributed`) number 0 holds it for all.
+    The system keeps the lock, on the file `.NAME.lock` beside `path`, and lets it go when the
+    process ends, however it ends. Of several processes of one run (`distributed`) number 0 holds it
+    for all.
     """
 
     def __init__(self, path: Path):
@@ -43,7 +46,10 @@ class Lock:
     def __enter__(self) -> Lock:
         try:
             if owner := distributed.told(self._take() if distributed.rank() == 0 else ""):
-                raise ValueError(f"{self.path} is in use by {owner}: wait until that has ended, or choose another place")
+                raise ValueError(
+                    f"{self.path} is in use by {owner}: wait until that has ended, or choose"
+                    " another place"
+                )
         except BaseException:
             self._forget()
             raise
@@ -77,7 +83,10 @@ class Lock:
                 file.close()
                 return owner
             except OSError as error:  # a file system without locks
-                warnings.warn(f"{self.path} cannot be locked ({error}): start no second run on it", stacklevel=4)
+                warnings.warn(
+                    f"{self.path} cannot be locked ({error}): start no second run on it",
+                    stacklevel=4,
+                )
             with suppress(OSError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.name)):
                     break
@@ -98,15 +107,18 @@ def _lock(file: IO) -> None:
     else:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _BEYOND)  # not flock: a worker process would inherit it
+        # not flock: a worker process would inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _BEYOND)
 
 
 class Keeper:
-    """Keeps the state of a run in the file `path`; without one it does nothing. See the module's first lines.
+    """Keeps the state of a run in the file `path`; without one it does nothing. See the module's
+    first lines.
 
-    The state is saved at the start, every `minutes` after a step, and at the end. Ctrl-C and SIGTERM let the step finish and save
-    its state before KeyboardInterrupt is raised; a second one stops at once. No other process may work on the file meanwhile.
-    Raises ValueError for one that does, and for `minutes` (by the name checkpoint_minutes) that are no number of at least 0.
+    The state is saved at the start, every `minutes` after a step, and at the end. Ctrl-C and
+    SIGTERM let the step finish and save its state before KeyboardInterrupt is raised; a second one
+    stops at once. No other process may work on the file meanwhile. Raises ValueError for one that
+    does, and for `minutes` (by the name checkpoint_minutes) that are no number of at least 0.
     """
 
     def __init__(self, path: str | Path | None, minutes: float = MINUTES):
@@ -123,9 +135,11 @@ class Keeper:
         return self
 
     def begin(self, save: Callable[[int], None], start: int) -> None:
-        """From now on `save` is called with the number of steps that are done. A run that starts at 0 is saved at once.
+        """From now on `save` is called with the number of steps that are done. A run that starts at
+        0 is saved at once.
 
-        So a run that is taken up again always starts from the same weights, even if it was stopped in its first steps.
+        So a run that is taken up again always starts from the same weights, even if it was stopped
+        in its first steps.
         """
         if not self.path:
             return
@@ -134,7 +148,8 @@ class Keeper:
             save(0)
         if threading.current_thread() is threading.main_thread():  # only this one may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # `nohup` ignores them, and so do we
+                # `nohup` ignores them, and so do we
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _) -> None:
@@ -145,17 +160,23 @@ class Keeper:
             print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     def after(self, step: int, last: bool = False) -> None:
-        """To be called behind every step, with the number of steps done. Raises KeyboardInterrupt if the run is to stop."""
+        """To be called behind every step, with the number of steps done. Raises KeyboardInterrupt
+        if the run is to stop.
+        """
         if not self._save:
             return
-        stop, due = distributed.anywhere(bool(self._signal), time.monotonic() - self._saved >= 60 * self.minutes)
+        stop, due = distributed.anywhere(
+            bool(self._signal), time.monotonic() - self._saved >= 60 * self.minutes
+        )
         if stop or due or last:
             self._save(step)
             self._saved = time.monotonic()
         if last:
             self._quit()
         if stop:
-            raise KeyboardInterrupt(f"stopped after step {step}; {self.path} holds the state, and the same call goes on")
+            raise KeyboardInterrupt(
+                f"stopped after step {step}; {self.path} holds the state, and the same call goes on"
+            )
 
     def _quit(self) -> None:
         self._save = None
@@ -167,5 +188,8 @@ class Keeper:
         self._quit()
         if self._lock:
             self._lock.__exit__()
-        if self._signal and isinstance(error, Exception):  # as when a worker process died of the same signal
-            raise KeyboardInterrupt(f"stopped; {self.path} holds the last state that was saved") from error
+        # as when a worker process died of the same signal
+        if self._signal and isinstance(error, Exception):
+            raise KeyboardInterrupt(
+                f"stopped; {self.path} holds the last state that was saved"
+            ) from error

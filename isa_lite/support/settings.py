@@ -1,7 +1,9 @@
-"""The settings of every run, and the names and constants that a command line needs. Nothing here imports PyTorch.
+"""The settings of every run, and the names and constants that a command line needs. Nothing here
+imports PyTorch.
 
-A settings dataclass holds each field's meaning beside its default, once: `--help` shows it (`parameters.add_settings`).
-The module that works with the settings imports them from here, so `from isa_lite.distill import DistillConfig` works, too.
+A settings dataclass holds each field's meaning beside its default, once: `--help` shows it
+(`parameters.add_settings`). The module that works with the settings imports them from here, so
+`from isa_lite.distill import DistillConfig` works, too.
 """
 
 from __future__ import annotations
@@ -11,17 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isa_lite.support.parameters import Rule, check_settings, device_name, flag, number, scene_count, text, whole
+from isa_lite.support.parameters import (
+    Rule,
+    check_settings,
+    device_name,
+    flag,
+    number,
+    scene_count,
+    text,
+    whole,
+)
 from isa_lite.support.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parents[1]  # isa_lite/
-#: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a checkout.
+#: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a
+#: checkout.
 DATA = _HERE / "data" if (_HERE / "data").is_dir() else _HERE.parent / "data"
 #: The name under which `load_vl_model` finds the shipped model of rendered scenes.
 SCENES_CLIP = "scenes-clip"
 #: The folder of the shipped query encoder in `DATA`.
 SCENES_ENCODER = "scenes-query-encoder"
-#: The weights that `light_backbone` has learned on rendered scenes: their short name, their folder in data/, their files.
+#: The weights that `light_backbone` has learned on rendered scenes: their short name, their folder
+#: in data/, their files.
 SCENES, SCENES_BACKBONE, WEIGHTS = "scenes", "scenes-light-backbone", "backbone"
 
 #: The side of a rendered scene in pixels; 32 a cell.
@@ -39,8 +52,13 @@ NOTEBOOK = DATA.parent / "notebooks" / "02_distillation.ipynb"
 #: Where a sweep looks for the VL model without the language of change in its captions.
 WITHOUT_CHANGE = "runs/vl-without-change"
 
-#: Of each public benchmark its splits; the methods that can be scored; and the choices that FashionIQ's protocols leave.
-SPLITS = {"fashioniq": ("train", "val", "test"), "cirr": ("train", "val", "test1"), "circo": ("val", "test")}
+#: Of each public benchmark its splits; the methods that can be scored; and the choices that
+#: FashionIQ's protocols leave.
+SPLITS = {
+    "fashioniq": ("train", "val", "test"),
+    "cirr": ("train", "val", "test1"),
+    "circo": ("val", "test"),
+}
 METHODS = ("isa", "image + text", "text only", "image only")
 GALLERIES = ("split", "triplets")
 CAPTIONS = ("both orders", "one order")
@@ -48,13 +66,23 @@ CAPTIONS = ("both orders", "one order")
 
 def check_template(template: str) -> None:
     """Raises ValueError for a template without its two fields."""
-    if not isinstance(template, str) or sorted(re.findall(r"\{(\w*)\}", template)) != ["modifier", "sentence"]:
-        raise ValueError(f"a template holds {{sentence}} and {{modifier}} once each; this one does not: {template!r}")
+    if not isinstance(template, str) or sorted(re.findall(r"\{(\w*)\}", template)) != [
+        "modifier",
+        "sentence",
+    ]:
+        raise ValueError(
+            "a template holds {sentence} and {modifier} once each; this one does not:"
+            f" {template!r}"
+        )
 
 
-#: What `auto` stands for is decided by `precision.training_dtype`. float16 would underflow without scaling of the loss.
+#: What `auto` stands for is decided by `precision.training_dtype`. float16 would underflow without
+#: scaling of the loss.
 DTYPES = ("auto", "float32", "bfloat16")
-DTYPE_HELP = "of the matrix products in training: auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16"
+DTYPE_HELP = (
+    "of the matrix products in training: auto (bfloat16 on a GPU that has it, else float32),"
+    " float32 or bfloat16"
+)
 
 
 def check_dtype(dtype: str) -> None:
@@ -69,12 +97,22 @@ def setting(default: Any, meaning: str) -> Any:
 
 
 #: What the settings of all trainings must be, and those of the two pre-trainings.
-_LEARNING: dict[str, Rule] = {"steps": whole(1), "lr": number(0, above=True), "weight_decay": number(0), "seed": whole(0)}
+_LEARNING: dict[str, Rule] = {
+    "steps": whole(1),
+    "lr": number(0, above=True),
+    "weight_decay": number(0),
+    "seed": whole(0),
+}
 _LEARNING |= {"device": device_name(), "num_workers": whole(0, 256)}
 _TRAINING = _LEARNING | {"batch_size": whole(2), "warmup": whole(0)}
 _PRETRAINING = _LEARNING | {"matching_steps": whole(0), "warmup": whole(1), "dtype": text(*DTYPES)}
-_PRETRAINING |= {"image_size": whole(32, 4096, multiple=32), "embed_dim": whole(1, 2**14)}  # the image tower halves five times
-_PRETRAINING |= {"vision_width": whole(2, 2**12, multiple=2), "text_width": whole(32, 2**14, multiple=32)}  # by heads
+# the image tower halves five times
+_PRETRAINING |= {"image_size": whole(32, 4096, multiple=32), "embed_dim": whole(1, 2**14)}
+# by heads
+_PRETRAINING |= {
+    "vision_width": whole(2, 2**12, multiple=2),
+    "text_width": whole(32, 2**14, multiple=32),
+}
 _PRETRAINING |= {"text_layers": whole(1, 128), "context_length": whole(8, 4096)}
 
 
@@ -82,11 +120,13 @@ _PRETRAINING |= {"text_layers": whole(1, 128), "context_length": whole(8, 4096)}
 class QueryEncoderConfig:
     """Everything that is needed to build a query encoder again.
 
-    word_width, word_norm: of the VL model whose words are imitated; vl_model: its fingerprint, checked when the encoder is
-    loaded. backbone "vl" is the VL model's own image tower, frozen (symmetric ISA).
+    word_width, word_norm: of the VL model whose words are imitated; vl_model: its fingerprint,
+    checked when the encoder is loaded. backbone "vl" is the VL model's own image tower, frozen
+    (symmetric ISA).
 
-    None is replaced when the encoder is built, and the value is what is saved. image_size, mean, std: those of the weights'
-    own training (timm's data config), or 96 pixels and 0.5 with random weights; stride: `backbones.default_stride`;
+    None is replaced when the encoder is built, and the value is what is saved. image_size, mean,
+    std: those of the weights' own training (timm's data config), or 96 pixels and 0.5 with random
+    weights; stride: `backbones.default_stride`;
     width, depth: the mapping's own.
     """
 
@@ -94,24 +134,36 @@ class QueryEncoderConfig:
     word_norm: float
     vl_model: str = ""
     backbone: str = setting(
-        "mobilenetv4_conv_small_050", "any timm model with feature maps, or vl: the VL model's own image tower"
+        "mobilenetv4_conv_small_050",
+        "any timm model with feature maps, or vl: the VL model's own image tower",
     )
-    pretrained: bool = setting(False, "start from timm's weights of the backbone, which are downloaded")
+    pretrained: bool = setting(
+        False, "start from timm's weights of the backbone, which are downloaded"
+    )
     backbone_weights: str = setting(
         "",
-        "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of light_backbone (default: none)",
+        "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of"
+        " light_backbone (default: none)",
     )
     image_size: int | None = setting(
-        None, "pixels on a side of what the backbone sees (default: as its weights were trained; 96 with random ones)"
+        None,
+        "pixels on a side of what the backbone sees (default: as its weights were trained; 96 with"
+        " random ones)",
     )
     stride: int | None = setting(
-        None, "stride of the backbone's feature map in pixels (default: the coarsest map of at least 4 x 4 places)"
+        None,
+        "stride of the backbone's feature map in pixels (default: the coarsest map of at least 4 x"
+        " 4 places)",
     )
     mapping: str = setting("adaptive", "the network from the feature map to the sentence")
     norm_matching: bool = setting(True, "hold pseudo-words to the length of real words")
-    start_words: str = setting("", "a text whose words the sentence is before training (default: none)")
+    start_words: str = setting(
+        "", "a text whose words the sentence is before training (default: none)"
+    )
     num_tokens: int = setting(12, "pseudo-words of a sentence; a single vector is 1")
-    width: int | None = setting(None, "channels of the mapping network (default: its own, 128 or 512)")
+    width: int | None = setting(
+        None, "channels of the mapping network (default: its own, 128 or 512)"
+    )
     depth: int | None = setting(None, "blocks of the mapping network (default: its own)")
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -119,10 +171,11 @@ class QueryEncoderConfig:
 
 @dataclass
 class DistillConfig:
-    """Settings of one distillation run. Raises ValueError, naming the field, for a value that cannot work.
+    """Settings of one distillation run. Raises ValueError, naming the field, for a value that
+    cannot work.
 
-    With both losses off (gcd_weight and lar_weight 0) nothing is trained. Where negatives or word_noise is None, the recipe's
-    value takes its place.
+    With both losses off (gcd_weight and lar_weight 0) nothing is trained. Where negatives or
+    word_noise is None, the recipe's value takes its place.
     """
 
     steps: int = setting(800, "training steps")
@@ -134,16 +187,24 @@ class DistillConfig:
     gcd_weight: float = setting(1.0, "weight of global contrastive distillation; 0 switches it off")
     lar_weight: float = setting(0.1, "weight of local alignment regularization; 0 switches it off")
     lar_share: float | None = setting(
-        None, "share of a step's images that LAR is computed on, at that share of its cost (default: the recipe's)"
+        None,
+        "share of a step's images that LAR is computed on, at that share of its cost (default: the"
+        " recipe's)",
     )
     freeze_stem: bool = setting(
-        True, "leave the backbone's first convolution and its norm as they are, where it starts from learned weights"
+        True,
+        "leave the backbone's first convolution and its norm as they are, where it starts from"
+        " learned weights",
     )
     recipe: str = setting(
-        "default", "core: the parts that the paper's abstract names, or default: with our aids (default: default)"
+        "default",
+        "core: the parts that the paper's abstract names, or default: with our aids (default:"
+        " default)",
     )
     negatives: int | None = setting(
-        None, "images outside the batch that each sentence is told apart from, if there are so many (default: the recipe's)"
+        None,
+        "images outside the batch that each sentence is told apart from, if there are so many"
+        " (default: the recipe's)",
     )
     word_noise: float | None = setting(
         None, "Gaussian noise on pseudo-words, in lengths of a pseudo-word (default: the recipe's)"
@@ -160,10 +221,23 @@ class DistillConfig:
         for name, value in recipe(self.recipe).distillation.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_settings(self, **_TRAINING, dtype=text(*DTYPES), validation=whole(2), validate_every=whole(1), negatives=whole(0))
+        check_settings(
+            self,
+            **_TRAINING,
+            dtype=text(*DTYPES),
+            validation=whole(2),
+            validate_every=whole(1),
+            negatives=whole(0),
+        )
         weights = dict.fromkeys(("gcd_weight", "lar_weight", "word_noise"), number(0))
         lar_share = number(0, above=True, most=1)  # LAR is switched off by its weight
-        check_settings(self, temperature=number(0, above=True), lar_share=lar_share, freeze_stem=flag(), **weights)
+        check_settings(
+            self,
+            temperature=number(0, above=True),
+            lar_share=lar_share,
+            freeze_stem=flag(),
+            **weights,
+        )
         check_template(self.template)
 
 
@@ -187,12 +261,15 @@ class BackboneConfig:
     num_workers: int = setting(0, "processes that read images ahead")
 
     def __post_init__(self):
-        check_settings(self, **_TRAINING, backbone=text(), stride=whole(1, 1024), num_images=scene_count(2))
+        check_settings(
+            self, **_TRAINING, backbone=text(), stride=whole(1, 1024), num_images=scene_count(2)
+        )
 
 
 @dataclass
 class PretrainConfig:
-    """Settings of one pre-training run. Raises ValueError, naming the field, for a value that cannot work.
+    """Settings of one pre-training run. Raises ValueError, naming the field, for a value that
+    cannot work.
 
     vision_layers: blocks in each stage of a ModifiedResNet, CLIP's convolutional tower.
     """
@@ -201,8 +278,12 @@ class PretrainConfig:
     matching_steps: int = setting(600, "training steps of the matching encoder")
     families: int = setting(20, "families of five related scenes in a batch")
     singles: int = setting(12, "unrelated scenes in a batch")
-    partial: float = setting(0.2, "share of the unrelated scenes whose caption leaves something out")
-    change: float = setting(1.0, "share of the edited scenes that also get a caption in the language of change")
+    partial: float = setting(
+        0.2, "share of the unrelated scenes whose caption leaves something out"
+    )
+    change: float = setting(
+        1.0, "share of the edited scenes that also get a caption in the language of change"
+    )
     lr: float = setting(1e-3, "highest learning rate")
     warmup: int = setting(100, "steps until the learning rate is at its highest")
     weight_decay: float = setting(0.05, "weight decay of matrices")
@@ -211,7 +292,9 @@ class PretrainConfig:
     dtype: str = setting("auto", DTYPE_HELP)
     num_workers: int = setting(1, "processes that make batches ahead")
 
-    image_size: int = setting(IMAGE_SIZE, "pixels on a side of what the image tower sees; a multiple of 32")
+    image_size: int = setting(
+        IMAGE_SIZE, "pixels on a side of what the image tower sees; a multiple of 32"
+    )
     embed_dim: int = setting(256, "dimensions of the joint space")
     vision_width: int = setting(24, "channels of the image tower's first stage")
     vision_layers: tuple[int, ...] = (1, 1, 1, 1)
@@ -221,15 +304,24 @@ class PretrainConfig:
 
     def __post_init__(self):
         shares = dict.fromkeys(("partial", "change"), number(0, most=1))
-        check_settings(self, **_PRETRAINING, **shares, families=whole(0, 10_000), singles=whole(0, 10_000))
+        check_settings(
+            self, **_PRETRAINING, **shares, families=whole(0, 10_000), singles=whole(0, 10_000)
+        )
         if 5 * self.families + self.singles < 2:
-            raise ValueError(f"families and singles make {self.singles} images in a batch; two are needed to tell apart")
+            raise ValueError(
+                f"families and singles make {self.singles} images in a batch; two are needed to"
+                " tell apart"
+            )
 
     def model_cfg(self) -> dict:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
         return {
             "embed_dim": self.embed_dim,
-            "vision_cfg": {"image_size": self.image_size, "layers": list(self.vision_layers), "width": self.vision_width},
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "layers": list(self.vision_layers),
+                "width": self.vision_width,
+            },
             "text_cfg": {
                 "context_length": self.context_length,
                 "vocab_size": 49408,
@@ -242,18 +334,26 @@ class PretrainConfig:
 
 @dataclass
 class FolderConfig(PretrainConfig):
-    """Settings of one run on a folder. Raises ValueError, naming the field, for a value that cannot work.
+    """Settings of one run on a folder. Raises ValueError, naming the field, for a value that cannot
+    work.
 
-    Pictures are not mirrored or recoloured: captions say left, right and red. data: filled in, a digest of what training sees.
+    Pictures are not mirrored or recoloured: captions say left, right and red. data: filled in, a
+    digest of what training sees.
     """
 
     steps: int = setting(1000, "training steps of the towers")
-    matching_steps: int = setting(300, "training steps of the matching encoder; 0: no matching encoder")
+    matching_steps: int = setting(
+        300, "training steps of the matching encoder; 0: no matching encoder"
+    )
     batch_size: int = setting(128, "images in a step")
     related: float = setting(
-        0.5, "share of a batch's images that bring a relative, an image whose caption differs in a few words"
+        0.5,
+        "share of a batch's images that bring a relative, an image whose caption differs in a few"
+        " words",
     )
-    change: float = setting(0.7, "share of related images also described as a change of their relative; 0: none")
+    change: float = setting(
+        0.7, "share of related images also described as a change of their relative; 0: none"
+    )
     prompted: float = setting(0.25, 'share of captions that begin with "a photo of"')
     zoom: float = setting(0.15, "pictures are enlarged, reduced and shifted by up to this part")
     held_out: float = setting(0.0, "share of the captioned images that training does not see")
@@ -271,9 +371,11 @@ class FolderConfig(PretrainConfig):
 
 @dataclass
 class CompareConfig:
-    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's; every run must have them.
+    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's;
+    every run must have them.
 
-    start_words, word_noise, negatives: the shipped query encoder's aids; each one-word recipe is trained once more with them.
+    start_words, word_noise, negatives: the shipped query encoder's aids; each one-word recipe is
+    trained once more with them.
     """
 
     num_images: int = 8000  # unlabeled images, and for LinCIR-like as many captions
@@ -293,8 +395,8 @@ class CompareConfig:
 class RunConfig:
     """Settings of a run on a public benchmark.
 
-    options: of the benchmark's `load`, such as gallery="triplets"; template: the prompt of isa; truncate: cut modifiers that do
-    not fit the text tower. The others are those of `embed_files`.
+    options: of the benchmark's `load`, such as gallery="triplets"; template: the prompt of isa;
+    truncate: cut modifiers that do not fit the text tower. The others are those of `embed_files`.
     """
 
     split: str = "val"

@@ -1,4 +1,6 @@
-"""One training loop. Distillation, both pre-trainings, the light backbone and inversion differ in what they hand to `fit`. Ours."""
+"""One training loop. Distillation, both pre-trainings, the light backbone and inversion differ in
+what they hand to `fit`. Ours.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ from isa_lite.support.runs import Keeper
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next step. On Linux with glibc; elsewhere nothing changes.
+    """Let this process keep what it frees, for its next step. On Linux with glibc; elsewhere
+    nothing changes.
 
-    By default glibc gives large blocks back to the system, and every step gets them anew, page by page: that is a tenth of a
-    step on a CPU (`python -m isa_lite bench step`).
+    By default glibc gives large blocks back to the system, and every step gets them anew, page by
+    page: that is a tenth of a step on a CPU (`python -m isa_lite bench step`).
     """
     trim_threshold, mmap_max = -1, -4  # of mallopt, by glibc's malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -48,14 +51,18 @@ def fit(
     spent: float = 0.0,
     progress: bool = True,
 ) -> float:
-    """Train `modules` for so many steps, or for those that are left. Returns the seconds that all of them took, and `spent`.
+    """Train `modules` for so many steps, or for those that are left. Returns the seconds that all
+    of them took, and `spent`.
 
-    loss_of: a batch and its step -> the loss that is to fall; batches: those from a step on; rate: of a step, the learning rate
-    (None: the optimizer's); clip: the largest norm of all gradients together; after: called with the number of steps done.
+    loss_of: a batch and its step -> the loss that is to fall; batches: those from a step on; rate:
+    of a step, the learning rate
+    (None: the optimizer's); clip: the largest norm of all gradients together; after: called with
+    the number of steps done.
 
-    keeper: of the file that the run is saved in and taken up from; identity: what tells one run from another; state: of
-    the seconds so far, what else to save; restore: takes it back, and raises ValueError where it is damaged. spent: seconds of
-    this process before the call. Several processes (`distributed`) take every step together. Raises what `resume_run` raises.
+    keeper: of the file that the run is saved in and taken up from; identity: what tells one run
+    from another; state: of the seconds so far, what else to save; restore: takes it back, and
+    raises ValueError where it is damaged. spent: seconds of this process before the call. Several
+    processes (`distributed`) take every step together. Raises what `resume_run` raises.
     """
     keep_freed_memory()
     keeper, began, start = keeper or Keeper(None), time.perf_counter() - spent, 0

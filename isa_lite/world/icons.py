@@ -1,4 +1,5 @@
-"""An example of a user's own folder: rendered icons as image files, with captions.csv and triplets.json. Ours.
+"""An example of a user's own folder: rendered icons as image files, with captions.csv and
+triplets.json. Ours.
 
 One object of `scenes` in the middle of each picture. What the two files may hold is in `own_data`.
 """
@@ -24,7 +25,8 @@ COLORS = ("red", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "gray", "dotted")
 STYLES = ("flat", "outline")
-#: Ways to ask for a value of each part of an icon. Some of their words are in no caption, as it will be with users.
+#: Ways to ask for a value of each part of an icon. Some of their words are in no caption, as it
+#: will be with users.
 REQUESTS = {
     "shape": ("as a {}", "a {} instead", "turn it into a {}"),
     "color": ("make it {}", "in {}", "the same icon, please {}"),
@@ -32,13 +34,22 @@ REQUESTS = {
     "background": ("on {}", "with a {} background"),
     "style": ("in {} style", "now {}"),
 }
-_VALUES = {"shape": SHAPES, "color": COLORS, "size": SIZES, "background": BACKGROUNDS, "style": STYLES}
+_VALUES = {
+    "shape": SHAPES,
+    "color": COLORS,
+    "size": SIZES,
+    "background": BACKGROUNDS,
+    "style": STYLES,
+}
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> str:
     (o,) = scene.objects
     thing = f"{o.size} {o.color} {o.shape}"
-    phrasings = (f"{thing}, {scene.style}, on {scene.background}", f"a {thing} on {scene.background}, {scene.style} style")
+    phrasings = (
+        f"{thing}, {scene.style}, on {scene.background}",
+        f"a {thing} on {scene.background}, {scene.style} style",
+    )
     return phrasings[rng.integers(2)]
 
 
@@ -48,12 +59,22 @@ def _changed(scene: Scene, part: str, value: str) -> Scene:
     return replace(scene, objects=(replace(scene.objects[0], **{part: value}),))
 
 
-@checked(folder=path_name(), count=whole(100, 10**6), queries=whole(0, 10**6), seed=whole(0), size=whole(8, 4096))
-def write_icons(folder: str | Path, count: int = 400, queries: int = 150, seed: int = 0, size: int = 64) -> Path:
-    """`count` icons as `images/*.png`, captions.csv and `queries` triplets of one change each, below `folder`; returns it.
+@checked(
+    folder=path_name(),
+    count=whole(100, 10**6),
+    queries=whole(0, 10**6),
+    seed=whole(0),
+    size=whole(8, 4096),
+)
+def write_icons(
+    folder: str | Path, count: int = 400, queries: int = 150, seed: int = 0, size: int = 64
+) -> Path:
+    """`count` icons as `images/*.png`, captions.csv and `queries` triplets of one change each,
+    below `folder`; returns it.
 
-    Icons are drawn with replacement, so a query may have several right answers. Every tenth has two captions. Files of an
-    earlier call are written over. Raises ValueError for fewer than 100 icons, among which queries find no answer.
+    Icons are drawn with replacement, so a query may have several right answers. Every tenth has two
+    captions. Files of an earlier call are written over. Raises ValueError for fewer than 100 icons,
+    among which queries find no answer.
     """
     folder, rng = Path(folder), np.random.default_rng((seed, 11))
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -63,13 +84,18 @@ def write_icons(folder: str | Path, count: int = 400, queries: int = 150, seed: 
     for i in range(count):
         (shape, color), icon_size = pairs[rng.integers(len(pairs))], SIZES[rng.integers(len(SIZES))]
         scene = Scene(
-            (Object(4, shape, color, icon_size),), BACKGROUNDS[rng.integers(len(BACKGROUNDS))], STYLES[rng.integers(len(STYLES))]
+            (Object(4, shape, color, icon_size),),
+            BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
+            STYLES[rng.integers(len(STYLES))],
         )
         name = f"icon_{i:04d}.png"
         scenes.render(scene, int(rng.integers(2**31)), size).save(folder / "images" / name)
         icons[name] = scene
         rows += [(name, _caption(scene, rng)) for _ in range(2 if i % 10 == 0 else 1)]
-    write_text(folder / "captions.csv", pd.DataFrame(rows, columns=["image", "caption"]).to_csv(index=False))
+    write_text(
+        folder / "captions.csv",
+        pd.DataFrame(rows, columns=["image", "caption"]).to_csv(index=False),
+    )
     names, triplets = list(icons), []
     while len(triplets) < queries:
         reference = names[rng.integers(count)]
@@ -79,6 +105,8 @@ def write_icons(folder: str | Path, count: int = 400, queries: int = 150, seed: 
         targets = [name for name, scene in icons.items() if scene == wanted]
         if wanted != icons[reference] and targets:
             request = REQUESTS[part][rng.integers(len(REQUESTS[part]))]
-            triplets.append({"reference": reference, "modifier": request.format(value), "targets": targets})
+            triplets.append(
+                {"reference": reference, "modifier": request.format(value), "targets": targets}
+            )
     write_text(folder / "triplets.json", json.dumps(triplets, indent=1) + "\n")
     return folder

@@ -1,12 +1,13 @@
 """A small rendered world for composed image retrieval, in the line of TIRG's CSS scenes. Ours.
 
-A `Scene` is a set of one to three coloured objects on a 3x3 grid, with a background and a whole-image
-style. From a scene come its image (`render`), the masks of its objects (`object_masks`), its captions
-(`caption`), and *modifications*: an edit with the words that ask for it (`modify`). Everything random
-is drawn from a `numpy.random.Generator` that the caller seeds, so nothing needs to be stored.
+A `Scene` is a set of one to three coloured objects on a 3x3 grid, with a background and a
+whole-image style. From a scene come its image (`render`), the masks of its objects
+(`object_masks`), its captions (`caption`), and *modifications*: an edit with the words that ask for
+it (`modify`). Everything random is drawn from a `numpy.random.Generator` that the caller seeds, so
+nothing needs to be stored.
 
-Two scenes are the same answer to a query when they are equal; jitter in place, size and colour is drawn
-at rendering time and does not count.
+Two scenes are the same answer to a query when they are equal; jitter in place, size and colour is
+drawn at rendering time and does not count.
 """
 
 from __future__ import annotations
@@ -35,18 +36,32 @@ COLORS = {
 }
 SIZES = {"small": 0.27, "large": 0.43}  # half width as a part of a cell
 POSITIONS = (
-    "top left", "top", "top right",
-    "left", "center", "right",
-    "bottom left", "bottom", "bottom right",
-)  # fmt: skip
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
 BACKGROUNDS = ("white", "gray", "black", "sand", "dotted", "checkered")
 STYLES = ("flat", "outline", "shaded", "striped")
 KINDS = ("color", "size", "move", "add", "remove", "background", "style")
 
-#: About a tenth of the shape-colour pairs: seen neither in pre-training nor in distillation, only in evaluation.
-#: Each of these shapes and colours is seen in every other pair, so nothing but the combination is new.
+#: About a tenth of the shape-colour pairs: seen neither in pre-training nor in distillation, only
+#: in evaluation. Each of these shapes and colours is seen in every other pair, so nothing but the
+#: combination is new.
 HELD_OUT = frozenset(
-    {("circle", "purple"), ("square", "pink"), ("triangle", "green"), ("star", "red"), ("heart", "blue"), ("cross", "cyan")}
+    {
+        ("circle", "purple"),
+        ("square", "pink"),
+        ("triangle", "green"),
+        ("star", "red"),
+        ("heart", "blue"),
+        ("cross", "cyan"),
+    }
 )
 
 
@@ -75,7 +90,8 @@ class Scene:
 
 
 def _pick(rng: np.random.Generator, items):
-    return items[rng.integers(len(items))]  # not rng.choice, which is ten times slower on short tuples
+    # not rng.choice, which is ten times slower on short tuples
+    return items[rng.integers(len(items))]
 
 
 def sample_object(rng: np.random.Generator, cell: int, held_out: bool = False) -> Object:
@@ -100,7 +116,8 @@ def sample_scenes(n: int, seed: int, held_out: bool = False) -> list[Scene]:
     return [sample_scene(rng, held_out) for _ in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------
+# images
 
 
 def _outline(shape: str) -> np.ndarray:
@@ -114,14 +131,33 @@ def _outline(shape: str) -> np.ndarray:
         points = np.array([(0, -0.98), (1, 0.82), (-1, 0.82)])
     elif shape == "star":
         angle = np.arange(10) * math.pi / 5 - math.pi / 2
-        points = np.stack([np.cos(angle), np.sin(angle)], 1) * np.where(np.arange(10) % 2, 0.44, 1.08)[:, None]
+        points = (
+            np.stack([np.cos(angle), np.sin(angle)], 1)
+            * np.where(np.arange(10) % 2, 0.44, 1.08)[:, None]
+        )
     elif shape == "heart":
-        x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        x, y = (
+            16 * np.sin(t) ** 3,
+            13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t),
+        )
         points = np.stack([x / 17, -y / 16 - 0.1], 1)
     elif shape == "cross":
         a, b = 0.34, 0.98
         points = np.array(
-            [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+            [
+                (-a, -b),
+                (a, -b),
+                (a, -a),
+                (b, -a),
+                (b, a),
+                (a, a),
+                (a, b),
+                (-a, b),
+                (-a, a),
+                (-b, a),
+                (-b, -a),
+                (-a, -a),
+            ]
         )
     elif shape == "moon":
         outer = np.linspace(math.radians(50), math.radians(310), 20)
@@ -130,7 +166,10 @@ def _outline(shape: str) -> np.ndarray:
         bite, end = float(np.hypot(*(tip - center))), math.atan2(tip[1], tip[0] - 0.62)
         inner = np.linspace(2 * math.pi - end, end, 16)
         points = np.concatenate(
-            [np.stack([np.cos(outer), np.sin(outer)], 1), center + bite * np.stack([np.cos(inner), np.sin(inner)], 1)]
+            [
+                np.stack([np.cos(outer), np.sin(outer)], 1),
+                center + bite * np.stack([np.cos(inner), np.sin(inner)], 1),
+            ]
         ) + [0.2, 0]
     else:
         raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
@@ -143,16 +182,26 @@ _HOLE = 0.48  # of a ring: inner over outer radius
 
 @cache
 def _background(name: str, pixels: int) -> Image.Image:
-    plain = {"white": (250, 250, 250), "gray": (150, 152, 158), "black": (28, 28, 34), "sand": (226, 205, 165)}
+    plain = {
+        "white": (250, 250, 250),
+        "gray": (150, 152, 158),
+        "black": (28, 28, 34),
+        "sand": (226, 205, 165),
+    }
     if name in plain:
         return Image.new("RGB", (pixels, pixels), plain[name])
-    image = Image.new("RGB", (pixels, pixels), (232, 240, 236) if name == "dotted" else (222, 226, 240))
+    image = Image.new(
+        "RGB", (pixels, pixels), (232, 240, 236) if name == "dotted" else (222, 226, 240)
+    )
     draw, step = ImageDraw.Draw(image), pixels / 9
     for row in range(9):
         for col in range(9):
             x, y = col * step, row * step
             if name == "dotted":
-                draw.ellipse((x + step * 0.33, y + step * 0.33, x + step * 0.67, y + step * 0.67), fill=(120, 150, 140))
+                draw.ellipse(
+                    (x + step * 0.33, y + step * 0.33, x + step * 0.67, y + step * 0.67),
+                    fill=(120, 150, 140),
+                )
             elif (row + col) % 2:
                 draw.rectangle((x, y, x + step - 1, y + step - 1), fill=(186, 194, 220))
     return image
@@ -180,7 +229,9 @@ def _geometry(scene: Scene, seed: int, pixels: int):
     for o in scene.objects:
         half = SIZES[o.size] * grow[o.cell] * cell
         slack = max(0.0, 0.49 - half / cell * 1.08)  # jitter never leaves the cell
-        where = (np.array([o.cell % 3, o.cell // 3]) + 0.5 + np.clip(shift[o.cell], -slack, slack)) * cell
+        where = (
+            np.array([o.cell % 3, o.cell // 3]) + 0.5 + np.clip(shift[o.cell], -slack, slack)
+        ) * cell
         color = tuple(int(c) for c in np.clip(np.array(COLORS[o.color]) + tint[o.cell], 0, 255))
         yield o, where, half, color
 
@@ -189,7 +240,9 @@ def _flat(points: np.ndarray) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in points]
 
 
-def _silhouette(draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: float, fill, hole) -> None:
+def _silhouette(
+    draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: float, fill, hole
+) -> None:
     draw.polygon(_flat(_CONTOURS[shape] * half + where), fill=fill)
     if shape == "ring":
         draw.polygon(_flat(_CONTOURS[shape] * half * _HOLE + where), fill=hole)
@@ -199,7 +252,9 @@ def _line_width(pixels: int) -> int:
     return max(2, round(pixels * 0.018))
 
 
-def _lines(draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: float, width: int, fill) -> None:
+def _lines(
+    draw: ImageDraw.ImageDraw, shape: str, where: np.ndarray, half: float, width: int, fill
+) -> None:
     for scale in (1.0, _HOLE) if shape == "ring" else (1.0,):
         contour = _flat(_CONTOURS[shape] * (half * scale - width * 0.5) + where)
         draw.line([*contour, *contour[:2]], fill=fill, width=width, joint="curve")
@@ -231,35 +286,54 @@ def render(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> Image.Image:
         else:  # shaded: dark rim, body, soft light from the upper left, all within the silhouette
             ball = Image.new("RGB", (pixels, pixels), _mix(color, (0, 0, 0), 0.5))
             brush = ImageDraw.Draw(ball)
-            for radius, light in ((1.25, 0.25), (1.02, 0.0), (0.72, -0.22), (0.4, -0.5), (0.18, -0.8)):
-                shade = _mix(color, (0, 0, 0), light) if light >= 0 else _mix(color, (255, 255, 255), -light)
+            for radius, light in (
+                (1.25, 0.25),
+                (1.02, 0.0),
+                (0.72, -0.22),
+                (0.4, -0.5),
+                (0.18, -0.8),
+            ):
+                shade = (
+                    _mix(color, (0, 0, 0), light)
+                    if light >= 0
+                    else _mix(color, (255, 255, 255), -light)
+                )
                 x, y = where - half * 0.3
-                brush.ellipse((x - half * radius, y - half * radius, x + half * radius, y + half * radius), fill=shade)
+                brush.ellipse(
+                    (x - half * radius, y - half * radius, x + half * radius, y + half * radius),
+                    fill=shade,
+                )
             image.paste(ball, mask=mask)
     return image.reduce(2)
 
 
 def render_many(scenes: list[Scene], seeds, size: int = IMAGE_SIZE) -> np.ndarray:
     """Scenes as one uint8 array of N x size x size x 3; `seeds` gives one jitter seed a scene."""
-    return np.stack([np.asarray(render(s, int(seed), size)) for s, seed in zip(scenes, seeds, strict=True)])
+    return np.stack(
+        [np.asarray(render(s, int(seed), size)) for s, seed in zip(scenes, seeds, strict=True)]
+    )
 
 
 def object_masks(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Where each object of `scene.objects` is in `render(scene, seed, size)`: bool, N x size x size.
+    """Where each object of `scene.objects` is in `render(scene, seed, size)`: bool, N x size x
+    size.
 
-    A pixel belongs to an object when any part of it is covered (a ring's hole is not part of the ring).
+    A pixel belongs to an object when any part of it is covered (a ring's hole is not part of the
+    ring).
     """
     masks = []
     for o, where, half, _ in _geometry(scene, seed, 2 * size):
         mask = Image.new("L", (2 * size, 2 * size))
         _silhouette(ImageDraw.Draw(mask), o.shape, where, half, 255, 0)
-        if scene.style == "outline":  # the line lies a little over the silhouette's edge, and in a ring's hole
+        # the line lies a little over the silhouette's edge, and in a ring's hole
+        if scene.style == "outline":
             _lines(ImageDraw.Draw(mask), o.shape, where, half, _line_width(2 * size), 255)
         masks.append(np.asarray(mask).reshape(size, 2, size, 2).max((1, 3)) > 0)
     return np.stack(masks)
 
 
-# --------------------------------------------------------------------------------------------- language
+# ---------------------------------------------------------------------------------------------
+# language
 
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _STYLE_WORDS = {
@@ -270,7 +344,13 @@ _STYLE_WORDS = {
 }
 
 
-def _describe(o: Object, rng: np.random.Generator, size: bool = True, color: bool = True, position: bool = True) -> str:
+def _describe(
+    o: Object,
+    rng: np.random.Generator,
+    size: bool = True,
+    color: bool = True,
+    position: bool = True,
+) -> str:
     words = []
     if size:
         words.append(_pick(rng, _SIZE_WORDS[o.size]))
@@ -284,20 +364,27 @@ def _describe(o: Object, rng: np.random.Generator, size: bool = True, color: boo
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> str:
-    """One of several phrasings of the scene; with `full` false, some of what can be said is left out."""
+    """One of several phrasings of the scene; with `full` false, some of what can be said is left
+    out.
+    """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     if full:
         said = [_describe(o, rng) for o in objects]
         ground, style = True, True
     else:
         objects = objects[: rng.integers(1, len(objects) + 1)]
-        said = [_describe(o, rng, rng.random() < 0.6, rng.random() < 0.85, rng.random() < 0.6) for o in objects]
+        said = [
+            _describe(o, rng, rng.random() < 0.6, rng.random() < 0.85, rng.random() < 0.6)
+            for o in objects
+        ]
         ground, style = rng.random() < 0.4, rng.random() < 0.4
     article, joiner = _pick(rng, ("", "", "a ")), _pick(rng, (", ", ", ", " and "))
     parts = [joiner.join(article + text for text in said)]
     tail = []
     if ground:
-        tail.append(f"{_pick(rng, ('on ', 'on a '))}{scene.background}{_pick(rng, ('', ' background'))}")
+        tail.append(
+            f"{_pick(rng, ('on ', 'on a '))}{scene.background}{_pick(rng, ('', ' background'))}"
+        )
     if style:
         tail.append(f"{_pick(rng, ('in ', ''))}{_pick(rng, _STYLE_WORDS[scene.style])}")
     if len(tail) == 2 and rng.random() < 0.3:
@@ -305,21 +392,34 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> str:
     return _pick(rng, ("", "a photo of ", "a picture of ")) + ", ".join(parts + tail)
 
 
-# ---------------------------------------------------------------------------------------- modifications
+# ----------------------------------------------------------------------------------------
+# modifications
 
 
 @dataclass(frozen=True)
 class Modification:
-    """An edit of a scene: `text` asks for it, `kinds` names what changed (one or two of `KINDS`)."""
+    """An edit of a scene: `text` asks for it, `kinds` names what changed (one or two of
+    `KINDS`).
+    """
 
     text: str
     kinds: tuple[str, ...]
 
 
 def _refer(o: Object, scene: Scene, rng: np.random.Generator) -> str:
-    """Words that pick out `o` among the scene's objects: any of the shortest-to-longest that are unambiguous."""
+    """Words that pick out `o` among the scene's objects: any of the shortest-to-longest that are
+    unambiguous.
+    """
     ways = []
-    for size, color, position in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)):
+    for size, color, position in (
+        (0, 0, 0),
+        (0, 1, 0),
+        (1, 0, 0),
+        (1, 1, 0),
+        (0, 0, 1),
+        (0, 1, 1),
+        (1, 1, 1),
+    ):
         same = [
             p
             for p in scene.objects
@@ -331,7 +431,11 @@ def _refer(o: Object, scene: Scene, rng: np.random.Generator) -> str:
         if len(same) == 1:
             ways.append((bool(size), bool(color), bool(position)))
     # Colour and shape is what people say first; the other ways keep the language varied.
-    choice = (False, True, False) if (False, True, False) in ways and rng.random() < 0.5 else _pick(rng, ways)
+    choice = (
+        (False, True, False)
+        if (False, True, False) in ways and rng.random() < 0.5
+        else _pick(rng, ways)
+    )
     return _describe(o, rng, *choice)
 
 
@@ -349,7 +453,14 @@ def _color(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scen
     o = _pick(rng, scene.objects)
     colors = [c for c in COLORS if c != o.color and (held_out or (o.shape, c) not in HELD_OUT)]
     new, who = _pick(rng, colors), _refer(o, scene, rng)
-    text = _pick(rng, (f"make the {who} {new}", f"change the color of the {who} to {new}", f"the {who} is now {new}"))
+    text = _pick(
+        rng,
+        (
+            f"make the {who} {new}",
+            f"change the color of the {who} to {new}",
+            f"the {who} is now {new}",
+        ),
+    )
     return _with(scene, o, replace(o, color=new)), text
 
 
@@ -359,7 +470,9 @@ def _size(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene
     who = _refer(o, scene, rng)
     new = "small" if o.size == "large" else "large"
     word, more = _pick(rng, _SIZE_WORDS[new]), "smaller" if new == "small" else "bigger"
-    text = _pick(rng, (f"make the {who} {more}", f"make the {who} {word}", f"the {who} is now {word}"))
+    text = _pick(
+        rng, (f"make the {who} {more}", f"make the {who} {word}", f"the {who} is now {word}")
+    )
     return _with(scene, o, replace(o, size=new)), text
 
 
@@ -367,49 +480,81 @@ def _move(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene
     o = _pick(rng, scene.objects)
     cell, who = _free_cell(scene, rng), _refer(o, scene, rng)
     place = POSITIONS[cell]
-    text = _pick(rng, (f"move the {who} to the {place}", f"put the {who} at the {place}", f"the {who} is now at the {place}"))
+    text = _pick(
+        rng,
+        (
+            f"move the {who} to the {place}",
+            f"put the {who} at the {place}",
+            f"the {who} is now at the {place}",
+        ),
+    )
     return _with(scene, o, replace(o, cell=cell)), text
 
 
 def _add(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
     new = sample_object(rng, _free_cell(scene, rng), held_out)
     what = _describe(new, rng)
-    return _with(scene, None, new), _pick(rng, (f"add a {what}", f"with a {what} added", f"there is also a {what}"))
+    return _with(scene, None, new), _pick(
+        rng, (f"add a {what}", f"with a {what} added", f"there is also a {what}")
+    )
 
 
 def _remove(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
     o = _pick(rng, scene.objects)
     who = _refer(o, scene, rng)
-    return _with(scene, o, None), _pick(rng, (f"remove the {who}", f"without the {who}", f"take away the {who}"))
+    return _with(scene, o, None), _pick(
+        rng, (f"remove the {who}", f"without the {who}", f"take away the {who}")
+    )
 
 
 def _ground(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
     new = _pick(rng, [b for b in BACKGROUNDS if b != scene.background])
-    text = _pick(rng, (f"change the background to {new}", f"make the background {new}", f"on a {new} background instead"))
+    text = _pick(
+        rng,
+        (
+            f"change the background to {new}",
+            f"make the background {new}",
+            f"on a {new} background instead",
+        ),
+    )
     return replace(scene, background=new), text
 
 
 def _restyle(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
     new = _pick(rng, [s for s in STYLES if s != scene.style])
     words = _pick(rng, _STYLE_WORDS[new])
-    return replace(scene, style=new), _pick(rng, (f"change it to {words}", f"now in {words}", f"in {words} instead"))
+    return replace(scene, style=new), _pick(
+        rng, (f"change it to {words}", f"now in {words}", f"in {words} instead")
+    )
 
 
 _EDITS: dict[str, Callable[[Scene, np.random.Generator, bool], tuple[Scene, str]]] = {
-    "color": _color, "size": _size, "move": _move, "add": _add, "remove": _remove, "background": _ground, "style": _restyle,
-}  # fmt: skip
+    "color": _color,
+    "size": _size,
+    "move": _move,
+    "add": _add,
+    "remove": _remove,
+    "background": _ground,
+    "style": _restyle,
+}
 
 
 def modify(
-    scene: Scene, rng: np.random.Generator, kinds: tuple[str, ...] | None = None, held_out: bool = False
+    scene: Scene,
+    rng: np.random.Generator,
+    kinds: tuple[str, ...] | None = None,
+    held_out: bool = False,
 ) -> tuple[Scene, Modification]:
     """The scene after one or two changes, and the words that ask for them.
 
     kinds: which of `KINDS`; at random, one in seven of ten cases and two otherwise, when not given.
-    Raises ValueError for a kind that is unknown or that this scene cannot take (removing its only object).
+    Raises ValueError for a kind that is unknown or that this scene cannot take (removing its only
+    object).
     """
     count = len(scene.objects)
-    possible = [k for k in KINDS if not (k == "remove" and count == 1) and not (k == "add" and count == 3)]
+    possible = [
+        k for k in KINDS if not (k == "remove" and count == 1) and not (k == "add" and count == 3)
+    ]
     if kinds is None:
         order = [possible[i] for i in rng.permutation(len(possible))]
         # An object that has just been added is not the one to talk about again.
@@ -420,9 +565,13 @@ def modify(
         raise ValueError(f"one or two different kinds make a modification, not {kinds}")
     for kind in kinds:
         if kind not in possible:
-            raise ValueError(f"cannot apply {kind!r} to a scene of {count} object(s); here the kinds are {', '.join(possible)}")
+            raise ValueError(
+                f"cannot apply {kind!r} to a scene of {count} object(s); here the kinds are"
+                f" {', '.join(possible)}"
+            )
     while True:
-        # Object edits speak of the reference as it stands, so the one that removes or adds comes last.
+        # Object edits speak of the reference as it stands, so the one that removes or adds comes
+        # last.
         new, texts = scene, []
         for kind in sorted(kinds, key=lambda k: k in ("add", "remove")):
             new, text = _EDITS[kind](new, rng, held_out)
@@ -432,9 +581,11 @@ def modify(
 
 
 def confuse(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that shares the words of this one's caption but one, or all of them in another binding: a hard negative.
+    """A scene that shares the words of this one's caption but one, or all of them in another
+    binding: a hard negative.
 
-    One object gets another shape, or two objects trade places, colours or shapes. Never a held-out pair.
+    One object gets another shape, or two objects trade places, colours or shapes. Never a held-out
+    pair.
     """
     while True:
         objects = list(scene.objects)
@@ -444,7 +595,10 @@ def confuse(scene: Scene, rng: np.random.Generator) -> Scene:
             objects[i] = replace(objects[i], shape=_pick(rng, SHAPES))
         else:
             a, b = objects[i], objects[j]
-            objects[i], objects[j] = replace(a, **{field: getattr(b, field)}), replace(b, **{field: getattr(a, field)})
+            objects[i], objects[j] = (
+                replace(a, **{field: getattr(b, field)}),
+                replace(b, **{field: getattr(a, field)}),
+            )
         new = replace(scene, objects=tuple(sorted(objects)))
         if new != scene and not new.held_out:
             return new

@@ -395,12 +395,12 @@ def _instead(path: Path, kind: str, other: Path) -> None:
 
 
 def damage(
-    path: Path, kind: str, others: list[Path], rng: Random, free: bool, optional: bool, absent: bool
+    path: Path, kind: str, others: list[Path], rng: Random, free: bool, optional: bool, needed: bool
 ) -> tuple[str, str, Callable[[Path], None]]:
     """For a valid file of a kind (json, csv, tensors, npy, image, bytes): what is done, what is to
     come of it, and the deed.
 
-    absent: the file need not be there; free, optional: see `damaged_json`.
+    needed: the file must be there; free, optional: see `damaged_json`.
     """
     if rng.random() < 0.12:
         what = rng.choice(
@@ -418,7 +418,7 @@ def damage(
         free = (
             kind == "image"
             and what in ("another file", "nothing", "a folder")
-            or absent
+            or not needed
             and "nothing" in what
         )
         expect = "same" if what == "a link to the file" else "free" if free else "refuse"

@@ -32,6 +32,7 @@ from isa_lite.benchmarks import common, run, tiny
 from isa_lite.course import figures
 from isa_lite.deploy import client, export, query_timing, step_cost
 from isa_lite.experiments import cards, compare, failures, growth, sweep
+from isa_lite.methods.baselines import UNTRAINED
 from isa_lite.models import vl_model
 from isa_lite.pretraining import folder as pretrain_folder
 from isa_lite.pretraining import folder_batches, light_backbone
@@ -267,7 +268,7 @@ def write_valid() -> None:
     }
     kept |= {
         "training_seconds": {"a": 1.0},
-        "methods": {"text only": {"R@1": 1.0, "R@5": 2.0, "R@10": 3.0}},
+        "methods": {m: {"R@1": 1.0, "R@5": 2.0, "R@10": 3.0} for m in UNTRAINED},
     }
     checkpoint.write_text(WORK / "compare" / f"{vl.fingerprint}-0.json", json.dumps(kept))
 
@@ -287,13 +288,14 @@ def reader(
     use: Callable[[Path, str], object],
     free=False,
     optional=False,
-    absent=False,
+    absent=(),
     after=None,
 ) -> Entry:
     """An entry for one who reads `files` (below the workspace, with their kinds).
 
     use: the folder and the file that was damaged -> what comes out; after: what else is done to a
-    damaged folder, half of the times; free, optional, absent: see `damage`. Now and then nothing is
+    damaged folder, half of the times; free, optional: see `damaged_json`; absent: names of files
+    that need not be there. Now and then nothing is
     damaged, and the folder has an odd name.
     """
     parts, others = (
@@ -303,7 +305,8 @@ def reader(
 
     def case(number: int, rng: Random) -> Case:
         file = sorted(files)[number % len(files)]
-        text, expect, deed = damage(WORK / file, files[file], others, rng, free, optional, absent)
+        there = Path(file).name not in absent
+        text, expect, deed = damage(WORK / file, files[file], others, rng, free, optional, there)
         odd, sealed = rng.random() < 0.03, after is not None and rng.random() < 0.5
         if odd:
             text, expect = "in a folder with an odd name", "same"
@@ -497,7 +500,13 @@ def readers() -> list[Entry]:
         ),
         reader("query encoder", below("encoder", **both), read_encoder),
         reader("model folder", below("vl", **both), read_vl, optional=True),
-        reader("BLIP folder", below("blip", **both), read_vl, optional=True),
+        reader(
+            "BLIP folder",
+            below("blip", **both),
+            read_vl,
+            optional=True,
+            absent=("preprocessor_config.json",),
+        ),
         reader(
             "state of distill",
             below("distill", **both),
@@ -532,8 +541,16 @@ def readers() -> list[Entry]:
             lambda root, file: printed(root, "evaluate", root / file, "--gather", root / "x.json"),
         ),
         reader("record of compare", below("compare", **one), read_compare),
-        reader("record of sweep", {"results/sweep.json": "json"}, read_sweep, absent=True),
-        reader("stored results", below("results", **one), read_stored, True, absent=True),
+        reader(
+            "record of sweep", {"results/sweep.json": "json"}, read_sweep, absent=("sweep.json",)
+        ),
+        reader(
+            "stored results",
+            below("results", **one),
+            read_stored,
+            True,
+            absent=("sweep.json", "03_growth.json"),
+        ),
         reader("records of trainings", below("cards", **one), read_card, True),
     ]
     for name in run.BENCHMARKS:

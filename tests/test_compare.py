@@ -120,7 +120,7 @@ def counted(monkeypatch):
         found = {
             "seed": seed,
             "params": vars(config),
-            "methods": {"text only": dict.fromkeys(("R@1", "R@5", "R@10"), 1.0)},
+            "methods": dict.fromkeys(UNTRAINED, dict.fromkeys(("R@1", "R@5", "R@10"), 1.0)),
         }
         return found | {"training_seconds": {}, "weights": {}}
 
@@ -155,8 +155,8 @@ def test_a_comparison_goes_on_where_it_was_and_is_gathered(
     assert counted == [0, 1, 1]  # seed 0 was kept
     runs = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert [(run["seed"], set(run["methods"])) for run in runs] == [
-        (0, {"isa", "text only"}),
-        (1, {"isa", "text only"}),
+        (0, {"isa", *UNTRAINED}),
+        (1, {"isa", *UNTRAINED}),
     ]
     assert "isa (2 seeds)" in capsys.readouterr().out
     monkeypatch.setattr(compare, "CompareConfig", lambda: CompareConfig(queries=20))

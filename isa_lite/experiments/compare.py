@@ -56,7 +56,7 @@ TRAINED = {
 RIVALS = {
     "seed": int,
     "params": dict,
-    "methods": RECALLS,
+    "methods": RECALLS | dict.fromkeys(UNTRAINED, RECALLS[str]),
     "training_seconds": {str: float},
     "weights": {str: float},
 }

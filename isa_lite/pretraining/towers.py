@@ -61,8 +61,8 @@ TRAINING = {
     "commit": str,
     "machine": str,
     "date": str,
-    "minutes": {str: float},
-    "versions": {str: str},
+    "minutes": dict.fromkeys(("towers", "matching encoder"), float),
+    "versions": dict.fromkeys(("torch", "open_clip", "numpy"), str),
 }
 TRAINING |= {"config": dict.fromkeys(_SIZES, int)}
 PREPROCESS_CFG = {

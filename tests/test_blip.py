@@ -141,6 +141,16 @@ def test_a_blip_for_captions_is_refused(tmp_path):
         load_blip(str(tmp_path))
 
 
+def test_a_link_to_nothing_is_no_default(tmp_path):
+    write_blip(tmp_path)
+    settings = tmp_path / "preprocessor_config.json"
+    settings.unlink()
+    load_blip(str(tmp_path))  # without one there are defaults
+    settings.symlink_to(tmp_path / "nothing")
+    with pytest.raises((OSError, ValueError), match=settings.name):
+        load_blip(str(tmp_path))
+
+
 def test_damaged_weights_and_tokenizers_are_named(tmp_path):
     write_blip(tmp_path)
     weights, info = tmp_path / "model.safetensors", tmp_path / "tokenizer_config.json"

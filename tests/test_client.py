@@ -206,6 +206,17 @@ def test_a_file_of_another_kind_is_named_although_its_checksum_is_right(folder, 
         QueryClient(folder)
 
 
+@pytest.mark.parametrize("read", [{"blue red": [2, 3]}, {"red": None}, []])
+def test_a_tokenizer_that_reads_otherwise_than_it_did_is_refused(folder, read):
+    settings = json.loads((folder / SETTINGS).read_text())
+    for content in ({"blue red": [3, 2], "": []}, read):
+        (folder / SETTINGS).write_text(json.dumps(settings | {"read": content}))
+        if content is not read:
+            QueryClient(folder)
+    with pytest.raises(ValueError, match=SETTINGS if read == [] else TOKENIZER):
+        QueryClient(folder)
+
+
 @pytest.mark.parametrize("value", [-1, float("nan"), 10**12, "x", None, True])
 def test_numbers_of_threads_and_images_that_cannot_work_are_named(folder, pictures, value):
     with pytest.raises(ValueError, match="^threads "):

@@ -207,6 +207,8 @@ def _read_settings(path: Path) -> dict:
         raise refuse("std")
     if set(found["files"]) != {IMAGE, TEXT, TOKENIZER}:
         raise refuse("files")
+    if not isinstance(found.get("read", {}), dict):
+        raise refuse("read")
     for name in ("prompt", "prompt_without_modifier"):
         for part in found[name]:
             ids = isinstance(part, list) and all(type(i) is int and 0 <= i < 2**31 for i in part)
@@ -291,6 +293,13 @@ class QueryClient:
         )
         self._tokenizer = _opened(folder / TOKENIZER, lambda path: Tokenizer.from_file(str(path)))
         self._settings_file = folder / SETTINGS
+        # absent from files of earlier versions
+        for text, ids in self.settings.get("read", {}).items():
+            if self.words(text) != ids:
+                raise ValueError(
+                    f"{folder / TOKENIZER} reads {text!r} otherwise than when it was exported;"
+                    " export again"
+                )
 
     def _run(
         self, network: onnxruntime.InferenceSession, output: str, inputs: dict[str, np.ndarray]

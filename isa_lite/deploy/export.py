@@ -255,6 +255,8 @@ def export(
                 "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML"
                 " entities, lower case"
             ),
+            # what a client compares its own tokenizer with
+            "read": {text: vl.tokenizer.encode(vl.tokenizer.clean_fn(text)) for text in TRIED},
             "files": {name: checksum(part / name) for name in (IMAGE, TEXT, TOKENIZER)},
         }
         write_text(part / SETTINGS, json.dumps(settings))

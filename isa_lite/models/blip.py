@@ -167,7 +167,8 @@ def load_blip(
             " config.json"
         )
     settings = folder / "preprocessor_config.json"
-    look = read_json(settings, "how images are prepared") if settings.exists() else {}
+    there = settings.exists() or settings.is_symlink()  # a link to nothing is damage, no absence
+    look = read_json(settings, "how images are prepared") if there else {}
     look = {key: look[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in look}
     check_preprocessing(settings, look)
     with fitting(weights, "holds no BLIP that fits its config.json"):

@@ -180,6 +180,9 @@ def from_folder(
             f"{path}: vision_cfg sets 'timm_model_name' to {tower!r}, which is no model that timm"
             " itself builds"
         )
+    if tower is None and (lacking := {"layers", "width"} - set(model["vision_cfg"])):
+        # open_clip would build a large tower by its own defaults
+        raise ValueError(f"{path}: vision_cfg lacks {min(lacking)!r}")
     source = f"local-dir:{folder}"
     with nullcontext() if name.startswith("hf-hub:") else nothing_fetched(folder):
         with fitting(path, "holds no settings that work"):

@@ -549,9 +549,10 @@ def test_a_setting_that_is_not_known_to_be_harmless_or_cannot_work_is_refused(
 
 @pytest.mark.parametrize("name", ["width", "layers"])
 def test_sizes_of_an_image_tower_that_are_not_said_are_no_large_defaults(vl_folder, tmp_path, name):
-    folder = changed(
-        vl_folder, tmp_path / "m", lambda config: config["model_cfg"]["vision_cfg"].pop(name)
-    )
+    def without(config):
+        del config["model_cfg"]["vision_cfg"][name]
+
+    folder = changed(vl_folder, tmp_path / "m", without)
     with pytest.raises(ValueError, match=f"open_clip_config.json.*{name}"):
         load_vl_model(str(folder))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import read_sentences, sentence_queries
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import distributed
-from isa_lite.support.checkpoint import damaged
+from isa_lite.support.checkpoint import damaged, misfit
 from isa_lite.support.images import Images, batch_loader, check_images, images_key
 from isa_lite.support.parameters import checked, number, optional, path_name
 from isa_lite.support.precision import mixed, with_dtype
@@ -393,19 +393,19 @@ def _distill(
     return history
 
 
+#: What a state says of the run so far (`checkpoint.misfit`).
+_HISTORY = dict.fromkeys(("gcd", "lar", "matched"), [float])
+_HISTORY |= {"recall": [(int, float)], "seconds": float}
+
+
 def _history(path: Path, info: dict) -> History:
     """The history in the state of a run. Raises ValueError, naming the file, for a damaged one."""
-    try:
-        history = History(**info["history"])
-        history.recall = [(int(step), float(share)) for step, share in history.recall]
-        numbers = [history.seconds, *history.gcd, *history.lar, *history.matched]
-    except (KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"its history is none ({error})") from error
-    if len(history.gcd) != info["step"] or not all(
-        isinstance(number, (int, float)) for number in numbers
-    ):
+    found = info.get("history")
+    if fault := misfit(found, _HISTORY, "its history"):
+        raise damaged(path, fault)
+    if len(found["gcd"]) != info["step"] or set(found) != {f.name for f in fields(History)}:
         raise damaged(path, "its history is not that of its steps")
-    return history
+    return History(**found | {"recall": [tuple(point) for point in found["recall"]]})
 
 
 def own_image_recall(

@@ -143,6 +143,21 @@ def test_workers_and_the_form_of_the_images_change_nothing(vl, images, tmp_path)
     assert same(weights, trained(ImageFolder(tmp_path), vl, num_workers=1)[0])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"gcd": [True, 1.0, 1.0]}, {"gcd": [1.0]}, {"lar": [float("nan")] * 3}, {"seconds": "long"}]
+    + [{"recall": [[2, 50.0, 1]]}, {"nobody": 1}, {"matched": None}],
+    ids=str,
+)
+def test_a_history_that_is_none_of_a_run_is_named(vl, images, tmp_path, change):
+    trained(images, vl, checkpoint=tmp_path / "run")
+    tensors, info = checkpoint_module.read_tensors(tmp_path / "run")
+    info["history"] |= change
+    checkpoint_module.write_tensors(tmp_path / "run", tensors, info)
+    with pytest.raises(ValueError, match="run is damaged.*history"):
+        trained(images, vl, checkpoint=tmp_path / "run")
+
+
 def test_lower_precision_works_and_is_another_run(vl, images):
     weights, history = trained(images, vl, dtype="bfloat16")
     assert all(v.isfinite().all() for v in weights.values()) and np.isfinite(history.gcd).all()

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from isa_lite.distill import Batches, learning_rate
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.support.checkpoint import damaged
+from isa_lite.support.checkpoint import damaged, misfit
 from isa_lite.support.images import Images, batch_loader, images_key
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import BackboneConfig
@@ -117,11 +117,7 @@ def _learn_features(
 
     def restore(info: dict) -> None:
         found = info.get("losses")
-        if (
-            not isinstance(found, list)
-            or len(found) != info["step"]
-            or not all(isinstance(x, (int, float)) for x in found)
-        ):
+        if misfit(found, [float]) or len(found) != info["step"]:
             raise damaged(keeper.path, "its losses are not those of its steps")
         losses[:] = found
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from isa_lite.support import distributed
-from isa_lite.support.checkpoint import damaged, resume_run, save_run
+from isa_lite.support.checkpoint import damaged, misfit, resume_run, save_run
 from isa_lite.support.runs import Keeper
 
 
@@ -67,7 +67,7 @@ def fit(
     keep_freed_memory()
     keeper, began, start = keeper or Keeper(None), time.perf_counter() - spent, 0
     if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity or {}, steps)):
-        if not isinstance(seconds := info.get("seconds"), (int, float)):
+        if misfit(seconds := info.get("seconds"), float):
             raise damaged(keeper.path, "its seconds are no number")
         restore(info)
         start, began = info["step"], began - seconds

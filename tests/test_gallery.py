@@ -94,7 +94,7 @@ def test_ids_and_embeddings_belong_together():
 @pytest.mark.parametrize(
     "embeddings, ids",
     [(None, "ab"), (torch.eye(2), {"a", "b"}), (torch.eye(2), {"a": 1, "b": 2})],
-    ids=str,
+    ids=["nothing", "a set", "a dict"],
 )
 def test_what_is_no_list_of_vectors_or_names_is_refused(embeddings, ids):
     with pytest.raises(ValueError, match="^(embeddings|ids) must be"):

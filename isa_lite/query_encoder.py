@@ -100,9 +100,9 @@ def _filled(config: QueryEncoderConfig) -> QueryEncoderConfig:
         if (
             not isinstance(values, (tuple, list))
             or len(values) != 3
-            or not all(map(_finite, values))
+            or not all(_finite(value) and abs(value) <= 1e6 for value in values)
         ):
-            raise ValueError(f"{name} must be three numbers, not {values!r}")
+            raise ValueError(f"{name} must be three numbers of at most a million, not {values!r}")
     if min(config.std) <= 0:
         raise ValueError(f"std must be three numbers above 0, not {config.std!r}")
     return config

@@ -166,6 +166,7 @@ def test_one_array_is_not_taken_for_its_rows(folder):
         {"pad_id": -1},
         {"mean": [0.5, 0.5]},
         {"mean": [0.5, 0.5, float("nan")]},
+        {"mean": [0.5, 0.5, 1e30]},
         {"std": [1, 1, 0]},
         {"std": None},
         {"can_cut": 1},

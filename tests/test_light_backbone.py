@@ -209,6 +209,7 @@ def test_weights_learned_from_another_model_are_refused(vl, folder, tmp_path):
     "change",
     [
         {"mean": [0.5, 0.5]},
+        {"mean": [0.5, 1e30, 0.5]},
         {"std": [0, 1, 1]},
         {"image_size": "96"},
         {"backbone": None},

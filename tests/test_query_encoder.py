@@ -851,6 +851,7 @@ def test_a_sentence_starts_from_words_that_the_text_tower_knows():
         {"word_norm": -1},
         {"word_norm": None},
         {"mean": [0.5, 0.5, float("nan")]},
+        {"mean": [0.5, 0.5, 1e30]},
         {"mean": "0.5"},
         {"mean": None},
         {"std": [1, 1, float("inf")]},

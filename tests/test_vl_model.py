@@ -533,6 +533,7 @@ def put(*path):
         ("preprocess_cfg", "std", [0.5, 0.5, 0]),
         ("preprocess_cfg", "mean", [0.5, 0.5]),
         ("preprocess_cfg", "mean", [0.5, float("nan"), 0.5]),
+        ("preprocess_cfg", "mean", [0.5, 1e30, 0.5]),
         ("preprocess_cfg", "resize_mode", "wide"),
         ("preprocess_cfg", "interpolation", ["bicubic"]),
         ("preprocess_cfg", "mena", [0.5, 0.5, 0.5]),

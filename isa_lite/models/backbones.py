@@ -57,7 +57,7 @@ _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77d
 RECORD = {
     "backbone": str,
     "image_size": Between(1, 4096),
-    "mean": (float,) * 3,
+    "mean": (Between(-1e6, 1e6),) * 3,
     "std": (Between(1e-6, 1e6),) * 3,
     "vl_model": str,
 }

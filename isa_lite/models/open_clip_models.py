@@ -104,6 +104,7 @@ def check_preprocessing(path: Path, settings: object) -> None:
         good = all(type(n) in (int, float) for n in numbers)
         if key in ("mean", "std"):
             good = good and len(numbers) == 3 and (key == "mean" or min(numbers) > 0)
+            good = good and max(map(abs, numbers)) <= 1e6
         elif key == "size":
             good = (
                 good and len(numbers) in (1, 2) and all(type(n) is int and n > 0 for n in numbers)

@@ -8,9 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from isa_lite.experiments import growth
-from isa_lite.experiments.growth import distractors, growth_ranks, growth_table, scene_key
+from isa_lite.experiments.growth import GROWN, distractors, growth_ranks, growth_table, scene_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import make_benchmark, score_ranks
+from isa_lite.support.checkpoint import misfit
 from isa_lite.world.scenes import sample_scenes
 
 
@@ -84,3 +85,13 @@ def test_the_table_shows_recall_and_time_by_size():
     point = {"gallery": 5000, "search_ms": 0.5, "methods": {"isa": {"R@1": [50.0, 47.0, 53.0]}}}
     table = growth_table({"points": [point]})
     assert table.loc["5,000"].to_dict() == {"isa": "50.0 [47.0, 53.0]", "exact search, ms": 0.5}
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e30, float("nan"), "0.5"])
+def test_a_time_that_no_search_takes_fits_no_record(value):
+    methods = {"isa": {f"R@{k}": [50.0, 47.0, 53.0] for k in (1, 5, 10)}}
+    point = {"gallery": 5000, "search_ms": 0.5, "methods": methods}
+    record = {"queries": 1, "machine": "", "date": "", "embedding_seconds": 1.0, "points": [point]}
+    assert not misfit(record, GROWN)
+    point["search_ms"] = value
+    assert "search_ms" in misfit(record, GROWN)

@@ -116,9 +116,7 @@ def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
 
 
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
-    """For each vector of ... x D the k nearest words that the model has met, with their cosines,
-    best first (flattened).
-    """
+    """The k words nearest to each vector of ... x D, with cosines, best first (flattened)."""
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach().float().cpu()
     # words without training keep the zero vector in our own models
     met = (table.norm(dim=1) > 0).nonzero().flatten()
@@ -251,9 +249,7 @@ def ranks_without(
 
 
 def moved(length: int, token: int) -> list[int]:
-    """The order of a sentence of `length` tokens in which one token, a place from 0, has gone to
-    the farther end.
-    """
+    """The order in which one token of a sentence, a place from 0, has gone to the farther end."""
     rest = [i for i in range(length) if i != token]
     return [*rest, token] if token < length / 2 else [token, *rest]
 

@@ -1,6 +1,4 @@
-"""The spaces drawn and probed: the modality gap, maps in two dimensions, and what can be read off
-each token. Ours.
-"""
+"""The spaces drawn and probed: modality gap, maps in two dimensions, facts in tokens. Ours."""
 
 from __future__ import annotations
 

@@ -39,9 +39,7 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line. Its help shows every default that its text does not give
-    already.
-    """
+    """A parser whose errors are one line. Its help shows each default that its text does not."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": _Help, **settings})
@@ -84,9 +82,7 @@ def parser_of(name: str) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. Ends with SystemExit where anything went wrong, after one line on stderr: 2,
-    or 130 if it was stopped.
-    """
+    """Run a command. SystemExit after one line on stderr: 2 for an error, 130 if stopped."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(overview())

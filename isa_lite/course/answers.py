@@ -1,6 +1,4 @@
-"""What the self-checks of the notebooks ask of every answer before they look whether it is right.
-Ours.
-"""
+"""What the self-checks of the notebooks ask of an answer before they judge it. Ours."""
 
 from __future__ import annotations
 

@@ -51,9 +51,7 @@ _STYLE = {
 
 
 class _Figure(Figure):
-    """A figure that a notebook shows where it is the last line of a cell, as it would one of
-    pyplot's.
-    """
+    """A figure that a notebook shows as the last line of a cell, as it would one of pyplot's."""
 
     def _repr_png_(self) -> bytes:
         return png(self)
@@ -65,26 +63,20 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file, cut to what is drawn: no title is clipped, and no empty
-    border is kept.
-    """
+    """A figure as the bytes of a PNG file, cut to what is drawn."""
     data = io.BytesIO()
     figure.savefig(data, format="png", bbox_inches="tight", pad_inches=0.06)
     return data.getvalue()
 
 
 def _as_text(caption: str) -> str:
-    """Words that may come from a user, so that Markdown shows them as they are: no link, no
-    picture, no HTML.
-    """
+    """Words that may come from a user, as Markdown that shows them as they are."""
     text = " ".join(caption.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
 def show(figure: Figure, caption: str, alt: str) -> None:
-    """Display a figure with its alternative text (for a screen reader), and its caption below: as
-    plain text, no Markdown.
-    """
+    """Display a figure with its alternative text, and its caption below as plain text."""
     data = png(figure)
     # 90 pixels of the page to an inch
     width = PIL.Image.open(io.BytesIO(data)).width * 90 // int(figure.dpi)
@@ -135,9 +127,7 @@ def contact_sheet(
 
 
 def _rankings(rows: Sequence[tuple], title: str) -> Figure:
-    """rows: of each query its reference, its words, and its answers, best first, each with whether
-    it is right.
-    """
+    """rows: of each query its reference, words, and answers, best first, each right or not."""
     with matplotlib.rc_context(_STYLE):
         columns = len(rows[0][2])
         figure = _figure(1.45 * (columns + 1.5), 2.05 * len(rows) + 0.35)
@@ -182,9 +172,7 @@ def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: s
 def own_retrieval(
     images: ImageFolder, queries: Triplets, rows: Sequence[int], found: np.ndarray, title: str = ""
 ) -> Figure:
-    """The same for queries over a folder of one's own, whose pictures are drawn at most 192 pixels
-    wide and high.
-    """
+    """The same for a folder of one's own, with pictures at most 192 pixels wide and high."""
 
     def picture(i: int):
         return (
@@ -207,9 +195,7 @@ def _bars(
     emphasis: str,
     pairs: bool = False,
 ) -> Figure:
-    """Horizontal bars, a row a method: mean, and the ends of its interval (nan: no line); `pairs`:
-    every two of them together.
-    """
+    """Bars of means with intervals (nan: no line), a row a method; `pairs`: two by two."""
     with matplotlib.rc_context(_STYLE):
         places = [i + 0.5 * (i // 2) if pairs else i for i in range(len(rows))]
         figure = _figure(8.5, 0.5 * (places[-1] + 1) + 1.2)
@@ -251,9 +237,7 @@ def recall_bars(
 def seed_bars(
     runs: Sequence[Mapping], k: int = 1, title: str = "", emphasis: str = "isa"
 ) -> Figure:
-    """The same from several runs (records with "methods"): means, 95% intervals over seeds; worst
-    first, then ceilings.
-    """
+    """The same from several runs: means, 95% intervals over seeds; worst first, then ceilings."""
     values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
     order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
     # Student's interval of few seeds may reach below 0 or above 100, where no recall is.
@@ -269,9 +253,7 @@ def seed_bars(
 def weight_curves(
     recalls: Mapping[str, Sequence[float]], weights: Sequence[float], k: int = 1
 ) -> Figure:
-    """Recall@K of late fusions along the modifier's weight, a line a fusion; its best weight
-    carries a larger mark.
-    """
+    """Recall@K along the modifier's weight, a line a fusion; its best has a larger mark."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.5, 4.2)
         axes = figure.subplots()
@@ -297,9 +279,7 @@ def weight_curves(
 def token_bars(
     scores: Mapping[str, Sequence[float]], ylabel: str, title: str = "", level: float | None = None
 ) -> Figure:
-    """A value for each token, a bar beside the others for each name in `scores`; `level`: a dashed
-    line across.
-    """
+    """A value for each token, a bar for each name in `scores`; `level`: a dashed line across."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(10, 4)
         axes = figure.subplots()
@@ -319,9 +299,7 @@ def token_bars(
 
 
 def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
-    """A table as coloured cells with their numbers, rounded; `label` says what the numbers are. A
-    long table lies on its side.
-    """
+    """A table as coloured cells with rounded numbers, of what `label` says; if long, turned."""
     with matplotlib.rc_context(_STYLE):
         if len(table) > 12:
             table = table.T  # as wide as a page or a slide, and not higher
@@ -387,9 +365,7 @@ def maps(
 
 
 def growth_curves(found: Mapping, k: int = 1) -> Figure:
-    """Recall@K and the time of one exact search along the size of the gallery (a record of
-    `growth.growth`).
-    """
+    """Recall@K and the time of one exact search along the gallery's size (of `growth.growth`)."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 4.2)
         left, right = figure.subplots(1, 2)
@@ -519,9 +495,7 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
 
 
 def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, float]) -> None:
-    """A map over a picture: a dark veil where there is little attention, a thin one, through which
-    colours show, where much.
-    """
+    """A map over a picture: a dark veil where there is little attention, a thin one where much."""
     share = attention / attention.max()
     axes.imshow(
         share,
@@ -535,9 +509,7 @@ def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, fl
 
 
 def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
-    """One image as sentences of several lengths see it: for each number of tokens its maps (L x h x
-    w), `columns` in a row.
-    """
+    """One image as sentences of several lengths see it: of each its maps (L x h x w) in rows."""
     with matplotlib.rc_context(_STYLE):
         image = np.asarray(image)
         extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
@@ -675,9 +647,7 @@ def latency(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 def curves(histories: Mapping[str, History], window: int = 20, step: int | None = None) -> Figure:
-    """Loss terms (running mean over `window` steps) and validation recall, a line a run; `step`: a
-    dashed line across at it.
-    """
+    """Loss terms (running means over `window` steps) and recall; `step`: a dashed line there."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12, 3.8)
         panels = figure.subplots(1, 3)

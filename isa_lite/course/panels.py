@@ -170,9 +170,7 @@ def _picker(label: str, count: int) -> BoundedIntText:
 def _number(
     label: str, value: int, last: int, tooltip: str, disabled: bool = False
 ) -> tuple[BoundedIntText, IntSlider]:
-    """A field for a number from 1 to `last`, and a slider that moves with it: a screen reader finds
-    no label on a slider.
-    """
+    """A field for a number from 1 to `last`, and a slider that moves with it."""
     shared = dict(
         value=value,
         min=1,

@@ -101,9 +101,7 @@ def backbones(
 
 @contextmanager
 def _hushed(message: str) -> Iterator[None]:
-    """Inside, the root logger lets nothing through that contains `message`; afterwards it is as it
-    was.
-    """
+    """Inside, the root logger lets nothing through that contains `message`."""
 
     def other(record: logging.LogRecord) -> bool:
         return message not in record.getMessage()

@@ -156,9 +156,7 @@ def decode(source: bytes | Image.Image) -> Image.Image:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming the file
-    and what is wrong with it.
-    """
+    """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming it."""
     path = _path("path", path)
     try:
         if (size := os.stat(path).st_size) > LARGEST_FILE:
@@ -173,9 +171,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _read_settings(path: Path) -> dict:
-    """The settings of an export. Raises ValueError naming the file and the first setting that
-    cannot be used.
-    """
+    """An export's settings. Raises ValueError naming the file and the first unusable one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

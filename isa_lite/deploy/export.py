@@ -119,9 +119,7 @@ def tokenizer_of(vl: VLModel) -> Tokenizer:
 
 
 def prompt_of(vl: VLModel, template: str) -> list[list[int] | str]:
-    """A template as ids and, between them, the words "sentence" and "modifier"; with start and
-    end.
-    """
+    """A template as ids and, between them, "sentence" and "modifier"; with start and end."""
     tokenizer = vl.tokenizer
     parts: list[list[int] | str] = [[tokenizer.sot_token_id]]
     for piece in re.split(r"(\{sentence\}|\{modifier\})", template):
@@ -282,9 +280,7 @@ def export(
 
 
 def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:
-    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E, by the
-    large tower.
-    """
+    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E."""
     queries = torch.from_numpy(client.encode(list(bench.images[bench.reference]), bench.texts))
     rank = benchmark_ranks(bench, queries, gallery)
     return {f"R@{k}": recall(rank, k) for k in KS}

@@ -19,9 +19,7 @@ from isa_lite.query_encoder import QueryEncoder
 
 
 def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Convolutions whose output went straight, and only once, into a batch normalisation, in a run
-    on `example`.
-    """
+    """Convolutions whose output went straight, and only once, into a batch normalisation."""
     # by the output's identity; the tensor is kept, so that no other takes its id
     made: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
@@ -55,9 +53,7 @@ def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.Batch
 
 
 class FoldedEncoder(QueryEncoder):
-    """What `folded` makes. Like the encoder that it was made from, but it can be neither trained
-    nor saved.
-    """
+    """What `folded` makes: like its encoder, but it can be neither trained nor saved."""
 
     def __init__(self, encoder: QueryEncoder):
         nn.Module.__init__(self)  # no fresh weights: everything is the encoder's

@@ -63,9 +63,7 @@ class _Piece(nn.Module):
 
 
 def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Path:
-    """Backbone, token learner and large image tower as a file each, only to be measured and
-    compared; returns `folder`.
-    """
+    """Backbone, token learner and large image tower as a file each, to be measured."""
     folder, axes = Path(folder), {"x": {0: torch.export.Dim("batch", min=1)}}
     folder.mkdir(parents=True, exist_ok=True)
     light = torch.zeros(2, 3, encoder.config.image_size, encoder.config.image_size)

@@ -42,9 +42,7 @@ def multiply_adds(call: Callable[[], object]) -> float:
 def side_by_side(
     calls: dict[str, Callable[[], object]], rounds: int = 30, warm_up: int = 3
 ) -> dict[str, float]:
-    """Median milliseconds of each call. All are measured in turn in every round, so a noisy moment
-    hits all of them.
-    """
+    """Median milliseconds of each call. They take turns, so a noisy moment hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for r in range(rounds + warm_up):
@@ -57,9 +55,7 @@ def side_by_side(
 
 
 class _Held(TorchDispatchMode):
-    """Follows the memory of the tensors that operations make, in bytes: what is alive at once at
-    most.
-    """
+    """Follows the memory of the tensors that operations make: bytes alive at once at most."""
 
     def __init__(self):
         super().__init__()
@@ -99,9 +95,7 @@ def peak_activations(call: Callable[[], object]) -> float:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held so far, in GiB; not a number where the system does
-    not tell (Windows).
-    """
+    """The most memory of this process so far, in GiB; nan where the system does not tell."""
     try:
         import resource
     except ImportError:

@@ -110,9 +110,7 @@ def fusion_steps(
 
 
 def calls(steps: Steps) -> dict[str, Callable[[], object]]:
-    """Each step as a call on what the steps before it gave, and "whole query": all of them in one
-    call.
-    """
+    """Each step as a call on what those before it gave, and "whole query": all in one call."""
     value, found = None, {}
     with torch.no_grad():
         for part, step in steps.items():
@@ -122,9 +120,7 @@ def calls(steps: Steps) -> dict[str, Callable[[], object]]:
 
 
 def timed(systems: dict[str, Steps], rounds: int) -> pd.DataFrame:
-    """Median ms of every part and of the whole (rows) of each system (columns). All take turns, see
-    `side_by_side`.
-    """
+    """Median ms of every part and the whole (rows) of each system (columns), taking turns."""
     made = {
         (part, system): call
         for system, steps in systems.items()
@@ -151,9 +147,7 @@ def random_gallery(vl: VLModel, images: int) -> Gallery:
 
 
 def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
-    """The VL image tower with an untrained token learner of the same kind: weights do not change
-    the cost.
-    """
+    """The VL image tower with a token learner of the same kind, untrained: it costs the same."""
     kept = {
         name: getattr(encoder.config, name)
         for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")
@@ -245,9 +239,7 @@ def split(
 
 
 def ratios(ms: pd.DataFrame, others: Sequence[str] = ("symmetric",)) -> pd.Series:
-    """How many times a light query's time the others take, end to end; of a table with the columns
-    "light, cut" and so on.
-    """
+    """How many times a light query's time the others take; columns "light, cut" and so on."""
     whole, found = ms.loc[WHOLE], {}
     for name in others:
         for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut")):

@@ -34,9 +34,7 @@ SIZES = ((2688, 192, 768), (2688, 768, 192), (2560, 128, 512), (1024, 1024, 1024
 
 
 def product_rate(sizes: Sequence[tuple[int, int, int]] = SIZES, rounds: int = 15) -> float:
-    """GFLOP of float32 matrix products a second on this machine: of each size the median time, of
-    these rates the median.
-    """
+    """GFLOP of float32 products a second: the median over sizes of their median rates."""
     rates = []
     for rows, inner, outer in sizes:
         a, b, times = torch.randn(rows, inner), torch.randn(inner, outer), []
@@ -53,9 +51,7 @@ Clock = Callable[[str, Callable[[], object]], object]
 
 
 class _Parts:
-    """Forward and backward passes by name: `run` cuts the graph before a part, `back` goes through
-    it alone.
-    """
+    """Passes by name: `run` cuts the graph before a part, `back` goes through it alone."""
 
     def __init__(self, clock: Clock):
         self.clock, self.kept = clock, {}
@@ -68,9 +64,7 @@ class _Parts:
         return outputs
 
     def back(self, part: str, *grads: Tensor | None) -> list[Tensor | None]:
-        """The gradients of the part's inputs, from those of its outputs (None: nobody needs that
-        one); weights keep theirs.
-        """
+        """Gradients of the part's inputs, from its outputs' (None: not needed)."""
         inputs, outputs = self.kept.pop(part)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
         self.clock(f"{part} backward", lambda: torch.autograd.backward(*zip(*pairs, strict=True)))

@@ -75,9 +75,7 @@ ASIDE = ("device", "num_workers", "out_dir")
 
 
 def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
-    """Of every ablation its values: a label, and the parameters of notebook 02 that it sets.
-    defaults: complete (`recipes`).
-    """
+    """Of every ablation its labels, and the parameters of notebook 02 that each sets."""
     lar = defaults["lar_weight"] or 0.1
     numbers = {
         "tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)),
@@ -207,9 +205,7 @@ def gather(
 
 
 def changed(parameters: Mapping, defaults: Mapping) -> dict:
-    """What a run's parameters change of the defaults, apart from the seed and what every run of a
-    sweep sets.
-    """
+    """What a run changes of the defaults, apart from the seed and what every run sets."""
     return {
         n: v
         for n, v in parameters.items()

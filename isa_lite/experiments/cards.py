@@ -74,9 +74,7 @@ def matching_accuracy(
 
 @torch.inference_mode()
 def place_accuracy(vl: VLModel, count: int = 300, seed: int = 2) -> float:
-    """How often, in percent, a caption is nearer to its image than to the image in which one object
-    only sits elsewhere.
-    """
+    """Percent of captions nearer to their image than to one with one object elsewhere."""
     rng = np.random.default_rng((seed, 10))
     own = [scenes.sample_scene(rng) for _ in range(count)]
     moved = [scenes.modify(scene, rng, ("move",))[0] for scene in own]
@@ -89,9 +87,7 @@ def place_accuracy(vl: VLModel, count: int = 300, seed: int = 2) -> float:
 def measure(
     vl: VLModel, encoder: QueryEncoder | None, seeds: Sequence[int] = (0, 1, 2)
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Recall@K in percent, averaged over benchmark seeds, a row a method; and Recall@1 by group for
-    the first seed.
-    """
+    """Mean Recall@K in percent over seeds, a row a method; Recall@1 by group of the first seed."""
     found: dict[str, list[list[float]]] = {}
     by_group = None
     for seed in seeds:
@@ -238,9 +234,7 @@ Licence: MIT, like the code.
 
 
 def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers: int = 6) -> bytes:
-    """A picture (PNG) of the first `count` queries of benchmark seed 0, as they come, with their
-    first answers.
-    """
+    """A PNG of the first `count` queries of benchmark seed 0, with their first answers."""
     bench, rows = make_benchmark(size=vl.image_size), np.arange(count)
     gallery = Gallery(vl.encode_images(bench.images), [str(i) for i in range(len(bench.images))])
     found = gallery.search(
@@ -250,9 +244,7 @@ def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers:
 
 
 def write_cards(out: Path) -> list[Path]:
-    """The cards of everything that is shipped and a picture of some queries, into `out`, laid out
-    as `data/`; returns the files.
-    """
+    """All cards and a picture of queries, into `out`, laid out as `data/`; returns the files."""
     vl = load_vl_model()
     encoder = QueryEncoder.load(DATA / SCENES_ENCODER, vl)
     cards = {

@@ -109,9 +109,7 @@ def failures(bench: Benchmark, queries: Tensor, gallery: Tensor, answers: int = 
 
 
 def summary(bench: Benchmark, failed: pd.DataFrame) -> pd.DataFrame:
-    """By kind of change: its queries, how many have a wrong first answer, and what these kept and
-    followed (mean, in percent).
-    """
+    """By kind of change: queries, wrong first answers, and what these kept and followed (%)."""
     kinds = pd.Series([kind_of(kinds) for kinds in bench.kinds])
     counts = kinds.value_counts()
     order = [kind for kind in (*KINDS, "two changes") if (failed["kind"] == kind).any()]

@@ -55,9 +55,7 @@ def _shard(vl: VLModel, seed: int, cache: str | Path, start: int, shard: int) ->
 def distractors(
     vl: VLModel, count: int, seed: int, cache: str | Path, shard: int = SHARD, progress: bool = True
 ) -> Iterator:
-    """Shards of rendered random scenes: embeddings n x E (float16) and `scene_key`s n. Finished
-    ones are read from `cache`.
-    """
+    """Shards of rendered scenes: embeddings n x E (float16) and `scene_key`s n; kept in `cache`."""
     with tqdm(
         total=count, desc="distractors", unit="image", mininterval=2, disable=not progress
     ) as bar:
@@ -102,9 +100,7 @@ def growth_ranks(
     rows = torch.arange(len(bench))
 
     def pieces(query: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(where the piece begins, scores B x n, hits B x n); the benchmark's own gallery comes
-        first, at minus one.
-        """
+        """(start of the piece, scores B x n, hits B x n); first the benchmark's own, at -1."""
         scores = query @ gallery.T
         hits = own == targets[:, None]
         scores[rows, torch.from_numpy(bench.reference)] = float("-inf")
@@ -152,9 +148,7 @@ def growth(
     seed: int = 0,
     progress: bool = True,
 ) -> dict:
-    """At every size: Recall@1/5/10 with 95% Wilson intervals of ISA, image + text and the
-    composition ceiling; search time.
-    """
+    """At every size: Recall@K with 95% Wilson intervals of three methods; search time."""
     bench = make_benchmark(queries, 4 * queries, seed, vl.image_size)
     gallery = vl.encode_images(bench.images)
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
@@ -198,9 +192,7 @@ def growth(
 
 
 def growth_table(found: Mapping, k: int = 1) -> pd.DataFrame:
-    """A row a gallery size: Recall@K of every method with its interval, and the milliseconds of one
-    exact search.
-    """
+    """A row a gallery size: Recall@K of each method with its interval, and ms of one search."""
     rows = {
         f"{point['gallery']:,}": {
             **{

@@ -46,9 +46,7 @@ _STORED = {
 
 
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
-    """The parameters of a notebook with their default values. Raises FileNotFoundError, or
-    ValueError for another file.
-    """
+    """A notebook's parameters with their defaults. Raises FileNotFoundError or ValueError."""
     if not notebook.is_file():
         raise FileNotFoundError(
             f"there is no notebook {notebook}; run this in a checkout, or give --notebook"
@@ -77,9 +75,7 @@ def key(parameters: Mapping, vl_fingerprint: str) -> str:
 
 
 def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
-    """One run: the notebook with these parameters, its results in `folder`; what is left there is
-    small. Returns its result.
-    """
+    """One run of the notebook, its results in `folder`, where little is left; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     given = {**parameters, "out_dir": str(folder)}
@@ -132,9 +128,7 @@ def execute_all(
 
 
 def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[float, str]:
-    """An estimate for the runs that wait, and where it is from: runs of this sweep, or the stored
-    training of notebook 02.
-    """
+    """An estimate for the runs that wait, and what it is made from."""
     if done:
         each, source = (
             np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]),
@@ -150,9 +144,7 @@ def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[
 
 
 def sweep(args: Namespace) -> None:
-    """Run what is missing, gather everything. args: of the command. Raises ValueError where they,
-    or a run, cannot work.
-    """
+    """Run what is missing, gather everything. Raises ValueError for bad `args` or runs."""
     defaults = notebook_defaults(args.notebook)
     if (
         args.out is None

@@ -1,3 +1,1 @@
-"""What is frozen, and what is light: vision-language models, their text towers and tokenizers,
-image backbones.
-"""
+"""What is frozen, and what is light: VL models, text towers, tokenizers, image backbones."""

@@ -64,9 +64,7 @@ RECORD = {
 
 
 class DataConfig(NamedTuple):
-    """What a backbone's weights were trained on: the size of an image, in pixels, and its
-    normalisation.
-    """
+    """What a backbone's weights were trained on: pixels a side, and the normalisation."""
 
     image_size: int
     mean: tuple[float, ...]
@@ -74,9 +72,7 @@ class DataConfig(NamedTuple):
 
 
 def check_backbone(name: str) -> None:
-    """Raises ValueError, with the names nearest to it, for what timm does not have. `name` may
-    carry timm's tag of weights.
-    """
+    """Raises ValueError, with the nearest names, for what timm has not; a tag is allowed."""
     if name == LARGE_TOWER:
         return
     model, _, tag = name.partition(".")
@@ -100,9 +96,7 @@ def data_config(name: str) -> DataConfig:
 
 
 def _learned(weights: str) -> tuple[dict, Path]:
-    """Of the weights that `light_backbone` wrote, the record and the file. Raises ValueError where
-    there are none.
-    """
+    """Record and file of weights that `light_backbone` wrote. Raises ValueError for none."""
     folder = DATA / SCENES_BACKBONE if weights == SCENES else Path(weights)
     record, file = folder / f"{WEIGHTS}.json", folder / f"{WEIGHTS}.safetensors"
     if not record.is_file() or not file.is_file():
@@ -114,9 +108,7 @@ def _learned(weights: str) -> tuple[dict, Path]:
 
 
 def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
-    """What the weights that a backbone starts from were trained on; 96 pixels and 0.5 where they
-    are random.
-    """
+    """What the start weights were trained on; 96 pixels and 0.5 where they are random."""
     if weights and weights != LITE0:
         record, _ = _learned(weights)
         return DataConfig(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
@@ -130,9 +122,7 @@ def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
 def _ready_weights(
     name: str, pretrained: bool, weights: str, vl: VLModel | None
 ) -> dict[str, Tensor]:
-    """The tensors that `weights` names, as the backbone calls them. Raises ValueError for another
-    backbone or VL model.
-    """
+    """The tensors that `weights` names. Raises ValueError for another backbone or VL model."""
     if not weights:
         return {}
     record, file = ({"backbone": _LITE0_BACKBONE}, None) if weights == LITE0 else _learned(weights)
@@ -152,17 +142,13 @@ def _ready_weights(
 
 
 def default_stride(strides: list[int], image_size: int) -> int:
-    """The coarsest map with at least four positions a side, else the finest: coarse says most, but
-    tokens need places. Ours.
-    """
+    """The coarsest map with at least four positions a side, else the finest. Ours."""
     fitting = [s for s in strides if image_size // s >= 4]
     return max(fitting, default=min(strides))
 
 
 def _create(name: str, image_size: int, **settings) -> nn.Module:
-    """Transformers are built for one input size and must be told; most convolutional models do not
-    know the word.
-    """
+    """Transformers must be told their input size; most convolutional models know no such word."""
     try:
         return timm.create_model(name, img_size=image_size, features_only=True, **settings)
     except TypeError as error:
@@ -172,9 +158,7 @@ def _create(name: str, image_size: int, **settings) -> nn.Module:
 
 
 def _getter(name: str, image_size: int, pretrained: bool, layer: int) -> nn.Module:
-    """A backbone whose forward gives a list of one map. 'getter' drops the layers behind it:
-    nothing is computed in vain.
-    """
+    """A backbone that gives a list of one map, without the layers behind it ('getter')."""
     try:
         return _create(
             name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,)
@@ -277,9 +261,7 @@ def build_backbone(
 
 
 def stem(backbone: nn.Module) -> list[nn.Module]:
-    """The layers in front of the first block, as timm names them: few weights, and the largest
-    maps. None for the name "vl".
-    """
+    """The layers in front of the first block, by timm's names; none for the name "vl"."""
     model = getattr(backbone, "model", None)
     names = ("conv_stem", "conv1", "bn1", "stem", "patch_embed")
     return [

@@ -43,9 +43,7 @@ class BlipImage(nn.Module):
         return self.proj(self.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
 
     def forward_intermediates(self, pixels: Tensor, **_) -> dict:
-        """The embedding, and all tokens of the last layer B x (1 + N) x W: the matching head looks
-        at the class token, too.
-        """
+        """The embedding, and the last layer's B x (1 + N) x W, with the class token."""
         tokens = self.vision_model(pixel_values=pixels).last_hidden_state
         return {"image_features": self.proj(tokens[:, 0]), "image_intermediates": [tokens]}
 
@@ -66,9 +64,7 @@ class BlipText(nn.Module):
 
 
 class BlipTower(TextTower):
-    """The way into BLIP's text tower with word vectors; the same methods as in text_tower.py. The
-    class token is pooled.
-    """
+    """The way into BLIP's text tower, as those in text_tower.py; the class token is pooled."""
 
     can_cut = True  # no position looks at the padding
 
@@ -102,9 +98,7 @@ class BlipTower(TextTower):
 
 
 class Blip(nn.Module):
-    """A `BlipForImageTextRetrieval` dressed as a model of open_clip (`visual`, `text`,
-    `encode_...`), and its `match`.
-    """
+    """A `BlipForImageTextRetrieval` dressed as a model of open_clip, and its `match`."""
 
     matcher_reads_words = True
 

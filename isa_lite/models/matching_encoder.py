@@ -49,9 +49,7 @@ class MatchingEncoder(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def forward(self, text: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        """text: B x T x text_width, mask: B x T (true = a word), patches: B x N x patch_width.
-        Returns B x 2 logits.
-        """
+        """B x T x text_width, mask B x T (true = a word), B x N x patch_width -> B x 2 logits."""
         x = self.text_in(text)  # B x T x width
         memory = self.patch_in(patches) + self.patch_position  # B x N x width
         for block in self.blocks:

@@ -140,9 +140,7 @@ def check_loaded(path: Path, module: nn.Module) -> None:
 
 @contextmanager
 def fitting(path: Path, what: str) -> Iterator[None]:
-    """Inside, whatever a library raises over settings and weights that do not fit is a ValueError
-    that names `path`.
-    """
+    """Inside, whatever a library raises over misfits is a ValueError that names `path`."""
     try:
         yield
     except (ImportError, ConnectionError, MemoryError):
@@ -221,9 +219,7 @@ def from_folder(
 
 
 def _check_kind(path: Path) -> None:
-    """Raises ValueError for a text model that `transformers` does not know itself: it would ask to
-    run the folder's own code.
-    """
+    """Raises ValueError for a text model whose own code `transformers` would ask to run."""
     from transformers import CONFIG_MAPPING
 
     kind = read_json(path, "the settings of a text model").get("model_type")

@@ -25,9 +25,7 @@ ANCHOR = "a"
 
 
 def _settled(text: str, clean: Callable[[str], str]) -> str:
-    """Cleaned until nothing changes: cleaning turns "&lt;" into "<", and "&amp;lt;" only on the
-    second go.
-    """
+    """Cleaned until nothing changes: "&lt;" becomes "<", and "&amp;lt;" on the second go."""
     while (cleaned := clean(text)) != text:
         text = cleaned
     return text
@@ -131,9 +129,7 @@ class Words:
         return [i for i in ids if i not in self.special]  # should one have got through all the same
 
     def ids(self, text: str, before: str = "") -> list[int]:
-        """Ids of a piece of text, without a frame. before: what stands before it: nothing (""), a
-        "space" or a "word".
-        """
+        """Ids of a piece of text, without a frame. before: nothing (""), a "space" or a "word"."""
         key = (text, before)
         if key not in self._known:
             if len(self._known) >= 10_000:
@@ -144,9 +140,7 @@ class Words:
         return list(self._known[key])
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """The whole row for these ids, which must fit into `room`, as the tokenizer writes it:
-        prefix, ids, suffix, padding.
-        """
+        """The whole row for ids that fit into `room`: prefix, ids, suffix, padding."""
         cut = len(self.suffix) - self._tail
         fill = [self.pad] * (self.room - len(ids))
         return [*self.prefix, *ids, *self.suffix[:cut], *fill, *self.suffix[cut:]]
@@ -157,9 +151,7 @@ class Words:
 
 
 def hf_tokenizer(folder: Path, **settings) -> open_clip.tokenizer.HFTokenizer:
-    """A tokenizer of `transformers` from its files. Raises ValueError naming one that is no JSON
-    object; else what they raise.
-    """
+    """A tokenizer of `transformers` from its files. Raises ValueError naming one that is none."""
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         if path.exists():
             read_json(path, "a tokenizer or its settings")
@@ -172,9 +164,7 @@ def hf_tokenizer(folder: Path, **settings) -> open_clip.tokenizer.HFTokenizer:
 
 @lru_cache(maxsize=8)
 def _simple(settings: str) -> open_clip.SimpleTokenizer:
-    """open_clip's own tokenizer with these settings (JSON). Shared: its tables take as long to
-    build as a small model to load.
-    """
+    """open_clip's tokenizer with these settings (JSON); shared, as its tables take seconds."""
     return open_clip.SimpleTokenizer(**json.loads(settings))
 
 

@@ -124,9 +124,7 @@ class VLModel(nn.Module):
         return float(norms[norms > 0].median() * getattr(self.tower.table, "embed_scale", 1))
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> B x context_length ids, with the model's own tokenizer (which cuts what is too
-        long).
-        """
+        """Texts -> B x context_length ids by the model's own tokenizer, which cuts long texts."""
         return self.tokenizer(check_texts(texts)).to(self.device)
 
     def word_vectors(self, ids: Tensor) -> Tensor:
@@ -150,9 +148,7 @@ class VLModel(nn.Module):
         return F.normalize(self.tower.project(tokens).float(), dim=-1)
 
     def cut(self, ids: Tensor) -> Tensor:
-        """B x T ids without the columns past the longest text, where the tower never looks at
-        those.
-        """
+        """B x T ids without the columns past the longest text, where the tower ignores those."""
         return self.tower.cut(ids)
 
     def encode_vectors(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
@@ -172,9 +168,7 @@ class VLModel(nn.Module):
     @checked(batch_size=whole(1))
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Texts -> L2-normalised embeddings, B x E, on the CPU. Raises ValueError for what is no
-        list of texts.
-        """
+        """Texts -> L2-normalised embeddings B x E on the CPU. Raises ValueError for no list."""
         texts, parts = check_texts(texts), []
         for start in range(0, len(texts), batch_size):
             parts.append(
@@ -183,9 +177,7 @@ class VLModel(nn.Module):
         return self._checked(torch.cat(parts))
 
     def _checked(self, embeddings: Tensor) -> Tensor:
-        """Embeddings B x E of length 1. Raises ValueError for others, as weights that are damaged
-        make them.
-        """
+        """Embeddings B x E of length 1. Raises ValueError for others, as of damaged weights."""
         # False for nan, too
         if not ((torch.linalg.vector_norm(embeddings.float(), dim=-1) - 1).abs() <= 0.01).all():
             raise ValueError(
@@ -218,9 +210,7 @@ class VLModel(nn.Module):
         return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)
 
     def encode_pixels_and_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """B x 3 x H x W -> L2-normalised image embeddings B x E, and the last layer's local tokens
-        B x N x width.
-        """
+        """B x 3 x H x W -> L2-normalised B x E, and the last layer's local tokens B x N x width."""
         visual, pixels = self.clip.visual, self._at_home(pixels)
         try:  # vision transformers give B x N x C, convolutional towers only B x C x H x W
             out = visual.forward_intermediates(pixels, indices=1, output_fmt="NLC")
@@ -260,9 +250,7 @@ class VLModel(nn.Module):
         return None
 
     def check_lar(self) -> None:
-        """Raises ValueError for a model with which LAR cannot work: one without matching encoder
-        and projection of patches.
-        """
+        """Raises ValueError for a model without matching encoder and projection of patches."""
         if self.matcher is None and self._patch_projection() is None:
             self.project_patches(torch.empty(0))
 
@@ -286,9 +274,7 @@ class VLModel(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A key that changes with any weight, the activation or the preprocessing; what is cached
-        on disk is filed under it.
-        """
+        """A key, of caches too, that changes with any weight, activation or preprocessing."""
         tensors = sorted(self.state_dict().items())
         state = [
             repr(self.preprocess),
@@ -313,9 +299,7 @@ class VLModel(nn.Module):
 
 
 def _trace(named: tuple[str, Tensor]) -> tuple:
-    """What shows that a tensor has changed: where it is, how often it was written, and some of its
-    values.
-    """
+    """What shows that a tensor has changed: its place, how often it was written, some values."""
     name, value = named
     some = value.detach().flatten()[:: max(1, value.numel() // 64)].tolist()
     return (
@@ -371,9 +355,7 @@ def load_vl_model(
 
 @torch.no_grad()
 def _checked(vl: VLModel) -> VLModel:
-    """The model, if its text tower gives the same from word vectors as from ids (tried on one
-    text); ValueError otherwise.
-    """
+    """The model, if its text tower agrees with itself from word vectors and ids; or ValueError."""
     ids = vl.tokenize(["a photo of a cat"])
     short, theirs = vl.cut(ids), vl.clip.encode_text(ids, normalize=True).float()
     # of queries, and of training
@@ -405,9 +387,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the code that runs, for cards; "unknown" outside a checkout, with "-dirty"
-    where it was changed.
-    """
+    """The commit of the code that runs, "-dirty" if changed; "unknown" outside a checkout."""
     where = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()

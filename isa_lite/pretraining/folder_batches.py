@@ -65,9 +65,7 @@ KEEP = 2 << 30  # bytes of pictures kept in memory at the model's size
 def split(
     captions: Sequence[Sequence[str]], held_out: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the captioned images that training sees, and of those that it does not; both
-    sorted.
-    """
+    """Indices of the captioned images that training sees, and of the others; both sorted."""
     captioned = np.array([i for i, said in enumerate(captions) if said])
     order = np.random.default_rng((seed, 10)).permutation(captioned)
     count = round(held_out * len(captioned))
@@ -79,9 +77,7 @@ def split(
 
 
 def clauses_of(caption: str) -> list[list[str]]:
-    """The words of a caption in lower case, without the punctuation around them, in the groups that
-    punctuation makes.
-    """
+    """A caption's words in lower case without punctuation, in the groups that it makes."""
     clauses: list[list[str]] = [[]]
     for token in caption.lower().split():
         word = token.strip(_AROUND)
@@ -141,9 +137,7 @@ class Relatives:
         return dict.fromkeys(runs)  # each once, in a fixed order
 
     def draw(self, i: int, rng: np.random.Generator) -> tuple[int, str, str] | None:
-        """A relative of caption i: its number, the words that only caption i has there, and those
-        that only the other has.
-        """
+        """A relative of caption i: its number, the words that only i has, and only the other."""
         if not self.places[i]:
             return None
         key, start, stop = self.places[i][rng.integers(len(self.places[i]))]
@@ -156,9 +150,7 @@ class Relatives:
 
 
 def say_change(a: str, old: str, new: str, rng: np.random.Generator) -> str:
-    """Caption `a`, and that the words `new` take the place of its words `old`; one of the two may
-    be empty.
-    """
+    """Caption `a`, and that `new` takes the place of its words `old`; one may be empty."""
     possible = [phrase for phrase in CHANGES if old or "{old}" not in phrase] if new else LOSSES
     return possible[rng.integers(len(possible))].format(a=a, b=new, old=old)
 
@@ -168,9 +160,7 @@ def say_change(a: str, old: str, new: str, rng: np.random.Generator) -> str:
 
 
 def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8 images B x S x S x 3, each enlarged or reduced and shifted by up to the part `zoom`;
-    its border goes on outwards.
-    """
+    """uint8 images B x S x S x 3, each scaled and shifted by up to the part `zoom`."""
     if zoom == 0:
         return images
     scale, shift = (
@@ -239,9 +229,7 @@ class FolderBatches(Dataset):
         )
 
     def square(self, i: int) -> np.ndarray:
-        """Picture i at the model's size, S x S x 3, resized and cropped as open_clip does for the
-        exported model.
-        """
+        """Picture i at the model's size, S x S x 3, resized and cropped as open_clip does."""
         if i in self.kept:
             return self.kept[i]
         picture = np.asarray(self.squared(self.images[i]))
@@ -250,9 +238,7 @@ class FolderBatches(Dataset):
         return picture
 
     def chosen(self, number: int) -> tuple[list[int], list[str], list[int]]:
-        """Of a batch: its images, their captions, and which image (by its place in the batch) each
-        caption belongs to.
-        """
+        """A batch: images, captions, and by its place in the batch the image of each caption."""
         c = self.config
         rng = np.random.default_rng((c.seed, self.purpose, number))
         # apart, so that `change` leaves the images as they are
@@ -267,9 +253,7 @@ class FolderBatches(Dataset):
             owner.append(len(shown))
 
         def take(caption: int, change: tuple[int, str, str] | None = None) -> None:
-            """One image with one caption and, where `change` is another caption, what it loses and
-            gains, with that.
-            """
+            """An image with its caption and, if `change`, a caption with its loss and gain."""
             text = self.texts[caption]
             key = tuple(words_of(text)) or text
             if key in taken or self.owner[caption] in shown:

@@ -82,9 +82,7 @@ def _pick(rng: np.random.Generator, items: Sequence):
 
 
 def _kinds(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, ...] | None:
-    """Kinds of the next edit: None leaves them to chance; removing, which text towers find hard,
-    comes more often.
-    """
+    """Kinds of the next edit, None for chance; removing, which is hard, comes more often."""
     return ("remove",) if len(scene.objects) > 1 and rng.random() < REMOVED else None
 
 
@@ -416,9 +414,7 @@ def train_matcher(
     source: Source | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[MatchingEncoder, float]:
-    """The matching encoder on the frozen towers, own image against the three hardest others; also
-    the seconds it took.
-    """
+    """The matching encoder, own image against the three hardest others; also its seconds."""
     source = source or partial(SceneBatches, config)
     config = with_dtype(config, checkpoint)
     torch.manual_seed(config.seed)

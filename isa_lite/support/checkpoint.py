@@ -28,9 +28,7 @@ _OLD = 3600  # seconds after which a file under such a name was left by a proces
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Bytes to `path`: all of them, or OSError and the old file stays. Several processes may write
-    the same file.
-    """
+    """Bytes to `path`: all, or OSError and the old file stays. Several processes may write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(_PART.format("*")):
         with suppress(OSError):  # another process may be clearing up, too
@@ -177,16 +175,12 @@ def read_json(path: Path, what: str, kind: object = dict) -> Any:
 
 
 def read_info(path: Path) -> dict:
-    """The `info` that `write_tensors` wrote; no tensor is read. Raises FileNotFoundError, or
-    ValueError for another file.
-    """
+    """The `info` of `write_tensors` alone. Raises FileNotFoundError or ValueError."""
     return _read(path, with_tensors=False)[1]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What `write_tensors` wrote: the tensors by name, and `info`. Raises FileNotFoundError, or
-    ValueError for another file.
-    """
+    """What `write_tensors` wrote: tensors, `info`. Raises FileNotFoundError or ValueError."""
     return _read(path, with_tensors=True)
 
 
@@ -211,17 +205,13 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
 
 
 def sound(value: Tensor) -> bool:
-    """Whether these can be weights, or what goes with them: numbers, and none at the end of what
-    float32 holds.
-    """
+    """Whether these can be weights: numbers, none at the end of what float32 holds."""
     # False for nan, too
     return not value.is_floating_point() or bool((value.float().abs() < 1e30).all())
 
 
 def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError, naming `what` (a file) and the tensor, unless these are a module's: all of
-    `wanted`, alike, finite.
-    """
+    """Raises ValueError, naming `what` and the tensor, unless all of `wanted` are there, alike."""
     if strange := sorted(set(wanted) ^ set(tensors)):
         raise ValueError(
             f"{what} holds other weights: {strange[0]} is"
@@ -242,9 +232,7 @@ def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a finished shard; None where there is none, or one damaged, as a loss of power
-    may leave it.
-    """
+    """The tensors of a finished shard; None for none, or one that a loss of power damaged."""
     try:
         return read_tensors(path)[0]
     except (FileNotFoundError, ValueError):
@@ -263,9 +251,7 @@ def _optimizer_tensors(
 def save_run(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, info: Mapping
 ) -> None:
-    """Modules by name, their optimizer's moments, and `info` (the identity, the step, the history
-    so far).
-    """
+    """Modules by name, their optimizer's moments, and `info` (identity, step, history so far)."""
     import torch
 
     tensors = {
@@ -354,9 +340,7 @@ def _short(value: object) -> str:
 def _sorted_out(
     path: Path, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> tuple[dict, dict]:
-    """The tensors of a state, by module and by parameter. Raises ValueError, naming the file, for
-    one that does not fit.
-    """
+    """A state's tensors, by module and by parameter. Raises ValueError naming a misfit."""
     left, state, moments = dict(tensors), {}, {}
     for key, value in tensors.items():
         if not sound(value):

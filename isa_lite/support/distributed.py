@@ -69,18 +69,14 @@ def joined(device: str) -> Iterator[None]:
 
 
 def part(rows: Rows, own: int | None = None, of: int | None = None) -> Rows:
-    """This process's rows of a batch, or those of process `own` of so many: as many as every
-    other's, in order.
-    """
+    """The rows of this process in a batch, or of process `own` of so many; equally many each."""
     own, of = rank() if own is None else own, of or count()
     size = len(rows) // of
     return rows[own * size : (own + 1) * size]
 
 
 def gather(rows: Tensor) -> Tensor:
-    """b x ... of this process -> B x ... of all, in order. Gradients flow into this process's own
-    rows only.
-    """
+    """b x ... of this process -> B x ... of all, in order. Gradients flow into its own rows."""
     if count() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(count())]
@@ -124,9 +120,7 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def same(value: object, what: str) -> None:
-    """Raises ValueError in every process where they differ in `value`: they would wait for each
-    other forever.
-    """
+    """Raises ValueError in all processes where they differ in `value`: they would wait forever."""
     values: list[object] = [value] * count()
     if count() > 1:
         distributed.all_gather_object(values, value)

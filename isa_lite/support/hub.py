@@ -43,9 +43,7 @@ _TOKENIZER += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def no_answer(url: str, seconds: float | None = None) -> str:
-    """Why `url` cannot be reached, or "" if something answers there; after `seconds` (PATIENCE) at
-    most, look-up included.
-    """
+    """Why `url` cannot be reached, "" if it answers; after `seconds` (PATIENCE) at most."""
     seconds = PATIENCE if seconds is None else seconds
     found: list[str] = []
 
@@ -71,9 +69,7 @@ _asking: ContextVar[Path | None] = ContextVar("asking", default=None)
 
 @contextmanager
 def nothing_fetched(folder: Path) -> Iterator[None]:
-    """Inside, nothing is fetched, only read from the cache: who names a local folder has not named
-    what its settings name.
-    """
+    """Inside, nothing is fetched: who names a local folder has not named what its settings name."""
     token = _asking.set(folder)
     try:
         yield
@@ -82,9 +78,7 @@ def nothing_fetched(folder: Path) -> Iterator[None]:
 
 
 def _reach(url: str, what: str, advice: str) -> None:
-    """Raises ConnectionError, naming what is missing and what to do, where `url` cannot be reached,
-    or must not be.
-    """
+    """Raises ConnectionError, with what to do, where `url` cannot or must not be reached."""
     hub = url.startswith(constants.ENDPOINT)
     if folder := _asking.get():
         raise ConnectionError(
@@ -108,9 +102,7 @@ def _cached(repo: str, names: Sequence[str]) -> Path | None:
 
 
 def weights_file(model: str, tag: str) -> Path:
-    """The file of weights of an open_clip model's tag: from the cache, or fetched. Raises
-    ConnectionError at once if offline.
-    """
+    """The weights of an open_clip model's tag, cached or fetched. Raises ConnectionError."""
     config = open_clip.get_pretrained_cfg(model, tag)
     what, advice = (
         f"the weights {tag} of {model}",
@@ -136,9 +128,7 @@ def weights_file(model: str, tag: str) -> Path:
 
 
 def check_backbone_weights(name: str) -> None:
-    """Raises ConnectionError, at once, where timm's weights of a backbone are neither in the hub's
-    cache nor within reach.
-    """
+    """Raises ConnectionError, at once, where timm's weights of a backbone are out of reach."""
     config = timm.get_pretrained_cfg(name)
     files = [config.hf_hub_filename] if config.hf_hub_filename else HF_WEIGHTS
     if config.hf_hub_id and _cached(config.hf_hub_id, files) is None:
@@ -198,9 +188,7 @@ def repository(
 
 
 def tokenizer_folder(repo: str, model: str) -> Path:
-    """A local folder with the files of a tokenizer of `transformers`. Raises ConnectionError at
-    once if offline.
-    """
+    """A local folder with a tokenizer of `transformers`. Raises ConnectionError if offline."""
     if Path(repo).is_dir():
         return Path(repo)
     found = _cached(repo, _TOKENIZER)

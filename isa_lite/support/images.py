@@ -1,6 +1,4 @@
-"""Images from wherever they come: a folder of files of any kind, an array, a list of pictures; and
-as pixels for a network.
-"""
+"""Images from a folder of files, an array or a list of pictures; and as pixels for a network."""
 
 from __future__ import annotations
 
@@ -279,9 +277,7 @@ def reason(error: Exception) -> str:
 
 
 def file_bytes(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises OSError, or ValueError for a file of more than
-    `LARGEST_FILE`, before it is read.
-    """
+    """An image file's bytes. Raises OSError, or ValueError for more than `LARGEST_FILE`."""
     if (size := os.stat(path).st_size) > LARGEST_FILE:
         raise ValueError(
             f"the file has {size / 2**30:.1f} GiB, more than any picture; is it another kind of"
@@ -369,9 +365,7 @@ def _picture(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def images_key(images: Images) -> str:
-    """A digest of every pixel (or, for a folder, of every file). Raises ValueError for what is no
-    list of pictures.
-    """
+    """A digest of every pixel, or of a folder's files. Raises ValueError for no pictures."""
     if isinstance(images, ImageFolder):
         return images.key
     check_images(images)
@@ -402,9 +396,7 @@ class _Batches(Dataset):
 def batch_loader(
     images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0
 ) -> DataLoader:
-    """Loads one B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead of
-    time.
-    """
+    """Loads a B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead."""
     return DataLoader(
         _Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers
     )

@@ -64,9 +64,7 @@ def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1)
 
 
 def scene_count(least: int, each: int = 1) -> Rule:
-    """A number of rendered scenes, at least `least` and as many as memory holds. each: scenes that
-    are made for one.
-    """
+    """A number of scenes, at least `least`, that memory holds. each: scenes made for one."""
     return whole(least, each=each * _SCENE_BYTES)
 
 
@@ -99,9 +97,7 @@ def flag() -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` allows: for a parameter that something else decides where nothing is
-    given.
-    """
+    """None, or what `rule` allows: for what something else decides where nothing is given."""
 
     def allowed(value):
         return None if value is None else rule(value)
@@ -150,9 +146,7 @@ def file() -> Rule:
 
 
 def _check_folder(path: Path) -> None:
-    """Raises ValueError unless one can write into the folder, or make it: what is there of its path
-    must be folders.
-    """
+    """Raises ValueError unless one can write into the folder, or make it."""
     for nearest in (path, *path.absolute().parents):
         try:
             os.lstat(nearest)
@@ -170,9 +164,7 @@ def _check_folder(path: Path) -> None:
 
 
 def path_name() -> Rule:
-    """A path, as text or a Path, that this system can have. Whether anything is there is for others
-    to say.
-    """
+    """A path, as text or a Path, that this system can have; nothing need be there."""
 
     def rule(value):
         try:
@@ -196,9 +188,7 @@ def device_name() -> Rule:
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for a device that cannot be used. PyTorch is imported only where `name` is
-    not cpu.
-    """
+    """Raises ValueError for a device that cannot be used. For cpu PyTorch is not imported."""
     if name == "cpu":
         return
     import torch
@@ -220,9 +210,7 @@ def check_device(name: str) -> None:
 
 
 def memory() -> float:
-    """Bytes of memory of this machine, or of the container in which this runs; infinite where
-    nothing says.
-    """
+    """Bytes of memory of this machine or container; infinite where nothing says."""
     found = [math.inf]
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -236,9 +224,7 @@ def memory() -> float:
 
 @contextmanager
 def naming(*parameters: str) -> Iterator[None]:
-    """Inside, an error in what a user gave also says in which parameter: it is raised again with
-    their names in front.
-    """
+    """Inside, an error in what a user gave is raised again with the parameters' names."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -378,18 +364,14 @@ def add_settings(
 
 
 def settings_from(args: argparse.Namespace, kind: type) -> Any:
-    """The dataclass `kind` with what was given for the options of `add_settings`. Raises what it
-    raises.
-    """
+    """The dataclass `kind` from the options of `add_settings`. Raises what it raises."""
     return kind(
         **{f.name: getattr(args, f.name) for f in fields(kind) if f.init and hasattr(args, f.name)}
     )
 
 
 def command_line(name: str, settings: Any) -> str:
-    """The line that runs a command with these settings (of a dataclass), as far as they are not the
-    defaults.
-    """
+    """The line that runs a command with a dataclass of settings, without the defaults."""
     changed = {
         f.name: getattr(settings, f.name)
         for f in fields(settings)
@@ -433,9 +415,7 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
 
 
 def check_settings(settings: Any, **rules: Rule) -> None:
-    """Raises ValueError, naming the field, where one of `settings` (a dataclass) is against its
-    rule.
-    """
+    """Raises ValueError, naming the field, where one of `settings` is against its rule."""
     for name, rule in rules.items():
         value = getattr(settings, name)
         try:

@@ -46,9 +46,7 @@ def training_dtype(wanted: str, device: torch.device | str, recorded: str | None
 
 
 def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
-    """Settings whose `dtype` is no longer "auto": that of the run whose state lies in `checkpoint`,
-    else the device's.
-    """
+    """Settings without "auto" as `dtype`: that of the run in `checkpoint`, else the device's."""
     recorded = None
     if checkpoint is not None and checkpoint.is_file():
         info = read_info(checkpoint)
@@ -63,9 +61,7 @@ def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
 
 
 def bfloat16_cost(size: int = 256, rounds: int = 5) -> float:
-    """How many times as long a product of two size x size matrices takes in bfloat16 as in float32,
-    on the CPU; medians.
-    """
+    """How many times float32's time a matrix product takes in bfloat16 on the CPU; medians."""
     medians = []
     for dtype in (torch.bfloat16, torch.float32):
         a, times = torch.ones(size, size, dtype=dtype), []

@@ -83,9 +83,7 @@ def recipe(
 
 
 def complete(settings: Mapping) -> dict:
-    """Settings with a `recipe`, a `vl_model` and a `backbone`, and the recipe's value where an
-    aid's setting is None.
-    """
+    """Settings, and the recipe's value where an aid's setting is None."""
     chosen = asdict(recipe(settings["recipe"], settings["vl_model"], settings["backbone"]))
     return {
         **settings,

@@ -160,9 +160,7 @@ class Keeper:
             print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     def after(self, step: int, last: bool = False) -> None:
-        """To be called behind every step, with the number of steps done. Raises KeyboardInterrupt
-        if the run is to stop.
-        """
+        """To be called behind every step. Raises KeyboardInterrupt if the run is to stop."""
         if not self._save:
             return
         stop, due = distributed.anywhere(

@@ -1,6 +1,4 @@
-"""One training loop. Distillation, both pre-trainings, the light backbone and inversion differ in
-what they hand to `fit`. Ours.
-"""
+"""One training loop, for distillation, both pre-trainings, the light backbone, inversion. Ours."""
 
 from __future__ import annotations
 

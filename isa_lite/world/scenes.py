@@ -364,9 +364,7 @@ def _describe(
 
 
 def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> str:
-    """One of several phrasings of the scene; with `full` false, some of what can be said is left
-    out.
-    """
+    """One of several phrasings of the scene; unless `full`, some of it is left out."""
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     if full:
         said = [_describe(o, rng) for o in objects]
@@ -398,18 +396,14 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Modification:
-    """An edit of a scene: `text` asks for it, `kinds` names what changed (one or two of
-    `KINDS`).
-    """
+    """An edit of a scene: `text` asks for it, `kinds` names what changed (one or two `KINDS`)."""
 
     text: str
     kinds: tuple[str, ...]
 
 
 def _refer(o: Object, scene: Scene, rng: np.random.Generator) -> str:
-    """Words that pick out `o` among the scene's objects: any of the shortest-to-longest that are
-    unambiguous.
-    """
+    """Words that pick out `o` among the scene's objects: one of the unambiguous ways."""
     ways = []
     for size, color, position in (
         (0, 0, 0),

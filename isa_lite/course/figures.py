@@ -7,9 +7,11 @@ mark or a word.
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -32,14 +34,8 @@ from isa_lite.retrieval.evaluate import (
 from isa_lite.retrieval.own_data import Triplets
 from isa_lite.support.images import ImageFolder
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#666666",
-)
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, GREY, PALE = "#CC79A7", "#666666", "#BBBBBB"
 _STYLE = {
     "font.size": 13,
     "axes.spines.top": False,
@@ -47,7 +43,11 @@ _STYLE = {
     "axes.titlesize": 14,
     "axes.titlelocation": "left",
     "text.parse_math": False,  # a dollar sign in somebody's words is a dollar sign
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+    "lines.linewidth": 2,
 }
+_styled = matplotlib.rc_context(_STYLE)
 
 
 class _Figure(Figure):
@@ -57,9 +57,11 @@ class _Figure(Figure):
         return png(self)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _plot(width: float, height: float, rows: int = 1, columns: int = 1, **how):
+    """A figure of this size in inches, and its axes, as `subplots` gives them."""
     # not pyplot: nothing to close, no double display
-    return _Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure = _Figure(figsize=(width, height), layout="constrained", dpi=110)
+    return figure, figure.subplots(rows, columns, **how)
 
 
 def png(figure: Figure) -> bytes:
@@ -71,7 +73,7 @@ def png(figure: Figure) -> bytes:
 
 def _as_text(caption: str) -> str:
     """Words that may come from a user, as Markdown that shows them as they are."""
-    text = " ".join(caption.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = html.escape(" ".join(caption.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
 
 
@@ -86,71 +88,59 @@ def show(figure: Figure, caption: str, alt: str) -> None:
 
 def _picture(axes, image, title: str = "", color: str | None = None, size: int = 11) -> None:
     axes.imshow(np.asarray(image), interpolation="nearest")
-    axes.set_xticks([]), axes.set_yticks([])
-    axes.set_title(
-        title,
-        fontsize=size,
-        loc="center",
-        color=color or "black",
-        fontweight="bold" if color else "normal",
-    )
+    axes.set(xticks=[], yticks=[])
+    weight = "bold" if color else "normal"
+    axes.set_title(title, fontsize=size, loc="center", color=color or "black", fontweight=weight)
     for spine in axes.spines.values():
-        spine.set(visible=True, linewidth=4 if color else 0.5, color=color or "#BBBBBB")
+        spine.set(visible=True, linewidth=4 if color else 0.5, color=color or PALE)
+
+
+def shrunk(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """A picture at most `side` pixels wide and high; a smaller one as it is."""
+    return ImageOps.contain(image, (side, side)) if max(image.size) > side else image
 
 
 def wrap(text: str, width: int) -> str:
     """Text broken into lines of at most `width` characters at its spaces."""
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > width and lines[-1]:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    words = " ".join(text.split())
+    return textwrap.fill(words, width, break_long_words=False, break_on_hyphens=False)
 
 
+@_styled
 def contact_sheet(
     images: Sequence, titles: Sequence[str] = (), columns: int = 8, wrap_at: int = 22
 ) -> Figure:
     """Images in rows, each with its title above it."""
-    with matplotlib.rc_context(_STYLE):
-        rows = -(-len(images) // columns)
-        lines = max((wrap(t, wrap_at).count("\n") + 1 for t in titles), default=0)
-        figure = _figure(1.6 * columns, rows * (1.6 + 0.2 * lines))
-        for axes, i in zip(
-            figure.subplots(rows, columns, squeeze=False).flat, range(rows * columns), strict=True
-        ):
-            if i < len(images):
-                _picture(axes, images[i], wrap(titles[i], wrap_at) if titles else "", size=9)
-            else:
-                axes.axis("off")
-        return figure
+    rows = -(-len(images) // columns)
+    lines = max((wrap(t, wrap_at).count("\n") + 1 for t in titles), default=0)
+    figure, grid = _plot(1.6 * columns, rows * (1.6 + 0.2 * lines), rows, columns, squeeze=False)
+    for axes, image, title in itertools.zip_longest(grid.flat, images, titles):
+        if image is None:
+            axes.axis("off")
+        else:
+            _picture(axes, image, wrap(title or "", wrap_at), size=9)
+    return figure
 
 
+@_styled
 def _rankings(rows: Sequence[tuple], title: str) -> Figure:
     """rows: of each query its reference, words, and answers, best first, each right or not."""
-    with matplotlib.rc_context(_STYLE):
-        columns = len(rows[0][2])
-        figure = _figure(1.45 * (columns + 1.5), 2.05 * len(rows) + 0.35)
-        # so that words stay with the picture above them, not the one below
-        figure.get_layout_engine().set(h_pad=0.08)
-        grid = figure.subplots(
-            len(rows), columns + 1, squeeze=False, width_ratios=[1.5] + [1] * columns
-        )
-        for axes, (reference, text, answers) in zip(grid, rows, strict=True):
-            _picture(axes[0], reference, "reference", size=10)
-            axes[0].set_xlabel(wrap(f"“{text}”", 26), fontsize=10)
-            if not any(hit for _, hit in answers):
-                axes[-1].set_xlabel("no target so far", fontsize=10, color=GREY)
-            for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
-                _picture(
-                    a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10
-                )
-        for a in grid.flat:
-            # where the reference is drawn larger, the pictures of a row still begin at the same
-            # height
-            a.set_anchor("N")
-        figure.suptitle(title, fontsize=14, x=0.01, ha="left")
-        return figure
+    columns = len(rows[0][2])
+    size, widths = (1.45 * (columns + 1.5), 2.05 * len(rows) + 0.35), [1.5] + [1] * columns
+    figure, grid = _plot(*size, len(rows), columns + 1, squeeze=False, width_ratios=widths)
+    # so that words stay with the picture above them, not the one below
+    figure.get_layout_engine().set(h_pad=0.08)
+    for axes, (reference, text, answers) in zip(grid, rows, strict=True):
+        _picture(axes[0], reference, "reference", size=10)
+        axes[0].set_xlabel(wrap(f"“{text}”", 26), fontsize=10)
+        if not any(hit for _, hit in answers):
+            axes[-1].set_xlabel("no target so far", fontsize=10, color=GREY)
+        for k, (a, (image, hit)) in enumerate(zip(axes[1:], answers, strict=True), 1):
+            _picture(a, image, f"{k}: target" if hit else str(k), GREEN if hit else None, size=10)
+    for a in grid.flat:
+        a.set_anchor("N")  # pictures of a row begin at one height, though the reference is larger
+    figure.suptitle(title, fontsize=14, x=0.01, ha="left")
+    return figure
 
 
 def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
@@ -174,12 +164,8 @@ def own_retrieval(
 ) -> Figure:
     """The same for a folder of one's own, with pictures at most 192 pixels wide and high."""
 
-    def picture(i: int):
-        return (
-            ImageOps.contain(images[int(i)], (192, 192))
-            if max(images[int(i)].size) > 192
-            else images[int(i)]
-        )
+    def picture(i: int) -> PIL.Image.Image:
+        return shrunk(images[int(i)], 192)
 
     def row(i: int, best: np.ndarray) -> tuple:
         answers = [(picture(j), int(j) in queries.targets[i]) for j in best]
@@ -188,34 +174,22 @@ def own_retrieval(
     return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
 
 
-def _bars(
-    rows: Mapping[str, tuple[float, float, float]],
-    xlabel: str,
-    title: str,
-    emphasis: str,
-    pairs: bool = False,
-) -> Figure:
-    """Bars of means with intervals (nan: no line), a row a method; `pairs`: two by two."""
-    with matplotlib.rc_context(_STYLE):
-        places = [i + 0.5 * (i // 2) if pairs else i for i in range(len(rows))]
-        figure = _figure(8.5, 0.5 * (places[-1] + 1) + 1.2)
-        axes = figure.subplots()
-        for i, (y, (name, (mean, low, high))) in enumerate(zip(places, rows.items(), strict=True)):
-            ceiling = "ceiling" in name
-            axes.barh(
-                y,
-                mean,
-                color=ORANGE if name == emphasis else "#DDDDDD" if ceiling else BLUE,
-                edgecolor=GREY if ceiling else "none",
-                hatch="//" if ceiling else "",
-                alpha=0.55 if pairs and i % 2 else 1,  # the second of two is paler
-            )
-            axes.plot([low, high], [y, y], color="black", linewidth=2)
-            axes.text(min(np.nanmax([high, mean]), 101) + 1, y, f"{mean:.0f}", va="center")
-        axes.set_yticks(places, list(rows))
-        axes.invert_yaxis()
-        axes.set(xlabel=xlabel, xlim=(0, 108), title=title)
-        return figure
+@_styled
+def _bars(rows: Mapping, xlabel: str, title: str, emphasis: str, pairs: bool = False) -> Figure:
+    """Bars, a row a method: its mean and interval (nan: no line); `pairs`: two by two."""
+    places = [i + 0.5 * (i // 2) if pairs else i for i in range(len(rows))]
+    figure, axes = _plot(8.5, 0.5 * (places[-1] + 1) + 1.2)
+    for i, (y, (name, (mean, low, high))) in enumerate(zip(places, rows.items(), strict=True)):
+        ceiling = "ceiling" in name
+        color = ORANGE if name == emphasis else "#DDDDDD" if ceiling else BLUE
+        edge, pale = GREY if ceiling else "none", 0.55 if pairs and i % 2 else 1
+        axes.barh(y, mean, color=color, edgecolor=edge, hatch="//" if ceiling else "", alpha=pale)
+        axes.plot([low, high], [y, y], color="black")
+        axes.text(min(np.nanmax([high, mean]), 101) + 1, y, f"{mean:.0f}", va="center")
+    axes.set_yticks(places, list(rows))
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel, xlim=(0, 108), title=title)
+    return figure
 
 
 def recall_bars(
@@ -241,91 +215,74 @@ def seed_bars(
     values = {name: [run["methods"][name][f"R@{k}"] for run in runs] for name in runs[0]["methods"]}
     order = sorted(values, key=lambda name: ("ceiling" in name, np.mean(values[name])))
     # Student's interval of few seeds may reach below 0 or above 100, where no recall is.
-    rows = {
-        name: (float(np.mean(values[name])), *np.clip(seed_interval(values[name]), 0, 100))
-        for name in order
-    }
-    return _bars(
-        rows, f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)", title, emphasis
-    )
+    rows = {n: (np.mean(values[n]), *np.clip(seed_interval(values[n]), 0, 100)) for n in order}
+    label = f"Recall@{k} in % (line: 95% interval over {len(runs)} seeds)"
+    return _bars(rows, label, title, emphasis)
 
 
+@_styled
 def weight_curves(
     recalls: Mapping[str, Sequence[float]], weights: Sequence[float], k: int = 1
 ) -> Figure:
     """Recall@K along the modifier's weight, a line a fusion; its best has a larger mark."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(8.5, 4.2)
-        axes = figure.subplots()
-        styles = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (PURPLE, "-.", "D")]
-        for (name, found), (color, line, mark) in zip(recalls.items(), styles, strict=False):
-            axes.plot(weights, found, color=color, linestyle=line, label=name, linewidth=2)
-            best = int(np.argmax(found))
-            axes.plot(
-                weights[best],
-                found[best],
-                color=color,
-                marker=mark,
-                markersize=12,
-                fillstyle="none",
-                markeredgewidth=2,
-            )
-        axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
-        axes.set_title("How much should the words count?")
-        axes.legend(frameon=False, fontsize=12)
-        return figure
+    figure, axes = _plot(8.5, 4.2)
+    styles = [(BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (PURPLE, "-.", "D")]
+    for (name, found), (color, line, mark) in zip(recalls.items(), styles, strict=False):
+        axes.plot(weights, found, color=color, linestyle=line, label=name)
+        best = int(np.argmax(found))
+        marked = {"marker": mark, "markersize": 12, "fillstyle": "none", "markeredgewidth": 2}
+        axes.plot(weights[best], found[best], color=color, **marked)
+    axes.set(xlabel="weight of the modifier", ylabel=f"Recall@{k} in %", ylim=(0, None))
+    axes.set_title("How much should the words count?")
+    axes.legend()
+    return figure
 
 
+@_styled
 def token_bars(
     scores: Mapping[str, Sequence[float]], ylabel: str, title: str = "", level: float | None = None
 ) -> Figure:
     """A value for each token, a bar for each name in `scores`; `level`: a dashed line across."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(10, 4)
-        axes = figure.subplots()
-        width = 0.8 / len(scores)
-        fills = [(ORANGE, ""), (BLUE, "//"), (GREEN, "..")]
-        for i, ((name, values), (color, hatch)) in enumerate(
-            zip(scores.items(), fills, strict=False)
-        ):
-            where = np.arange(len(values)) + (i - (len(scores) - 1) / 2) * width
-            axes.bar(where, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
-        if level is not None:
-            axes.axhline(level, color="black", linestyle="--", linewidth=1.5)
-        axes.set_xticks(range(len(values)), [str(i + 1) for i in range(len(values))])
-        axes.set(xlabel="token", ylabel=ylabel, title=title)
-        figure.legend(frameon=False, fontsize=12, loc="outside lower center", ncols=len(scores))
-        return figure
+    figure, axes = _plot(10, 4)
+    width = 0.8 / len(scores)
+    fills = [(ORANGE, ""), (BLUE, "//"), (GREEN, "..")]
+    for i, ((name, values), (color, hatch)) in enumerate(zip(scores.items(), fills, strict=False)):
+        where = np.arange(len(values)) + (i - (len(scores) - 1) / 2) * width
+        axes.bar(where, values, width, color=color, hatch=hatch, edgecolor="white", label=name)
+    if level is not None:
+        axes.axhline(level, color="black", linestyle="--", linewidth=1.5)
+    axes.set_xticks(range(len(values)), [str(i + 1) for i in range(len(values))])
+    axes.set(xlabel="token", ylabel=ylabel, title=title)
+    figure.legend(loc="outside lower center", ncols=len(scores))
+    return figure
 
 
+@_styled
 def heatmap(table: pd.DataFrame, label: str, title: str = "") -> Figure:
     """A table as coloured cells with rounded numbers, of what `label` says; if long, turned."""
-    with matplotlib.rc_context(_STYLE):
-        if len(table) > 12:
-            table = table.T  # as wide as a page or a slide, and not higher
-        values = table.to_numpy(float)
-        figure = _figure(
-            min(1.1, 14 / values.shape[1]) * values.shape[1] + 3.2, 0.42 * values.shape[0] + 1.4
-        )
-        axes = figure.subplots()
-        drawn = axes.imshow(values, cmap="cividis", aspect="auto")
-        middle = (values.min() + values.max()) / 2
-        for y, x in np.ndindex(*values.shape):
-            ink = "white" if values[y, x] < middle else "black"
-            # an int knows no "-0"
-            number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]
-            axes.text(x, y, f"{number}", ha="center", va="center", color=ink, fontsize=12)
-        long, many = max(len(str(c)) for c in table.columns) > 8, len(table.columns) > 12
-        turned = {"rotation": 40 if many else 25, "ha": "right"} if long or many else {}
-        axes.set_xticks(range(values.shape[1]), list(table.columns), **turned)
-        axes.set_yticks(range(values.shape[0]), list(table.index))
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.set_title(title)
-        figure.colorbar(drawn, label=label)
-        return figure
+    if len(table) > 12:
+        table = table.T  # as wide as a page or a slide, and not higher
+    values = table.to_numpy(float)
+    rows, columns = values.shape
+    figure, axes = _plot(min(1.1, 14 / columns) * columns + 3.2, 0.42 * rows + 1.4)
+    drawn = axes.imshow(values, cmap="cividis", aspect="auto")
+    middle = (values.min() + values.max()) / 2
+    for y, x in np.ndindex(*values.shape):
+        ink = "white" if values[y, x] < middle else "black"
+        # an int knows no "-0"
+        number = round(values[y, x]) if np.isfinite(values[y, x]) else values[y, x]
+        axes.text(x, y, f"{number}", ha="center", va="center", color=ink, fontsize=12)
+    long, many = max(len(str(c)) for c in table.columns) > 8, columns > 12
+    turned = {"rotation": 40 if many else 25, "ha": "right"} if long or many else {}
+    axes.set_xticks(range(columns), list(table.columns), **turned)
+    axes.set_yticks(range(rows), list(table.index))
+    axes.spines[:].set_visible(False)
+    axes.set_title(title)
+    figure.colorbar(drawn, label=label)
+    return figure
 
 
+@_styled
 def maps(
     panels: Mapping[str, Mapping[str, np.ndarray]], ties: Sequence[tuple[str, str]] = ()
 ) -> Figure:
@@ -333,73 +290,48 @@ def maps(
 
     ties: pairs of names whose points belong together one by one; a thin grey line joins them.
     """
-    with matplotlib.rc_context(_STYLE):
-        columns, rows = min(2, len(panels)), -(-len(panels) // 2)
-        figure = _figure(5.2 * columns, 4.6 * rows + 0.4)
-        styles = [(BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (PURPLE, "D"), (RED, "v")]
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for (title, sets), axes in zip(panels.items(), grid, strict=False):
-            for a, b in ties:
-                if a in sets and b in sets:
-                    for p, q in zip(sets[a], sets[b], strict=True):
-                        axes.plot(*zip(p, q, strict=True), color="#BBBBBB", linewidth=0.5, zorder=0)
-            for (name, points), (color, mark) in zip(sets.items(), styles, strict=False):
-                axes.scatter(
-                    *points.T, s=22, color=color, marker=mark, alpha=0.75, linewidths=0, label=name
-                )
-            axes.set_xticks([]), axes.set_yticks([])
-            axes.set_title(title)
-        for axes in grid:  # the place beside an odd last panel
-            axes.axis("off")
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles,
-            names,
-            frameon=False,
-            fontsize=12,
-            loc="outside lower center",
-            ncols=3,
-            handletextpad=0.1,
-        )
-        return figure
+    columns, rows = min(2, len(panels)), -(-len(panels) // 2)
+    figure, grid = _plot(5.2 * columns, 4.6 * rows + 0.4, rows, columns, squeeze=False)
+    places = iter(grid.flat)
+    styles = [(BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (PURPLE, "D"), (RED, "v")]
+    for (title, sets), axes in zip(panels.items(), places, strict=False):
+        for a, b in ties:
+            if a in sets and b in sets:
+                for p, q in zip(sets[a], sets[b], strict=True):
+                    axes.plot(*zip(p, q, strict=True), color=PALE, linewidth=0.5, zorder=0)
+        for (name, points), (color, mark) in zip(sets.items(), styles, strict=False):
+            how = {"s": 22, "color": color, "marker": mark, "alpha": 0.75, "linewidths": 0}
+            axes.scatter(*points.T, label=name, **how)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title)
+    for axes in places:  # the place beside an odd last panel
+        axes.axis("off")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, handletextpad=0.1)
+    return figure
 
 
+@_styled
 def growth_curves(found: Mapping, k: int = 1) -> Figure:
     """Recall@K and the time of one exact search along the gallery's size (of `growth.growth`)."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(12, 4.2)
-        left, right = figure.subplots(1, 2)
-        sizes = [point["gallery"] for point in found["points"]]
-        styles = [(ORANGE, "-", "o"), (BLUE, "--", "s"), (GREY, ":", "^")]
-        for name, (color, line, mark) in zip(found["points"][0]["methods"], styles, strict=False):
-            values, low, high = zip(
-                *(point["methods"][name][f"R@{k}"] for point in found["points"]), strict=True
-            )
-            left.plot(
-                sizes, values, color=color, linestyle=line, marker=mark, label=name, linewidth=2
-            )
-            left.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
-        left.set(
-            xscale="log", ylim=(0, 100), xlabel="images in the gallery", ylabel=f"Recall@{k} in %"
-        )
-        left.legend(frameon=False, fontsize=12)
-        right.plot(
-            sizes,
-            [point["search_ms"] for point in found["points"]],
-            color=BLUE,
-            marker="o",
-            linewidth=2,
-        )
-        right.set(
-            xscale="log",
-            yscale="log",
-            xlabel="images in the gallery",
-            ylabel="one exact search, ms",
-        )
-        left.set_title("Recall as the gallery grows"), right.set_title("Time of one exact search")
-        return figure
+    figure, (left, right) = _plot(12, 4.2, 1, 2)
+    sizes = [point["gallery"] for point in found["points"]]
+    styles = [(ORANGE, "-", "o"), (BLUE, "--", "s"), (GREY, ":", "^")]
+    for name, (color, line, mark) in zip(found["points"][0]["methods"], styles, strict=False):
+        recalls = [point["methods"][name][f"R@{k}"] for point in found["points"]]
+        values, low, high = zip(*recalls, strict=True)
+        left.plot(sizes, values, color=color, linestyle=line, marker=mark, label=name)
+        left.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
+    left.set(ylim=(0, 100), ylabel=f"Recall@{k} in %", xscale="log")
+    left.legend()
+    right.plot(sizes, [point["search_ms"] for point in found["points"]], color=BLUE, marker="o")
+    right.set(yscale="log", ylabel="one exact search, ms", xscale="log")
+    for axes, title in ((left, "Recall as the gallery grows"), (right, "Time of one exact search")):
+        axes.set(xlabel="images in the gallery", title=title)
+    return figure
 
 
+@_styled
 def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
     """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a
     curve, names become bars.
@@ -416,43 +348,33 @@ def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
         if entry["ablation"]:
             shown.setdefault(entry["ablation"], {}).setdefault(entry["label"], []).append(entry)
     shown = {name: shown[name] for name in only or shown if name in shown}
-    with matplotlib.rc_context(_STYLE):
-        columns = 2 if len(shown) in (2, 4) else 3
-        rows = max(1, -(-len(shown) // columns))
-        figure = _figure(4.6 * columns, 3.4 * rows)
-        for axes, (ablation, values) in itertools.zip_longest(
-            figure.subplots(rows, columns, squeeze=False).flat, shown.items(), fillvalue=("", {})
-        ):
-            if not values:
-                axes.axis("off")
-                continue
-            points = []  # label, default or not, and mean, low, high, ceiling
-            for label, found in values.items():
-                recalls, ceilings = (
-                    [e["methods"][m][f"R@{k}"] for e in found]
-                    for m in ("isa", "composition ceiling")
-                )
-                interval = np.clip(seed_interval(recalls), 0, 100)
-                points.append(
-                    (
-                        label,
-                        not found[0]["changed"],
-                        float(np.mean(recalls)),
-                        *interval,
-                        float(np.mean(ceilings)),
-                    )
-                )
-            if all(re.fullmatch(r"[\d.e+-]+", label) for label in values):
-                _ablation_curve(axes, sorted(points, key=lambda point: float(point[0])), k)
-            else:
-                _ablation_bars(axes, points, k)
-            axes.set_title(ablation)
-        return figure
+    columns = 2 if len(shown) in (2, 4) else 3
+    rows = max(1, -(-len(shown) // columns))
+    figure, grid = _plot(4.6 * columns, 3.4 * rows, rows, columns, squeeze=False)
+    names = ("isa", "composition ceiling")
+    for axes, (ablation, values) in itertools.zip_longest(
+        grid.flat, shown.items(), fillvalue=("", {})
+    ):
+        if not values:
+            axes.axis("off")
+            continue
+        points = []  # label, default or not, and mean, low, high, ceiling
+        for label, found in values.items():
+            recalls, ceilings = ([e["methods"][m][f"R@{k}"] for e in found] for m in names)
+            interval = np.clip(seed_interval(recalls), 0, 100)
+            default = not found[0]["changed"]
+            points.append((label, default, np.mean(recalls), *interval, np.mean(ceilings)))
+        if all(re.fullmatch(r"[\d.e+-]+", label) for label in values):
+            _ablation_curve(axes, sorted(points, key=lambda point: float(point[0])), k)
+        else:
+            _ablation_bars(axes, points, k)
+        axes.set_title(ablation)
+    return figure
 
 
 def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
     x, y = [float(point[0]) for point in points], [point[2] for point in points]
-    axes.plot(x, y, color=BLUE, linewidth=2, marker="o")
+    axes.plot(x, y, color=BLUE, marker="o")
     for at, (_, default, mean, low, high, _) in zip(x, points, strict=True):
         axes.plot([at, at], [low, high], color="black", linewidth=1.5)
         if default:
@@ -468,9 +390,8 @@ def _ablation_curve(axes, points: Sequence[tuple], k: int) -> None:
     for at in x:
         if not positive or all(abs(np.log(at / other)) > apart for other in named):
             named.append(at)
-    axes.set_xticks(
-        x, [f"{at:g}" if at in named else "" for at in x], rotation=30 if max(x) >= 1000 else 0
-    )
+    labels = [f"{at:g}" if at in named else "" for at in x]
+    axes.set_xticks(x, labels, rotation=30 if max(x) >= 1000 else 0)
 
 
 def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
@@ -482,67 +403,45 @@ def _ablation_bars(axes, points: Sequence[tuple], k: int) -> None:
         text, inside = f"{mean:.1f}" + (" default" if default else ""), mean > 40
         x = np.nanmin([mean, low]) - 2 if inside else np.nanmax([mean, high]) + 2
         color = "white" if inside and not default else "black"
-        axes.text(
-            x, y, text, ha="right" if inside else "left", va="center", fontsize=11, color=color
-        )
-    axes.set_yticks(
-        range(len(points)),
-        [wrap(point[0], 22) for point in points],
-        fontsize=11 if len(points) < 7 else 9.5,
-    )
+        side = "right" if inside else "left"
+        axes.text(x, y, text, ha=side, va="center", fontsize=11, color=color)
+    size = 11 if len(points) < 7 else 9.5
+    axes.set_yticks(range(len(points)), [wrap(point[0], 22) for point in points], fontsize=size)
     axes.invert_yaxis()
     axes.set(xlim=(0, 102), xlabel=f"Recall@{k} in %")
 
 
-def _lay_over(axes, attention: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+def _lay_over(axes, attention: np.ndarray, image: np.ndarray) -> None:
     """A map over a picture: a dark veil where there is little attention, a thin one where much."""
     share = attention / attention.max()
-    axes.imshow(
-        share,
-        extent=extent,
-        cmap="cividis",
-        alpha=0.72 - 0.42 * share,
-        interpolation="bilinear",
-        vmin=0,
-        vmax=1,
-    )
+    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+    how = {"cmap": "cividis", "interpolation": "bilinear", "vmin": 0, "vmax": 1}
+    axes.imshow(share, extent=extent, alpha=0.72 - 0.42 * share, **how)
 
 
+@_styled
 def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
     """One image as sentences of several lengths see it: of each its maps (L x h x w) in rows."""
-    with matplotlib.rc_context(_STYLE):
-        image = np.asarray(image)
-        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-        blocks = [
-            (length, list(found[s : s + columns]))
-            for length, found in maps.items()
-            for s in range(0, len(found), columns)
-        ]
-        figure = _figure(1.0 * (columns + 1), 1.16 * len(blocks))
-        started = set()
-        for row, (length, found) in zip(
-            figure.subplots(len(blocks), columns + 1, squeeze=False), blocks, strict=True
-        ):
-            for axes in row:
-                axes.axis("off")
-            if length not in started:
-                row[0].text(
-                    0.95,
-                    0.5,
-                    f"L = {length}",
-                    ha="right",
-                    va="center",
-                    fontsize=13,
-                    transform=row[0].transAxes,
-                )
-                started.add(length)
-            for axes, one in zip(row[1:], found, strict=False):
-                one = np.asarray(one)
-                axes.imshow(image, interpolation="nearest")
-                _lay_over(axes, one, extent)
-        return figure
+    image = np.asarray(image)
+    blocks = [
+        (f"L = {length}" if s == 0 else "", found[s : s + columns])
+        for length, found in maps.items()
+        for s in range(0, len(found), columns)
+    ]
+    size = columns + 1, 1.16 * len(blocks)
+    figure, grid = _plot(*size, len(blocks), columns + 1, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, (name, found) in zip(grid, blocks, strict=True):
+        where = {"ha": "right", "va": "center", "transform": row[0].transAxes}
+        row[0].text(0.95, 0.5, name, fontsize=13, **where)
+        for axes, one in zip(row[1:], found, strict=False):
+            axes.imshow(image, interpolation="nearest")
+            _lay_over(axes, np.asarray(one), image)
+    return figure
 
 
+@_styled
 def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
     """For each kind of change, what wrong first answers kept of the image and followed of the words
     (percent), joined by a line.
@@ -550,49 +449,24 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
     summary: a row a kind, with the columns wrong (a count), kept and followed, as
     `failures.summary` gives it.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(8.5, 0.55 * len(summary) + 1.6)
-        axes = figure.subplots()
-        for y, (kept, followed) in enumerate(
-            zip(summary["kept"], summary["followed"], strict=True)
-        ):
-            axes.plot([kept, followed], [y, y], color="#BBBBBB", linewidth=3, zorder=1)
-        rows = range(len(summary))
-        axes.scatter(
-            summary["kept"],
-            rows,
-            s=110,
-            color=BLUE,
-            marker="o",
-            label="kept of the image",
-            zorder=2,
-        )
-        axes.scatter(
-            summary["followed"],
-            rows,
-            s=110,
-            color=ORANGE,
-            marker="^",
-            label="followed of the words",
-            zorder=2,
-        )
-        axes.set_yticks(
-            rows,
-            [
-                f"{kind} ({count} wrong)"
-                for kind, count in zip(summary.index, summary["wrong"], strict=True)
-            ],
-        )
-        axes.set(
-            xlim=(-3, 103),
-            ylim=(len(summary) - 0.5, -0.5),
-            xlabel="mean over the wrong first answers, in %",
-            title=title,
-        )
-        figure.legend(frameon=False, fontsize=12, loc="outside lower center", ncols=2)
-        return figure
+    figure, axes = _plot(8.5, 0.55 * len(summary) + 1.6)
+    for y, (kept, followed) in enumerate(zip(summary["kept"], summary["followed"], strict=True)):
+        axes.plot([kept, followed], [y, y], color=PALE, linewidth=3, zorder=1)
+    rows = range(len(summary))
+    for name, what, color, mark in (
+        ("kept", "image", BLUE, "o"),
+        ("followed", "words", ORANGE, "^"),
+    ):
+        how = {"s": 110, "color": color, "marker": mark, "zorder": 2}
+        axes.scatter(summary[name], rows, label=f"{name} of the {what}", **how)
+    axes.set_yticks(rows, [f"{kind} ({count} wrong)" for kind, count in summary["wrong"].items()])
+    axes.set(xlim=(-3, 103), ylim=(len(summary) - 0.5, -0.5), title=title)
+    axes.set_xlabel("mean over the wrong first answers, in %")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
+@_styled
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
     """The parts of one query's time, stacked, a bar a system, and a mark for the whole query in one
     call.
@@ -600,98 +474,63 @@ def latency(table: pd.DataFrame, title: str = "") -> Figure:
     table: a row a part and a last one for the whole, a column a system, ms (`query_timing.timed`).
     Parts are timed one by one, so that a bar need not end at its mark.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.5, 0.7 * len(table.columns) + 1.9)
-        axes = figure.subplots()
-        fills = [
-            ("#BBBBBB", ""),
-            (ORANGE, ""),
-            (GREEN, "//"),
-            ("#DDDDDD", ".."),
-            (BLUE, ""),
-            (PURPLE, "\\\\"),
-        ]
-        for y, system in enumerate(table.columns):
-            left, whole = 0.0, table[system].iloc[-1]
-            for (part, ms), (color, hatch) in zip(
-                table[system].iloc[:-1].items(), fills, strict=False
-            ):
-                axes.barh(
-                    y,
-                    ms,
-                    left=left,
-                    color=color,
-                    hatch=hatch,
-                    edgecolor="white",
-                    label=part if y == 0 else None,
-                )
-                left += ms
-            label = f"{table.index[-1]}, in one call" if y == 0 else None
-            axes.plot(
-                whole,
-                y,
-                "D",
-                color="black",
-                markeredgecolor="white",
-                markersize=9,
-                linestyle="none",
-                label=label,
-            )
-            axes.text(max(left, whole), y, f"   {whole:.1f} ms", va="center")
-        axes.set_yticks(range(len(table.columns)), list(table.columns))
-        axes.invert_yaxis()
-        longest = max(table.iloc[:-1].sum().max(), table.iloc[-1].max())
-        axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.17 * float(longest)))
-        figure.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=4)
-        return figure
+    figure, axes = _plot(9.5, 0.7 * len(table.columns) + 1.9)
+    fills = [
+        (PALE, ""),
+        (ORANGE, ""),
+        (GREEN, "//"),
+        ("#DDDDDD", ".."),
+        (BLUE, ""),
+        (PURPLE, "\\\\"),
+    ]
+    for y, system in enumerate(table.columns):
+        left, whole = 0.0, table[system].iloc[-1]
+        for (part, ms), (color, hatch) in zip(table[system].iloc[:-1].items(), fills, strict=False):
+            how = {"color": color, "hatch": hatch, "edgecolor": "white"}
+            axes.barh(y, ms, left=left, label=None if y else part, **how)
+            left += ms
+        label = None if y else f"{table.index[-1]}, in one call"
+        how = {"color": "black", "markeredgecolor": "white", "markersize": 9}
+        axes.plot(whole, y, "D", label=label, **how)
+        axes.text(max(left, whole), y, f"   {whole:.1f} ms", va="center")
+    axes.set_yticks(range(len(table.columns)), list(table.columns))
+    axes.invert_yaxis()
+    longest = max(table.iloc[:-1].sum().max(), table.iloc[-1].max())
+    axes.set(xlabel="ms for one query", title=title, xlim=(0, 1.17 * float(longest)))
+    figure.legend(fontsize=11, loc="outside lower center", ncols=4)
+    return figure
 
 
+@_styled
 def curves(histories: Mapping[str, History], window: int = 20, step: int | None = None) -> Figure:
     """Loss terms (running means over `window` steps) and recall; `step`: a dashed line there."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(12, 3.8)
-        panels = figure.subplots(1, 3)
-        # the first is the one that a notebook is about
-        styles = [(ORANGE, "-"), (BLUE, "--"), (GREEN, ":"), (PURPLE, "-.")]
-        for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
-            for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
-                if values:
-                    width = min(window, 1 + len(values) // 2)  # a run of few steps is a line too
-                    kernel = np.ones(width) / width
-                    smooth = np.convolve(values, kernel, "valid")
-                    axes.plot(
-                        np.arange(len(smooth)) + len(kernel),
-                        smooth,
-                        color=color,
-                        linestyle=line,
-                        linewidth=2,
-                        label=name,
-                    )
-            panels[2].plot(
-                *zip(*h.recall, strict=True), color=color, linestyle=line, marker="o", label=name
-            )
-        panels[0].set(title="GCD", ylabel="nats", xlabel="step")
-        panels[1].set(title="LAR", ylabel="nats", xlabel="step")
-        panels[2].set(
-            title="own image found", ylabel="validation Recall@1 in %", xlabel="step", ylim=(0, 102)
-        )
-        for axes in panels:
-            if axes.lines:
-                axes.legend(frameon=False, fontsize=11)
-                if step is not None:
-                    axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1.5)
-            else:
-                axes.text(
-                    0.5,
-                    0.5,
-                    "not used in this run",
-                    ha="center",
-                    transform=axes.transAxes,
-                    color=GREY,
-                )
-        return figure
+    figure, panels = _plot(12, 3.8, 1, 3)
+    # the first is the one that a notebook is about
+    styles = [(ORANGE, "-"), (BLUE, "--"), (GREEN, ":"), (PURPLE, "-.")]
+    for (name, h), (color, line) in zip(histories.items(), styles, strict=False):
+        look = {"color": color, "linestyle": line, "label": name}
+        for axes, values in zip(panels, (h.gcd, h.lar), strict=False):
+            if values:
+                width = min(window, 1 + len(values) // 2)  # a run of few steps is a line too
+                smooth = np.convolve(values, np.ones(width) / width, "valid")
+                axes.plot(np.arange(len(smooth)) + width, smooth, **look)
+        panels[2].plot(*zip(*h.recall, strict=True), marker="o", linewidth=1.5, **look)
+    panels[0].set(title="GCD", ylabel="nats")
+    panels[1].set(title="LAR", ylabel="nats")
+    panels[2].set(title="own image found", ylabel="validation Recall@1 in %", ylim=(0, 102))
+    for axes in panels:
+        axes.set_xlabel("step")
+        if axes.lines:
+            axes.legend(fontsize=11)
+            if step is not None:
+                axes.axvline(step, color=GREY, linestyle=(0, (4, 3)), linewidth=1.5)
+        else:
+            where = {"ha": "center", "transform": axes.transAxes}
+            axes.text(0.5, 0.5, "not used in this run", color=GREY, **where)
+    return figure
 
 
+@_styled
 def attention(
     image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6
 ) -> Figure:
@@ -702,34 +541,31 @@ def attention(
     (`Sentence.reads`): then each token has a column of N pictures, and each band of tokens begins
     with the image. Every picture is scaled to its own highest weight.
     """
-    with matplotlib.rc_context(_STYLE):
-        image, maps = np.asarray(image), np.asarray(maps)
-        several, reads = maps.ndim == 4, maps.reshape(-1, *maps.shape[-3:])
-        count = reads.shape[1]
-        bands = -(-count // (columns - 1)) if several else -(-(count + 1) // columns)
-        figure = _figure(side * columns, (side * len(reads) + (0.4 if several else 0.25)) * bands)
-        grid = figure.subplots(bands * len(reads), columns, squeeze=False)
-        for axes in grid.flat:
-            axes.axis("off")
-        extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-        for i in range(count):
-            band, column = divmod(i, columns - 1) if several else divmod(i + 1, columns)
-            for n, read in enumerate(reads):
-                axes = grid[band * len(reads) + n, column + several]
-                axes.axis("on")
-                title = "" if n else titles[i] if titles else f"token {i + 1}"
-                _picture(
-                    axes, image, wrap(title, 14) if several else title, size=9 if several else 11
-                )
-                _lay_over(axes, read[i], extent)
-                if several and column == 0:
-                    axes.set_ylabel(f"read {n + 1}", fontsize=10)
-        for axes in grid[:: len(reads), 0] if several else grid[:1, 0]:
+    image, maps = np.asarray(image), np.asarray(maps)
+    several, reads = maps.ndim == 4, maps.reshape(-1, *maps.shape[-3:])
+    count = reads.shape[1]
+    bands = -(-count // (columns - 1)) if several else -(-(count + 1) // columns)
+    size = side * columns, (side * len(reads) + (0.4 if several else 0.25)) * bands
+    figure, grid = _plot(*size, bands * len(reads), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i in range(count):
+        band, column = divmod(i, columns - 1) if several else divmod(i + 1, columns)
+        for n, read in enumerate(reads):
+            axes = grid[band * len(reads) + n, column + several]
             axes.axis("on")
-            _picture(axes, image, "image")
-        return figure
+            title = "" if n else titles[i] if titles else f"token {i + 1}"
+            _picture(axes, image, wrap(title, 14) if several else title, size=9 if several else 11)
+            _lay_over(axes, read[i], image)
+            if several and column == 0:
+                axes.set_ylabel(f"read {n + 1}", fontsize=10)
+    for axes in grid[:: len(reads), 0] if several else grid[:1, 0]:
+        axes.axis("on")
+        _picture(axes, image, "image")
+    return figure
 
 
+@_styled
 def cover_curves(
     values: Mapping[str, np.ndarray], shares: Sequence[float], ylabel: str, title: str = ""
 ) -> Figure:
@@ -739,41 +575,21 @@ def cover_curves(
     values: by region, shares x B (`interventions.cover_curves`). A curve that falls early names
     what the sentence depends on.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(10, 4.4)
-        axes = figure.subplots()
-        marks = [
-            (GREY, ":", "x"),
-            (GREEN, "--", "^"),
-            (BLUE, "-", "s"),
-            (PURPLE, "-.", "D"),
-            (ORANGE, "-", "o"),
-            (RED, ":", "v"),
-        ]
-        percent = 100 * np.asarray(shares)
-        for (name, found), (color, line, mark) in zip(values.items(), itertools.cycle(marks)):
-            axes.plot(
-                percent,
-                found.mean(1),
-                color=color,
-                linestyle=line,
-                marker=mark,
-                label=name,
-                linewidth=2,
-            )
-            low, high = zip(*(bootstrap_interval(row) for row in found), strict=True)
-            axes.fill_between(percent, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.set(
-            xlabel="share of the image that is covered, in %",
-            ylabel=ylabel,
-            title=title,
-            xlim=(0, None),
-        )
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-        figure.legend(frameon=False, fontsize=12, loc="outside right center")
-        return figure
+    figure, axes = _plot(10, 4.4)
+    colors, lines = (GREY, GREEN, BLUE, PURPLE, ORANGE, RED), (":", "--", "-", "-.", "-", ":")
+    styles, percent = zip(colors, lines, "x^sDov", strict=True), 100 * np.asarray(shares)
+    for (name, found), (color, line, mark) in zip(values.items(), itertools.cycle(styles)):
+        axes.plot(percent, found.mean(1), color=color, linestyle=line, marker=mark, label=name)
+        low, high = zip(*(bootstrap_interval(row) for row in found), strict=True)
+        axes.fill_between(percent, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.set(xlabel="share of the image that is covered, in %", ylabel=ylabel, title=title)
+    axes.set_xlim(0, None)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    figure.legend(loc="outside right center")
+    return figure
 
 
+@_styled
 def search_curve(
     times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = ""
 ) -> Figure:
@@ -783,51 +599,28 @@ def search_curve(
     The names in `line` are a kind and a number, "IVF, 8": the kind becomes the legend, the numbers
     stand beside the points.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(8.5, 4.4)
-        axes = figure.subplots()
-        kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
-        axes.plot(
-            [times[n] for n in line],
-            [found[n] for n in line],
-            color=BLUE,
-            marker="o",
-            linewidth=2,
-            label=kind,
-        )
-        others = sorted((n for n in times if n not in line), key=times.get)
-        for name in times:
-            if name in line:
-                # Right below its point: the curve comes from the left.
-                text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
-            else:
-                # Above its point, clear of the curve, and one line higher than the last: points of
-                # like times lie side by side.
-                text, shift = name, {"xytext": (0, 12 + 15 * others.index(name)), "ha": "center"}
-                axes.plot(
-                    times[name],
-                    found[name],
-                    color=ORANGE,
-                    marker="s",
-                    markersize=10,
-                    markeredgecolor="white",
-                    linestyle="none",
-                )
-            axes.annotate(
-                text, (times[name], found[name]), textcoords="offset points", fontsize=11, **shift
-            )
-        axes.set(
-            xscale="log",
-            xlabel="one search, ms (logarithmic)",
-            ylabel="exact answers found, %",
-            ylim=(0, 122),
-            yticks=range(0, 101, 20),
-            title=title,
-        )
-        axes.legend(frameon=False, fontsize=12, loc="lower right")
-        axes.margins(x=0.12)
-        low, high = axes.get_xlim()
-        marks = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
-        axes.minorticks_off()
-        return figure
+    figure, axes = _plot(8.5, 4.4)
+    kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
+    axes.plot([times[n] for n in line], [found[n] for n in line], "o-", color=BLUE, label=kind)
+    others = sorted((n for n in times if n not in line), key=times.get)
+    for name in times:
+        if name in line:
+            # Right below its point: the curve comes from the left.
+            text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
+        else:
+            # Above its point, clear of the curve, and one line higher than the last: points of
+            # like times lie side by side.
+            text, shift = name, {"xytext": (0, 12 + 15 * others.index(name)), "ha": "center"}
+            how = {"color": ORANGE, "markersize": 10, "markeredgecolor": "white"}
+            axes.plot(times[name], found[name], "s", **how)
+        shift |= {"textcoords": "offset points", "fontsize": 11}
+        axes.annotate(text, (times[name], found[name]), **shift)
+    axes.set(xscale="log", xlabel="one search, ms (logarithmic)", ylabel="exact answers found, %")
+    axes.set(ylim=(0, 122), yticks=range(0, 101, 20), title=title)
+    axes.legend(loc="lower right")
+    axes.margins(x=0.12)
+    low, high = axes.get_xlim()
+    marks = [m * 10.0**e for e in range(-5, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    axes.minorticks_off()
+    return figure

@@ -1,6 +1,6 @@
 """Interactive panels: compose a query, look through one token, follow a training.
 
-    widgets.compose_panel(bench, vl, encoder, embeddings)  # as the last line of a cell
+    panels.compose_panel(bench, vl, encoder, embeddings)  # as the last line of a cell
 
 No panel uses `interact` or an `Output` widget, on which papermill can hang: a control's `observe`
 callback sets the text of an `HTML` widget. Pictures are `<img>` inside `HTML` too, because
@@ -79,19 +79,10 @@ class Panel(VBox):
     """
 
     def __init__(
-        self,
-        title: str,
-        hint: str,
-        controls: Mapping[str, ipywidgets.Widget],
-        watch: Sequence[str],
-        compute: Callable,
+        self, title: str, hint: str, controls: Mapping, watch: Sequence, compute: Callable
     ):
-        self.controls, self._watch, self._compute, self._drawn = (
-            dict(controls),
-            tuple(watch),
-            compute,
-            None,
-        )
+        self.controls, self._watch, self._compute = dict(controls), tuple(watch), compute
+        self._drawn: list | None = None
         self.status, self.picture, self.shown = HTML(), HTML(), {}
         head = HTML(f"{_CSS}<h4>{escape(title)}</h4><p>{escape(hint)}</p>")
         together = [  # a slider stays beside its field where the row wraps
@@ -127,16 +118,10 @@ class Panel(VBox):
 # pictures
 
 
-def _picture(image, side: int = 0) -> Image.Image:
-    """An image of any kind, at most `side` pixels wide and high."""
-    image = (
-        image.convert("RGB")
-        if isinstance(image, Image.Image)
-        else Image.fromarray(np.asarray(image))
-    )
-    if side and max(image.size) > side:
-        image = ImageOps.contain(image, (side, side))
-    return image
+def _picture(image) -> Image.Image:
+    """An image of any kind."""
+    made = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    return made.convert("RGB")
 
 
 def _source(data: bytes) -> str:
@@ -145,7 +130,7 @@ def _source(data: bytes) -> str:
 
 def _thumbnail(image) -> str:
     data = io.BytesIO()
-    _picture(image, 192).save(data, "png")
+    figures.shrunk(_picture(image), 192).save(data, "png")
     return _source(data.getvalue())
 
 
@@ -167,70 +152,95 @@ def _picker(label: str, count: int) -> BoundedIntText:
     )  # fmt: skip
 
 
-def _number(
-    label: str, value: int, last: int, tooltip: str, disabled: bool = False
-) -> tuple[BoundedIntText, IntSlider]:
-    """A field for a number from 1 to `last`, and a slider that moves with it."""
-    shared = dict(
-        value=value,
-        min=1,
-        max=last,
-        continuous_update=False,
-        style=_LABEL,
-        tooltip=tooltip,
-        disabled=disabled,
-    )
-    field = BoundedIntText(**shared, description=label, layout=Layout(width="150px"))
+def _number(name: str, value: int, last: int, tooltip: str, disabled: bool = False) -> dict:
+    """Controls: a field for a number from 1 to `last`, and a slider that moves with it.
+
+    A screen reader finds no label on a slider.
+    """
+    shared = {"value": value, "min": 1, "max": last, "tooltip": tooltip, "disabled": disabled}
+    shared |= {"continuous_update": False, "style": _LABEL}
+    field = BoundedIntText(**shared, description=name.capitalize(), layout=Layout(width="150px"))
     slider = IntSlider(**shared, readout=False, layout=Layout(width="240px", margin="2px 12px"))
     for trait in ("value", "max"):
         ipywidgets.link((field, trait), (slider, trait))
-    return field, slider
+    return {name: field, f"{name} slider": slider}
 
 
 # -------------------------------------------------------------------------------------------- 1.
 # queries
 
 
-def _query_panel(
-    title: str,
-    hint: str,
-    images: Images,
-    reference: Sequence[int],
-    vl: VLModel,
-    encoder: QueryEncoder,
-    gallery: Gallery,
-    captions: Sequence[str],
-    describe: Callable[[int], str],
-    suggest: Callable[[int], Sequence[str]],
-    hits: Callable[[int, str], np.ndarray | None],
-    words: str,
-) -> Panel:
-    """reference[q]: the gallery index that query q starts from. captions: what stands below the
-    gallery's images. describe: their alternative texts. suggest: modifiers for query q, its own
-    first (or no words and no suggestions). hits: which gallery images are right for query q and
-    these words, None if nobody knows."""
-    if len(gallery) < 2:
-        raise ValueError("a search needs at least two images: the reference, and one to find")
-    thumbnail = lru_cache(1024)(lambda j: _thumbnail(images[j]))
-    which = _picker("Reference", len(reference))
+class _Pictures:
+    """What a panel of queries knows of somebody's pictures: nothing is suggested, nothing marked.
+
+    reference[q]: the gallery index that query q starts from. captions: what stands below the
+    gallery's images.
+    """
+
+    def __init__(self, pictures: Images, embeddings: Tensor):
+        self.images, self.captions = pictures, _names(pictures)
+        self.reference, self.gallery = range(len(pictures)), Gallery(embeddings, self.captions)
+
+    def describe(self, j: int) -> str:
+        """The alternative text of an image."""
+        return f"picture {self.captions[j]}"
+
+    def suggest(self, q: int) -> list[str]:
+        """Modifiers for query q, its own first; as many for each, "" where there is none."""
+        return []
+
+    def hits(self, q: int, words: str) -> np.ndarray | None:
+        """Which gallery images are right for these words, None if nobody knows."""
+        return None
+
+
+class _Scenes(_Pictures):
+    """The same of a benchmark, whose targets are known for the queries' own words."""
+
+    def __init__(self, bench: Benchmark, embeddings: Tensor):
+        self.bench, self.images, self.reference = bench, bench.images, bench.reference
+        self.captions = [""] * len(bench.images)
+        self.gallery = Gallery(embeddings, range(len(bench.images)))
+
+    def describe(self, j: int) -> str:
+        return scenes.caption(self.bench.scenes[j], np.random.default_rng(0))
+
+    def suggest(self, q: int) -> list[str]:
+        rng, texts = np.random.default_rng((q, 9)), [self.bench.texts[q]]
+        scene = self.bench.scenes[self.reference[q]]
+        for kind in scenes.KINDS:
+            try:
+                texts.append(scenes.modify(scene, rng, (kind,), held_out=True)[1].text)
+            except ValueError:  # the only object cannot be removed, a fourth cannot be added
+                texts.append("")
+        return texts
+
+    def hits(self, q: int, words: str) -> np.ndarray | None:
+        labels = self.bench.labels
+        return labels == labels[self.bench.target[q]] if words == self.bench.texts[q] else None
+
+
+def _query_controls(known: _Pictures, words: str) -> dict[str, ipywidgets.Widget]:
+    """reference, another, modifier and suggestions, tied to one another."""
+    count, rng = len(known.reference), np.random.default_rng()
+    which = _picker("Reference", count)
     other = Button(
-        description="Another one", tooltip="Take a reference by chance", disabled=len(reference) < 2
+        description="Another one", tooltip="Take a reference by chance", disabled=count < 2
     )
     typed = Text(
         value=words, description="Modifier", placeholder="what should be different", continuous_update=False, style=_LABEL,
         tooltip="Words of your own; the Enter key searches", layout=Layout(flex="1 1 420px", max_width="640px"),
     )  # fmt: skip
     buttons = [
-        Button(tooltip="Search with these words", layout=Layout(width="auto")) for _ in suggest(0)
+        Button(tooltip="Search with these words", layout=Layout(width="auto"))
+        for _ in known.suggest(0)
     ]
-    offer = HBox(buttons, layout=Layout(flex_flow="row wrap"))
-    rng = np.random.default_rng()
 
     def another(_button) -> None:
-        which.value = int((which.value + rng.integers(1, len(reference))) % len(reference))
+        which.value = int((which.value + rng.integers(1, count)) % count)
 
     def follow_reference(_change=None) -> None:
-        for button, text in zip(buttons, suggest(which.value), strict=True):
+        for button, text in zip(buttons, known.suggest(which.value), strict=True):
             button.description, button.layout.display = text, None if text else "none"
         if buttons:
             typed.value = buttons[0].description
@@ -243,34 +253,46 @@ def _query_panel(
         button.on_click(take)
     which.observe(follow_reference, "value")
     follow_reference()
+    offer = HBox(buttons, layout=Layout(flex_flow="row wrap"))
+    return {"reference": which, "another": other, "modifier": typed, "suggestions": offer}
+
+
+def _query_panel(
+    title: str, hint: str, known: _Pictures, vl: VLModel, encoder: QueryEncoder, words: str = ""
+) -> Panel:
+    """words: what stands in the field at first, where nothing is suggested."""
+    gallery, images, captions = known.gallery, known.images, known.captions
+    if len(gallery) < 2:
+        raise ValueError("a search needs at least two images: the reference, and one to find")
+    thumbnail = lru_cache(1024)(lambda j: _thumbnail(images[j]))
+    controls = _query_controls(known, words)
 
     def compute() -> tuple[str, str, dict]:
-        q, words = which.value, typed.value.strip()
+        q, words = controls["reference"].value, controls["modifier"].value.strip()
         if not words:
             raise ValueError("there are no words; say what should be different")
-        j = int(reference[q])
+        j = int(known.reference[q])
         try:
             sentence = compose(vl, encoder.sentences([images[j]]).tokens, [words])
         except ValueError as error:  # too long for the text tower; a panel has no `truncate`
             raise ValueError(str(error).removesuffix(" or pass truncate=True")) from error
         fused = F.normalize(gallery.embeddings[j : j + 1] + vl.encode_text([words]), dim=-1)
         queries = torch.cat([sentence, fused])
-        found = gallery.search(queries, min(10, len(gallery) - 1), torch.tensor([j, j]))[1].tolist()
-        right = hits(q, words)
-        names = ("ISA", "image + text")
+        found = gallery.search(queries, min(10, len(gallery) - 1), torch.tensor([j, j]))[1]
+        found, right = (
+            dict(zip(("ISA", "image + text"), found.tolist(), strict=True)),
+            known.hits(q, words),
+        )
         rows = ""
-        for name, best in zip(names, found, strict=True):
+        for name, best in found.items():
             cards = ""
             for k, i in enumerate(best, 1):
-                target = right is not None and right[i]
-                caption = f"{k} {'target' if target else captions[i]}"
-                cards += _card(
-                    thumbnail(i), caption, f"{k}: {describe(i)}", "isa-target" if target else ""
-                )
+                target, alt = right is not None and right[i], f"{k}: {known.describe(i)}"
+                caption, kind = ("target", "isa-target") if target else (captions[i], "")
+                cards += _card(thumbnail(i), f"{k} {caption}", alt, kind)
             rows += f'<b>{name}</b><div class="isa-row" role="group" aria-label="{name}, best first">{cards}</div>'
-        start = _card(
-            thumbnail(j), f"reference {captions[j]}", f"reference: {describe(j)}", "isa-reference"
-        )
+        alt = f"reference: {known.describe(j)}"
+        start = _card(thumbnail(j), f"reference {captions[j]}", alt, "isa-reference")
         if right is None:
             message = f"“{escape(words)}”: nobody has said which image is right for these words, so none is marked."
         else:
@@ -280,16 +302,9 @@ def _query_panel(
                 f"“{escape(words)}”: the target is at place {ranks[0]} by ISA and at place {ranks[1]} by image + text, "
                 f"of {len(gallery) - 1} images."
             )
-        shown = {
-            name: [gallery.ids[i] for i in best] for name, best in zip(names, found, strict=True)
-        }
-        return (
-            f'<div class="isa-query">{start}<div class="isa-rows">{rows}</div></div>',
-            message,
-            shown,
-        )
+        html = f'<div class="isa-query">{start}<div class="isa-rows">{rows}</div></div>'
+        return html, message, {n: [gallery.ids[i] for i in best] for n, best in found.items()}
 
-    controls = {"reference": which, "another": other, "modifier": typed, "suggestions": offer}
     return Panel(title, hint, controls, ("reference", "modifier"), compute)
 
 
@@ -303,37 +318,11 @@ def compose_panel(
     kind that the reference can take. Controls: reference (a query's number), another, modifier,
     suggestions. `shown`: gallery indices by method.
     """
-
-    def suggest(q: int) -> list[str]:
-        rng, texts = np.random.default_rng((q, 9)), [bench.texts[q]]
-        for kind in scenes.KINDS:
-            try:
-                texts.append(
-                    scenes.modify(bench.scenes[bench.reference[q]], rng, (kind,), held_out=True)[
-                        1
-                    ].text
-                )
-            except ValueError:  # the only object cannot be removed, a fourth cannot be added
-                texts.append("")
-        return texts
-
-    return _query_panel(
-        "Compose a query",
+    hint = (
         "Choose a reference, then type what should be different and press Enter, or press one of the suggestions, of which the "
-        "first is the reference's own. Rendered scenes.",
-        bench.images,
-        bench.reference,
-        vl,
-        encoder,
-        Gallery(gallery_embeddings, range(len(bench.images))),
-        [""] * len(bench.images),
-        lambda j: scenes.caption(bench.scenes[j], np.random.default_rng(0)),
-        suggest,
-        lambda q, words: (
-            bench.labels == bench.labels[bench.target[q]] if words == bench.texts[q] else None
-        ),
-        "",
+        "first is the reference's own. Rendered scenes."
     )
+    return _query_panel("Compose a query", hint, _Scenes(bench, gallery_embeddings), vl, encoder)
 
 
 def search_panel(
@@ -346,13 +335,9 @@ def search_panel(
     stands in the field at first. Controls: reference, another, modifier. `shown`: names of pictures
     (or their numbers) by method. Nothing is marked.
     """
-    names = _names(pictures)
-    return _query_panel(
-        "Search your pictures",
-        "Choose a picture, type what should be different and press Enter.",
-        pictures, range(len(pictures)), vl, encoder, Gallery(embeddings, names), names,
-        lambda j: f"picture {names[j]}", lambda q: [], lambda q, words: None, words,
-    )  # fmt: skip
+    hint = "Choose a picture, type what should be different and press Enter."
+    known = _Pictures(pictures, embeddings)
+    return _query_panel("Search your pictures", hint, known, vl, encoder, words)
 
 
 # --------------------------------------------------------------------------------------------- 2.
@@ -386,12 +371,16 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
         name: encoder.sentences([pictures[0]]).tokens.shape[1] for name, encoder in encoders.items()
     }
     by_length, several = sorted(lengths, key=lengths.get), len(encoders) > 1
-    which = _picker("Image", len(pictures))
-    chosen, chosen_slider = _number(
-        "Encoder", 1, len(encoders), "Which query encoder writes the sentence", not several
-    )
-    token, token_slider = _number("Token", 1, lengths[by_length[0]], "Which token of the sentence")
+    controls = {"image": _picker("Image", len(pictures))}
+    controls |= _number("token", 1, lengths[by_length[0]], "Which token of the sentence")
+    said = "Which query encoder writes the sentence"
+    controls |= _number("encoder", 1, len(encoders), said, not several)
+    which, token, chosen = (controls[name] for name in ("image", "token", "encoder"))
     hint = (
+        "Choose an image and a token: type, use the arrow keys, or drag. Bright: where one of its reads has high weights. The "
+        "sentence depends on all of them, and not on the weights alone. "
+    )
+    hint += (
         "With the encoder, the number L of tokens changes; more are not always better."
         if several
         else "There is one encoder here, so no L to choose: train others in notebook 02, with another num_tokens, and give "
@@ -411,50 +400,40 @@ def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncod
     def compute() -> tuple[str, str, dict]:
         name, i, t = by_length[chosen.value - 1], which.value, token.value
         reads, words = read(name, i)  # N x L x h x w
-        picture = _picture(pictures[i])
-        # the encoder saw the square in the middle, so that is what the map is laid over
-        side = min(240, *picture.size)
-        best = words[t - 1]
-        titles = [f"read {n}" for n in range(1, len(reads) + 1)]
-        square = ImageOps.fit(picture, (side, side))
-        figure = figures.attention(
-            square, reads[:, t - 1].numpy(), titles, columns=len(reads) + 1, side=1.8
-        )
-        places = [f"read {n}: {_place(weights)}" for n, weights in enumerate(reads[:, t - 1], 1)]
-        where = "; ".join(places)
-        rows = "".join(
-            f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in best
-        )
-        sentence = " · ".join(
-            f"<b>▸ {n} “{escape(near[0][0])}”</b>" if n == t else f"{n} “{escape(near[0][0])}”"
-            for n, near in enumerate(words, 1)
-        )
-        html = (
-            f'<div class="isa-query"><img class="isa-wide" src="{_source(figures.png(figure))}" '
-            f'alt="image {escape(_names(pictures)[i])}, and laid over it the weights of token {t}. {where}">'
-            f"<table><tr><th>nearest word</th><th>cosine</th></tr>{rows}</table></div>"
-            f"<p>The sentence, each token by its nearest word: {sentence}</p>"
-        )
+        reads, best = reads[:, t - 1], words[t - 1]
+        where = "; ".join(f"read {n}: {_place(weights)}" for n, weights in enumerate(reads, 1))
+        alt = f"image {_names(pictures)[i]}, and laid over it the weights of token {t}. {where}"
+        html = _token_html(_picture(pictures[i]), reads, alt, words, t)
         said = f"Token {t} of {lengths[name]}, encoder “{escape(name)}”; nearest word: “{escape(best[0][0])}”."
-        return (
-            html,
-            f"{said} {where[0].upper()}{where[1:]}.",
-            {"words": best, "reads": reads[:, t - 1]},
-        )
+        message = f"{said} {where[0].upper()}{where[1:]}."
+        return html, message, {"words": best, "reads": reads}
 
-    return Panel(
-        "Look through one token",
-        "Choose an image and a token: type, use the arrow keys, or drag. Bright: where one of its reads has high weights. The "
-        "sentence depends on all of them, and not on the weights alone. " + hint,
-        {
-            "image": which,
-            "token": token,
-            "token slider": token_slider,
-            "encoder": chosen,
-            "encoder slider": chosen_slider,
-        },
-        ("image", "encoder", "token"),
-        compute,
+    return Panel("Look through one token", hint, controls, ("image", "encoder", "token"), compute)
+
+
+def _token_html(
+    picture: Image.Image, reads: Tensor, alt: str, words: Sequence[Sequence], t: int
+) -> str:
+    """The reads of token t (from 1), N x h x w, over the picture; its nearest words; the sentence.
+
+    words: of each token its nearest ones, with their cosines.
+    """
+    # the encoder saw the square in the middle, so that is what the map is laid over
+    side = min(240, *picture.size)
+    square, titles = (
+        ImageOps.fit(picture, (side, side)),
+        [f"read {n + 1}" for n in range(len(reads))],
+    )
+    figure = figures.attention(square, reads.numpy(), titles, columns=len(reads) + 1, side=1.8)
+    rows = "".join(
+        f"<tr><td>{escape(word)}</td><td>{cosine:.2f}</td></tr>" for word, cosine in words[t - 1]
+    )
+    said = [f"{n} “{escape(near[0][0])}”" for n, near in enumerate(words, 1)]
+    said[t - 1] = f"<b>▸ {said[t - 1]}</b>"
+    return (
+        f'<div class="isa-query"><img class="isa-wide" src="{_source(figures.png(figure))}" alt="{escape(alt)}">'
+        f"<table><tr><th>nearest word</th><th>cosine</th></tr>{rows}</table></div>"
+        f"<p>The sentence, each token by its nearest word: {' · '.join(said)}</p>"
     )
 
 
@@ -475,52 +454,34 @@ def training_panel(history: History | Mapping[str, History]) -> Panel:
             "a history without steps has nothing to show; train first (isa_lite.distill.distill returns it)"
         )
     last = max(len(h.gcd) for h in runs.values())
-    step, step_slider = _number("Step", last, last, "The step that the numbers below belong to")
     smooth = "How many steps a running mean goes over; 1 shows every step"
-    window, window_slider = _number("Smoothing", min(20, last), min(100, last), smooth)
+    controls = _number("step", last, last, "The step that the numbers below belong to")
+    controls |= _number("smoothing", min(20, last), min(100, last), smooth)
+    step, window = controls["step"], controls["smoothing"]
 
     def at(values: Sequence[float], s: int) -> float:
-        return (
-            float(np.mean(values[max(0, s - window.value) : s]))
-            if s <= len(values)
-            else float("nan")
-        )
+        known = values[max(0, s - window.value) : s] if s <= len(values) else [float("nan")]
+        return float(np.mean(known))
 
     def compute() -> tuple[str, str, dict]:
         s, shown = step.value, {}
         for name, h in runs.items():
-            recall = [value for point, value in h.recall if point <= s and s <= len(h.gcd)]
-            shown[name] = {
-                "GCD": at(h.gcd, s),
-                "LAR": at(h.lar, s),
-                "recall": recall[-1] if recall else float("nan"),
-            }
+            recall = [value for point, value in h.recall if point <= s <= len(h.gcd)]
+            last_one = [float("nan"), *recall][-1]
+            shown[name] = {"GCD": at(h.gcd, s), "LAR": at(h.lar, s), "recall": last_one}
         rows = ""
         for name, values in shown.items():
-            cells = "".join(
-                f"<td>{'none' if np.isnan(value) else round(value, 2)}</td>"
-                for value in values.values()
-            )
+            told = ["none" if np.isnan(value) else round(value, 2) for value in values.values()]
+            cells = "".join(f"<td>{value}</td>" for value in told)
             rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
         table = f"<table><tr><th>run</th><th>GCD, nats</th><th>LAR, nats</th><th>validation Recall@1, %</th></tr>{rows}</table>"
         figure = figures.curves(runs, window.value, s)
         alt = f"GCD, LAR and validation recall along {last} steps, a dashed line at step {s}; the table below has the numbers"
         html = f'<img class="isa-wide" src="{_source(figures.png(figure))}" alt="{alt}">{table}'
-        return (
-            html,
-            f"At step {s} of {last}; losses are means of the {min(s, window.value)} steps up to it.",
-            shown,
+        said = (
+            f"At step {s} of {last}; losses are means of the {min(s, window.value)} steps up to it."
         )
+        return html, said, shown
 
-    return Panel(
-        "Follow a training",
-        "Choose a step (the dashed line) and how much the losses are smoothed: type, use the arrow keys, or drag.",
-        {
-            "step": step,
-            "step slider": step_slider,
-            "smoothing": window,
-            "smoothing slider": window_slider,
-        },
-        ("step", "smoothing"),
-        compute,
-    )
+    hint = "Choose a step (the dashed line) and how much the losses are smoothed: type, use the arrow keys, or drag."
+    return Panel("Follow a training", hint, controls, ("step", "smoothing"), compute)

@@ -18,6 +18,10 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+from isa_lite.support.parameters import Rule, number, option, output
+from isa_lite.support.settings import DATA, MINUTES, SCENES_CLIP, SCENES_ENCODER
 
 #: What each command does, in the order in which a newcomer meets them.
 COMMANDS = {
@@ -36,6 +40,36 @@ COMMANDS = {
     "light_backbone": "train the backbone weights that are shipped",
     "cards": "measure the shipped models and write their cards",
 }
+
+
+#: Options that several commands have.
+_SHARED = {
+    "encoder": {"default": str(DATA / SCENES_ENCODER), "help": "folder of a trained query encoder"},
+    "vl-model": {
+        "default": SCENES_CLIP,
+        "help": "a name of open_clip, hf-hub:..., blip:..., or a folder",
+    },
+    "pretrained": {"help": "tag or file of weights, for an open_clip model (default: none)"},
+    "checkpoint-minutes": {
+        "type": option(number(0), float),
+        "default": MINUTES,
+        "help": "how often the state of the run is saved",
+    },
+}
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options of `_SHARED`, by their names."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_SHARED[name])
+
+
+def add_output(
+    parser: argparse.ArgumentParser, name: str, rule: Rule, default: str | None, meaning: str
+) -> None:
+    """The option --NAME: where results go, a `folder()` or `file()`; required without `default`."""
+    how = {"required": True} if default is None else {"default": Path(default)}
+    parser.add_argument(f"--{name}", type=output(rule), help=meaning, **how)
 
 
 class Parser(argparse.ArgumentParser):

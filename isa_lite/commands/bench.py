@@ -8,65 +8,15 @@ import tempfile
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from isa_lite.commands import add_shared
 from isa_lite.support.parameters import add_settings, whole_number
-from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, DistillConfig
+from isa_lite.support.settings import DATA, SCENES_ENCODER, DistillConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASUREMENTS = {
-    "cost": "the query side",
-    "step": "a training step part by part, and the machine's rate of matrix products",
-    "split": "a query part by part",
-    "query": "a query end to end, cut and uncut, in PyTorch and onnxruntime",
-    "embed": "a gallery of files",
-    "backbones": "light backbones",
-}
 #: Of a training step, what can be chosen.
 STEP = ("batch_size", "lar_weight", "lar_share", "freeze_stem", "negatives")
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="what", required=True)
-    for name, what in MEASUREMENTS.items():
-        sub = kinds.add_parser(name, help=what)
-        if name in ("cost", "backbones"):
-            sub.add_argument(
-                "--vl-model",
-                default=SCENES_CLIP,
-                help="a name of open_clip, hf-hub:..., blip:..., or a folder",
-            )
-            sub.add_argument(
-                "--pretrained",
-                help="tag or file of weights, for an open_clip model (default: none)",
-            )
-        if name in ("cost", "split"):
-            sub.add_argument(
-                "--encoder",
-                default=str(DATA / SCENES_ENCODER),
-                help="folder of a trained query encoder",
-            )
-        if name == "backbones":
-            sub.add_argument(
-                "--image-size",
-                type=whole_number(1, 2**11),
-                help="in pixels, of the light backbones (default: the VL model's)",
-            )
-        if name == "step":
-            add_settings(sub, DistillConfig, STEP)
-        if name in ("embed", "backbones", "step"):
-            sub.add_argument("--rounds", type=whole_number(1), default=10, help="rounds of timing")
-
-
-def run(args: Namespace) -> None:
-    {
-        "cost": _cost,
-        "step": _step,
-        "split": _split,
-        "query": _query,
-        "embed": _embed,
-        "backbones": _backbones,
-    }[args.what](args)
 
 
 def _cost(args: Namespace) -> None:
@@ -107,14 +57,9 @@ def _split(args: Namespace) -> None:
 
     own = load_vl_model()
     trained, large = QueryEncoder.load(args.encoder, own), random_model("ViT-B-32")
-    for name, vl, encoder in (
-        ("the shipped models", own, trained),
-        (
-            "ViT-B-32 and a light encoder at its size, random weights",
-            large,
-            QueryEncoder.for_model(large),
-        ),
-    ):
+    light, name = QueryEncoder.for_model(large), "ViT-B-32 and a light encoder at its size"
+    pairs = {"the shipped models": (own, trained), f"{name}, random weights": (large, light)}
+    for name, (vl, encoder) in pairs.items():
         print(f"\n{name}: one query, batch 1; multiply-adds in millions; {machine()}")
         print(split(vl, encoder).round(2).to_string(na_rep="-"))
 
@@ -131,13 +76,10 @@ def _query(args: Namespace) -> None:
 
     large, pairs = random_model("ViT-B-32"), {}
     for stride in (32, 16):
-        encoder = QueryEncoder.for_model(
-            large, backbone="tf_efficientnet_lite0", image_size=224, stride=stride
-        )
-        pairs[f"ViT-B-32 and tf_efficientnet_lite0 up to stride {stride}, random weights"] = (
-            large,
-            encoder,
-        )
+        kind = "tf_efficientnet_lite0"
+        encoder = QueryEncoder.for_model(large, backbone=kind, image_size=224, stride=stride)
+        name = f"ViT-B-32 and {kind} up to stride {stride}, random weights"
+        pairs[name] = large, encoder
     pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / SCENES_ENCODER)
     print(
         "light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by"
@@ -187,3 +129,34 @@ def _backbones(args: Namespace) -> None:
     )
     print("parameters and multiply-adds in millions")
     print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())
+
+
+MEASUREMENTS = {
+    "cost": (_cost, "the query side"),
+    "step": (_step, "a training step part by part, and the machine's rate of matrix products"),
+    "split": (_split, "a query part by part"),
+    "query": (_query, "a query end to end, cut and uncut, in PyTorch and onnxruntime"),
+    "embed": (_embed, "a gallery of files"),
+    "backbones": (_backbones, "light backbones"),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for name, (_, what) in MEASUREMENTS.items():
+        sub = kinds.add_parser(name, help=what)
+        if name in ("cost", "backbones"):
+            add_shared(sub, "vl-model", "pretrained")
+        if name in ("cost", "split"):
+            add_shared(sub, "encoder")
+        if name == "backbones":
+            meaning = "in pixels, of the light backbones (default: the VL model's)"
+            sub.add_argument("--image-size", type=whole_number(1, 2**11), help=meaning)
+        if name == "step":
+            add_settings(sub, DistillConfig, STEP)
+        if name in ("embed", "backbones", "step"):
+            sub.add_argument("--rounds", type=whole_number(1), default=10, help="rounds of timing")
+
+
+def run(args: Namespace) -> None:
+    MEASUREMENTS[args.what][0](args)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from isa_lite.support.parameters import folder, output
+from isa_lite.commands import add_output
+from isa_lite.support.parameters import folder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        type=output(folder()),
-        default=Path("runs/cards"),
-        help="folder of the cards, laid out as data/ is",
-    )
+    meaning = "folder of the cards, laid out as data/ is"
+    add_output(parser, "out", folder(), "runs/cards", meaning)
 
 
 def run(args: Namespace) -> None:

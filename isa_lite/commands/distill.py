@@ -7,64 +7,35 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import add_settings, folder, settings_from
 from isa_lite.support.recipes import RECIPES, recipe
-from isa_lite.support.settings import (
-    MAPPING_NAMES,
-    MINUTES,
-    SCENES_CLIP,
-    DistillConfig,
-    QueryEncoderConfig,
-)
+from isa_lite.support.settings import MAPPING_NAMES, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
-ENCODER = (
-    "backbone",
-    "pretrained",
-    "mapping",
-    "image_size",
-    "stride",
-    "num_tokens",
-    "width",
-    "depth",
-)
+ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens")
+ENCODER += ("width", "depth")
 AIDS = {
-    "backbone_weights": (
-        "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of"
-        " light_backbone"
-    )
+    "backbone_weights": "weights that the backbone starts from: scenes, lite0 (an extra), or a"
+    " folder of light_backbone",
+    "start_words": "a text whose words the sentence is before training; '' for none",
 }
-AIDS["start_words"] = "a text whose words the sentence is before training; '' for none"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument(
-        "--out",
-        type=output(folder()),
-        required=True,
-        help="folder of the query encoder; targets and states are in OUT/run",
-    )
-    parser.add_argument(
-        "--vl-model",
-        default=SCENES_CLIP,
-        help="a name of open_clip, hf-hub:..., blip:..., or a folder",
-    )
+    meaning = "folder of the query encoder; targets and states are in OUT/run"
+    add_output(parser, "out", folder(), None, meaning)
+    add_shared(parser, "vl-model")
     parser.add_argument(
         "--tag",
         help="of the VL model's weights, where it is named by an open_clip model (default: none)",
     )
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=option(number(0), float),
-        default=MINUTES,
-        help="how often the state of the run is saved",
-    )
+    add_shared(parser, "checkpoint-minutes")
     add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
     for name, meaning in AIDS.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)"
-        )
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, help=f"{meaning} (default: the recipe's)")
     add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
 
 
@@ -98,16 +69,9 @@ def run(args: Namespace) -> None:
             images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes
         )
         if distributed.rank() == 0:
-            info = {
-                "images": len(images),
-                "config": asdict(config),
-                "commit": commit(),
-                "machine": machine(),
-            }
-            encoder.cpu().save(
-                args.out,
-                info | {"seconds": round(history.seconds, 1), "processes": distributed.count()},
-            )
+            info = {"images": len(images), "config": asdict(config), "commit": commit()}
+            info |= {"machine": machine(), "seconds": round(history.seconds, 1)}
+            encoder.cpu().save(args.out, info | {"processes": distributed.count()})
             write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")
             print(
                 f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back;"

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from isa_lite.support.parameters import folder, output
-from isa_lite.support.settings import DATA, SCENES_CLIP, SCENES_ENCODER, TEMPLATE, check_template
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import folder
+from isa_lite.support.settings import TEMPLATE, check_template
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
-    )
-    parser.add_argument(
-        "--vl-model",
-        default=SCENES_CLIP,
-        help="a name of open_clip, hf-hub:..., blip:..., or a folder",
-    )
-    parser.add_argument(
-        "--pretrained", help="tag or file of weights, for an open_clip model (default: none)"
-    )
+    add_shared(parser, "encoder", "vl-model", "pretrained")
     parser.add_argument(
         "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
     )
-    parser.add_argument(
-        "--out", type=output(folder()), required=True, help="folder of the exported files"
-    )
+    add_output(parser, "out", folder(), None, "folder of the exported files")
     parser.add_argument(
         "--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8"
     )

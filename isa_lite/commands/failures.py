@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from isa_lite.support.parameters import file, output, whole_number
-from isa_lite.support.settings import DATA, SCENES_ENCODER
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import file, whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
-    )
+    add_shared(parser, "encoder")
     parser.add_argument("--queries", type=whole_number(1), default=1000, help="rendered queries")
     parser.add_argument(
         "--gallery",
@@ -24,9 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--each", type=whole_number(1), default=6, help="queries shown of each kind"
     )
-    parser.add_argument(
-        "--out", type=output(file()), default=Path("runs/failures.html"), help="the page"
-    )
+    add_output(parser, "out", file(), "runs/failures.html", "the page")
 
 
 def run(args: Namespace) -> None:

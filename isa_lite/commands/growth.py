@@ -7,34 +7,21 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from datetime import date
-from pathlib import Path
 
-from isa_lite.support.parameters import file, folder, output, whole_number
-from isa_lite.support.settings import DATA, GROWTH_SIZES, SCENES_ENCODER
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import file, folder, whole_number
+from isa_lite.support.settings import GROWTH_SIZES
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder", default=str(DATA / SCENES_ENCODER), help="folder of a trained query encoder"
-    )
-    parser.add_argument(
-        "--to",
-        type=whole_number(GROWTH_SIZES[0]),
-        default=GROWTH_SIZES[-1],
-        help="distractors at most",
-    )
+    add_shared(parser, "encoder")
+    number, most = whole_number(GROWTH_SIZES[0]), GROWTH_SIZES[-1]
+    parser.add_argument("--to", type=number, default=most, help="distractors at most")
     parser.add_argument(
         "--seed", type=whole_number(0), default=0, help="of queries and distractors"
     )
-    parser.add_argument(
-        "--cache",
-        type=output(folder()),
-        default=Path("runs/growth"),
-        help="folder of the embedded shards",
-    )
-    parser.add_argument(
-        "--out", type=output(file()), default=Path("runs/growth.json"), help="file of the result"
-    )
+    add_output(parser, "cache", folder(), "runs/growth", "folder of the embedded shards")
+    add_output(parser, "out", file(), "runs/growth.json", "file of the result")
 
 
 def run(args: Namespace) -> None:

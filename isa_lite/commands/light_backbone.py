@@ -6,39 +6,16 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
-from pathlib import Path
 
-from isa_lite.support.parameters import (
-    add_settings,
-    command_line,
-    folder,
-    number,
-    option,
-    output,
-    settings_from,
-)
-from isa_lite.support.settings import MINUTES, SCENES_BACKBONE, WEIGHTS, BackboneConfig
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import add_settings, command_line, folder, settings_from
+from isa_lite.support.settings import SCENES_BACKBONE, WEIGHTS, BackboneConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        type=output(folder()),
-        default=Path("runs") / SCENES_BACKBONE,
-        help="folder of the weights",
-    )
-    parser.add_argument(
-        "--run",
-        type=output(folder()),
-        default=Path("runs/light_backbone"),
-        help="folder of cache and checkpoint",
-    )
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=option(number(0), float),
-        default=MINUTES,
-        help="how often the state of the run is saved",
-    )
+    add_output(parser, "out", folder(), f"runs/{SCENES_BACKBONE}", "folder of the weights")
+    add_output(parser, "run", folder(), "runs/light_backbone", "folder of cache and checkpoint")
+    add_shared(parser, "checkpoint-minutes")
     add_settings(parser, BackboneConfig)
 
 
@@ -61,22 +38,11 @@ def run(args: Namespace) -> None:
     world = scenes.sample_scenes(config.num_images, seed=config.seed + 1000)
     jitter = np.random.default_rng(config.seed).integers(2**31, size=config.num_images)
     images = scenes.render_many(world, jitter, vl.image_size)
-    run = args.run
-    loss, seconds = learn_features(
-        images,
-        vl,
-        encoder,
-        config,
-        run / "cache",
-        run / "state.safetensors",
-        args.checkpoint_minutes,
-    )
+    where = args.run / "cache", args.run / "state.safetensors"
+    loss, seconds = learn_features(images, vl, encoder, config, *where, args.checkpoint_minutes)
     write_tensors(args.out / f"{WEIGHTS}.safetensors", encoder.backbone.model.state_dict())
-    record = {
-        **{
-            name: getattr(encoder.config, name)
-            for name in ("backbone", "stride", "image_size", "mean", "std")
-        },
+    kept = ("backbone", "stride", "image_size", "mean", "std")
+    record = {name: getattr(encoder.config, name) for name in kept} | {
         "vl_model": vl.fingerprint,
         "config": asdict(config),
         "loss": round(loss, 4),

@@ -5,31 +5,17 @@ and writes its card.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
-from isa_lite.support.settings import MINUTES, SCENES_CLIP, PretrainConfig
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import add_settings, folder, settings_from
+from isa_lite.support.settings import SCENES_CLIP, PretrainConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        type=output(folder()),
-        default=Path("runs") / SCENES_CLIP,
-        help="folder of the model",
-    )
-    parser.add_argument(
-        "--run",
-        type=output(folder()),
-        default=Path("runs/pretrain"),
-        help="folder of the checkpoint, to resume from",
-    )
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=option(number(0), float),
-        default=MINUTES,
-        help="how often the state of the run is saved",
-    )
+    add_output(parser, "out", folder(), f"runs/{SCENES_CLIP}", "folder of the model")
+    meaning = "folder of the checkpoint, to resume from"
+    add_output(parser, "run", folder(), "runs/pretrain", meaning)
+    add_shared(parser, "checkpoint-minutes")
     add_settings(parser, PretrainConfig)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.support.parameters import add_settings, folder, number, option, output, settings_from
-from isa_lite.support.settings import MINUTES, FolderConfig
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import add_settings, folder, output, settings_from
+from isa_lite.support.settings import FolderConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -16,18 +17,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--captions", type=Path, required=True, help="CSV file with the columns image and caption"
     )
-    parser.add_argument("--out", type=output(folder()), required=True, help="folder of the model")
+    add_output(parser, "out", folder(), None, "folder of the model")
     parser.add_argument(
         "--run",
         type=output(folder()),
         help="folder of the checkpoints, to resume from (default: OUT/run)",
     )
-    parser.add_argument(
-        "--checkpoint-minutes",
-        type=option(number(0), float),
-        default=MINUTES,
-        help="how often the state of the run is saved",
-    )
+    add_shared(parser, "checkpoint-minutes")
     add_settings(parser, FolderConfig)
 
 

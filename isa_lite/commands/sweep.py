@@ -7,6 +7,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+from isa_lite.commands import add_output
 from isa_lite.support.parameters import (
     device_name,
     file,
@@ -30,12 +31,8 @@ def _seeds(text: str) -> list[int]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        help="an ablation; may be given several times (default: all)",
-    )
+    only = "an ablation; may be given several times (default: all)"
+    parser.add_argument("--only", action="append", default=[], help=only)
     parser.add_argument("--seeds", type=_seeds, default="0", help="such as 0,1,2")
     parser.add_argument(
         "--steps",
@@ -52,11 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=tuple(RECIPES),
         help="core or default, of every run that does not vary it (default: the notebook's)",
     )
-    parser.add_argument(
-        "--device",
-        type=option(device_name()),
-        help="cpu, cuda, cuda:1, ... (default: the notebook's)",
-    )
+    device = "cpu, cuda, cuda:1, ... (default: the notebook's)"
+    parser.add_argument("--device", type=option(device_name()), help=device)
     parser.add_argument(
         "--jobs",
         type=whole_number(1, 256),
@@ -69,28 +63,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing",
     )
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="the notebook that is run")
-    parser.add_argument(
-        "--runs", type=output(folder()), default=Path("runs/sweep"), help="folder of the runs"
-    )
+    add_output(parser, "runs", folder(), "runs/sweep", "folder of the runs")
     parser.add_argument(
         "--out",
         type=output(file()),
         help="the gathered record; a figure is written beside it (default: runs/sweep.json)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
-    parser.add_argument(
-        "--gather",
-        action="store_true",
-        help="run nothing, and write the record of what is finished",
-    )
-    parser.add_argument(
-        "--add",
-        action="store_true",
-        help=(
-            "keep what the record at --out holds already, of any ablation and seed, and run only"
-            " the rest"
-        ),
-    )
+    finished = "run nothing, and write the record of what is finished"
+    parser.add_argument("--gather", action="store_true", help=finished)
+    kept = "keep what the record at --out holds already, of any ablation and seed, and run only"
+    parser.add_argument("--add", action="store_true", help=f"{kept} the rest")
 
 
 def run(args: Namespace) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isa_lite.models.text_tower import Opening
 from isa_lite.models.vl_model import VLModel, check_texts
 from isa_lite.support.parameters import checked, whole
 from isa_lite.support.settings import TEMPLATE, check_template
@@ -77,14 +78,15 @@ def prompt_ids(
     return ids, torch.tensor(marks, device=vl.device)[:, : ids.shape[1]]
 
 
-def known_words(vl: VLModel, template: str = TEMPLATE) -> int:
-    """How many positions at the start of a prompt hold the template's own words, the same for every
-    query.
+def opening(vl: VLModel, template: str = TEMPLATE) -> Opening | None:
+    """What the text tower makes of the template's own words at the start of a prompt, the same for
+    every query (`VLModel.opening`).
 
     Signs that are glued to the first field do not count: where a modifier is empty, "(" and ")"
     around it are one token, "()".
     """
-    return len(vl.words.prefix) + len(vl.words.ids(re.sub(r"\S+$", "", template.partition("{")[0])))
+    words = vl.words.ids(re.sub(r"\S+$", "", template.partition("{")[0]))
+    return vl.opening([*vl.words.prefix, *words])
 
 
 def splice(vl: VLModel, tokens: Tensor, ids: Tensor, places: Tensor) -> Tensor:
@@ -149,7 +151,8 @@ def compose(
             "tokens must be finite, and sentence"
             f" {int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])} is not"
         )
-    parts, known = [], known_words(vl, template)
+    # for a single query it would only be more work
+    parts, known = [], opening(vl, template) if len(modifiers) > 1 else None
     for s in range(0, len(modifiers), batch_size):
         ids, places = prompt_ids(
             vl, tokens.shape[1], modifiers[s : s + batch_size], template, truncate
@@ -193,7 +196,7 @@ def sentence_queries(vl: VLModel, tokens: Tensor, template: str) -> Tensor:
     tower need not finish them.
     """
     ids, places = _prompts(vl, tokens, template)
-    return vl.encode_vectors(splice(vl, tokens, ids, places), ids, known_words(vl, template))
+    return vl.encode_vectors(splice(vl, tokens, ids, places), ids, opening(vl, template))
 
 
 def read_sentences(

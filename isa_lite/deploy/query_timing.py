@@ -19,7 +19,7 @@ from isa_lite.deploy.fold import folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.models.symmetric import LARGE_TOWER
 from isa_lite.models.vl_model import VLModel
-from isa_lite.prompt import TEMPLATE, known_words, prompt_ids, splice
+from isa_lite.prompt import TEMPLATE, opening, prompt_ids, splice
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 
@@ -55,7 +55,7 @@ def sentence_steps(
     cut: False for a text tower that reads all its positions and forgets them, as open_clip does it.
     """
     encoder = encoder.eval() if encoder.config.backbone == LARGE_TOWER else folded(encoder)
-    known = known_words(vl, template)
+    known = opening(vl, template)
 
     def prompt(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids, places = prompt_ids(vl, tokens.shape[1], modifiers, template)
@@ -96,13 +96,15 @@ def fusion_steps(
     cut: False for open_clip's own `encode_text`, which reads all positions.
     """
 
+    known = vl.opening(vl.words.prefix)
+
     def ids(image: Tensor) -> tuple[Tensor, Tensor]:
         found = vl.tokenize(modifiers)
         return image, vl.cut(found) if cut else found
 
     def read(image_and_ids: tuple[Tensor, Tensor]) -> Tensor:
         image, ids = image_and_ids
-        text = vl.encode_ids(ids) if cut else vl.clip.encode_text(ids, normalize=True)
+        text = vl.encode_ids(ids, known) if cut else vl.clip.encode_text(ids, normalize=True)
         return F.normalize(image + text, dim=-1)
 
     steps = (lambda _: vl.pixels(pictures), vl.encode_pixels, ids, read, search)

@@ -36,7 +36,7 @@ from tqdm.auto import trange
 from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
 from isa_lite.models.vl_model import VLModel
-from isa_lite.prompt import TEMPLATE, compose, known_words, prompt_ids, splice, start_vectors
+from isa_lite.prompt import TEMPLATE, compose, opening, prompt_ids, splice, start_vectors
 from isa_lite.support.training import fit
 from isa_lite.token_learner import ToWords
 
@@ -99,7 +99,7 @@ def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
     """Pseudo-words B x D alone in the prompt -> text embeddings B x E."""
     ids, places = (x.expand(len(words), -1) for x in prompt_ids(vl, 1, [""], template))
     return vl.encode_vectors(
-        splice(vl, words.unsqueeze(1), ids, places), ids, known_words(vl, template)
+        splice(vl, words.unsqueeze(1), ids, places), ids, opening(vl, template)
     )
 
 

@@ -14,6 +14,8 @@ embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import ResidualAttentionBlock, text_global_pool
@@ -37,8 +39,8 @@ def _layer(
     """One layer of a transformer: B x T x W -> the same, and the keys and values that were looked
     at, 2 x B x H x T x W / H.
 
-    past: keys and values of positions before these; at: one position a row, the only one that is
-    wanted, which gives B x 1 x W.
+    mask: T x all that are looked at; past: keys and values of positions before these; at: one
+    position a row, the only one that is wanted, which gives B x 1 x W.
     """
     attention = block.attn
     # B x T x 3W
@@ -52,17 +54,28 @@ def _layer(
         # len(x) would be a constant to the ONNX exporter
         rows = torch.arange(x.shape[0], device=x.device)
         x, queries = x[rows, at].unsqueeze(1), queries.transpose(1, 2)[rows, at].unsqueeze(2)
+        mask = mask[at, None, None]
     looked = F.scaled_dot_product_attention(queries, *seen, attn_mask=mask.to(seen.dtype))
     x = x + block.ls_1(attention.out_proj(looked.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x))), seen
 
 
+#: Of each layer, the keys and values of words at the start of a text, 2 x 1 x H x T x W / H.
+Opening = list[Tensor]
+
+
 class TextTower:
     """What every way into a text tower shares, beside its own `tokens` and `pool`."""
 
-    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
-        """What `pool` makes of `tokens`, B x W. known: for towers that need not compute
-        everything.
+    def opening(self, vectors: Tensor) -> Opening | None:
+        """What later positions read of the words that begin every text, 1 x T x D, without
+        gradients. None for a tower whose words look ahead.
+        """
+        return None
+
+    def embed(self, vectors: Tensor, ids: Tensor, opening: Opening | None = None) -> Tensor:
+        """What `pool` makes of `tokens`, B x W. opening: of the words that every row begins with,
+        which then are not read again.
         """
         return self.pool(self.tokens(vectors, ids), ids)
 
@@ -100,8 +113,6 @@ class OpenClipText(TextTower):
             type(block) is ResidualAttentionBlock
             for block in getattr(text.transformer, "resblocks", [None])
         )
-        # of the weights; and what `_remembered` computed with them
-        self._state, self._memory = [], {}
 
     @property
     def table(self) -> nn.Embedding:
@@ -121,10 +132,7 @@ class OpenClipText(TextTower):
         """
         text, x = self.module, vectors
         if self.can_cut and self.plain:  # as open_clip does it, in fewer and larger products
-            x, mask = self._placed(x), text.attn_mask[: x.shape[1], : x.shape[1]]
-            for block in text.transformer.resblocks:
-                x, _ = _layer(block, x, mask)
-            return text.ln_final(x)
+            return text.ln_final(self._layers(self._placed(x))[0])
         if self.appends:
             x = torch.cat([x, text.cls_emb.to(x.dtype).expand(len(x), 1, -1)], 1)
         length, mask = x.shape[1], text.attn_mask
@@ -139,56 +147,39 @@ class OpenClipText(TextTower):
         """B x T x D with the positions added."""
         return x + self.module.positional_embedding[: x.shape[1]].to(x.dtype)
 
-    def embed(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
-        """What `pool` makes of `tokens`, B x W, without computing what a causal tower does not need
-        for it.
+    def _layers(
+        self, x: Tensor, past: Sequence[Tensor] | None = None, at: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers of a plain causal tower: B x T x W -> the same, and what `_layer` gives of
+        each.
 
-        In the last layer only the end of text is pooled, so only its output is computed. known: how
-        many positions at the start hold the same words in every row. They see only one another, so
-        what the later positions read of them in each layer (keys and values) is computed once and
-        remembered; no gradient flows into them.
+        past: the second result for the positions before these; at: B, the one position of each row
+        that is wanted of the last layer, which gives B x 1 x W.
+        """
+        blocks, seen = self.module.transformer.resblocks, []
+        start = past[0].shape[3] if past else 0
+        mask = self.module.attn_mask[start : start + x.shape[1], : start + x.shape[1]]
+        for block, before in zip(blocks, past or [None] * len(blocks), strict=True):
+            x, looked_at = _layer(block, x, mask, before, at if block is blocks[-1] else None)
+            seen.append(looked_at)
+        return x, seen
+
+    @torch.no_grad()
+    def opening(self, vectors: Tensor) -> Opening | None:
+        if not (self.can_cut and self.plain):
+            return None
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self._layers(self._placed(vectors))[1]
+
+    def embed(self, vectors: Tensor, ids: Tensor, opening: Opening | None = None) -> Tensor:
+        """What `pool` makes of `tokens`, B x W, without computing what a causal tower does not need
+        for it: of the last layer only the end of text, and nothing of the `opening`.
         """
         if not (self.can_cut and self.plain):
             return super().embed(vectors, ids)
-        blocks, end = self.module.transformer.resblocks, self._end(ids)
-        mask = self.module.attn_mask[: ids.shape[1], : ids.shape[1]]
-        past = self._remembered(ids[0, :known]) if known else [None] * len(blocks)
+        known = opening[0].shape[3] if opening else 0
         x = self._placed(vectors)[:, known:]
-        for block, before in zip(blocks, past, strict=True):
-            if block is blocks[-1]:
-                x, _ = _layer(block, x, mask[end, None, None], before, at=end - known)
-            else:
-                x, _ = _layer(block, x, mask[known:], before)
-        return self.module.ln_final(x[:, 0])
-
-    @torch.no_grad()
-    def _remembered(self, ids: Tensor) -> list[Tensor]:
-        """Keys and values of these words (T ids) in every layer, from an earlier call unless a
-        weight has changed since.
-        """
-        weights = (
-            self.table.weight,
-            self.module.positional_embedding,
-            *self.module.transformer.parameters(),
-        )
-        # Where each is, and how often it was changed; what was made in inference mode has no count
-        # of that.
-        state = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
-        if state != self._state or len(self._memory) > 8:
-            self._state, self._memory = state, {}
-        key = tuple(ids.tolist())
-        if key not in self._memory:
-            x, found, mask = (
-                self._placed(self.table(ids)[None]),
-                [],
-                self.module.attn_mask[: len(key), : len(key)],
-            )
-            with torch.autocast(x.device.type, enabled=False):
-                for block in self.module.transformer.resblocks:
-                    x, seen = _layer(block, x, mask)
-                    found.append(seen)
-            self._memory[key] = found
-        return self._memory[key]
+        return self.module.ln_final(self._layers(x, opening, self._end(ids) - known)[0][:, 0])
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Contextual tokens B x T x W -> the one that stands for the text, B x W."""

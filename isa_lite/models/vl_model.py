@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from isa_lite.models.blip import is_blip, load_blip
 from isa_lite.models.open_clip_models import from_folder, from_name, unknown
-from isa_lite.models.text_tower import text_tower
+from isa_lite.models.text_tower import Opening, text_tower
 from isa_lite.models.tokenization import Words
 from isa_lite.support.hub import WEIGHTS, repository
 from isa_lite.support.images import check_images, to_pixels
@@ -151,29 +151,38 @@ class VLModel(nn.Module):
         """B x T ids without the columns past the longest text, where the tower ignores those."""
         return self.tower.cut(ids)
 
-    def encode_vectors(self, vectors: Tensor, ids: Tensor, known: int = 0) -> Tensor:
+    def opening(self, ids: Sequence[int]) -> Opening | None:
+        """What `encode_vectors` takes of words that begin every text, for as long as the weights
+        stay; None for no words, and for a tower that looks ahead.
+        """
+        words = torch.tensor([ids], dtype=torch.long, device=self.device)
+        return self.tower.opening(self.word_vectors(words)) if len(ids) else None
+
+    def encode_vectors(
+        self, vectors: Tensor, ids: Tensor, opening: Opening | None = None
+    ) -> Tensor:
         """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x
         E.
 
-        known: how many positions at the start are words, not pseudo-words, and the same in every
-        row and many calls: a tower that never looks ahead reads them once (`OpenClipText.embed`).
-        No gradient flows into them.
+        opening: of the words, not pseudo-words, that begin every row; they are not read again, and
+        no gradient flows into them.
         """
-        return self.project_tokens(self.tower.embed(vectors, ids, known))
+        return self.project_tokens(self.tower.embed(vectors, ids, opening))
 
-    def encode_ids(self, ids: Tensor) -> Tensor:
+    def encode_ids(self, ids: Tensor, opening: Opening | None = None) -> Tensor:
         """B x T ids of texts -> L2-normalised text embeddings B x E."""
-        return self.encode_vectors(self.word_vectors(ids), ids, len(self.words.prefix))
+        return self.encode_vectors(self.word_vectors(ids), ids, opening)
 
     @checked(batch_size=whole(1))
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Texts -> L2-normalised embeddings B x E on the CPU. Raises ValueError for no list."""
         texts, parts = check_texts(texts), []
+        # for a single text it would only be more work
+        opening = self.opening(self.words.prefix) if len(texts) > 1 else None
         for start in range(0, len(texts), batch_size):
-            parts.append(
-                self.encode_ids(self.cut(self.tokenize(texts[start : start + batch_size]))).cpu()
-            )
+            ids = self.cut(self.tokenize(texts[start : start + batch_size]))
+            parts.append(self.encode_ids(ids, opening).cpu())
         return self._checked(torch.cat(parts))
 
     def _checked(self, embeddings: Tensor) -> Tensor:

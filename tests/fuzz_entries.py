@@ -485,9 +485,6 @@ def readers() -> list[Entry]:
         reader(
             "images by path", shown, lambda root, file: np.asarray(images.read_image(root / file))
         ),
-        reader(
-            "images, client", shown, lambda root, file: np.asarray(client.read_image(root / file))
-        ),
         reader("images in folders", shown, read_folder),
         reader("captions.csv", {"captions.csv": "csv"}, read_said, True),
         reader("triplets.json", {"triplets.json": "json"}, read_said, True),
@@ -869,7 +866,6 @@ def function_entries() -> list[Entry]:
         {"folder": where},
         folder=WORK / "encoder",
     )
-    add("client.read_image", client.read_image, {"path": where}, path=WORK / "images" / "a.png")
     add(
         "client.read_gallery",
         client.read_gallery,

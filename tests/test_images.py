@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from isa_lite.deploy import client
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.embed import embed_files
 from isa_lite.support import images as images_module
@@ -329,18 +328,6 @@ def test_a_picture_gives_one_embedding_as_a_file_and_as_an_opened_image(tmp_path
     )
 
 
-def test_a_client_without_this_package_reads_every_picture_alike(tmp_path):
-    for file in odd_files(tmp_path):
-        for source in (file.read_bytes(), Image.open(file)):
-            assert np.array_equal(client.decode(source), decode(source)), file.name
-        assert np.array_equal(client.read_image(file), read_image(file)), file.name
-    assert client.FORMATS == images_module.FORMATS
-    assert (client.LONGEST, client.LARGEST_FILE) == (
-        images_module.LONGEST,
-        images_module.LARGEST_FILE,
-    )
-
-
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n0 0 20 20 rectfill\nshowpage\n%%EOF\n"
 
 
@@ -354,42 +341,37 @@ def test_no_other_program_is_started_whatever_a_file_is_called(
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
     (tmp_path / name).write_bytes(EPS)
     good = save(tmp_path / "good.png", picture)
-    for read in (read_image, client.read_image):
-        with pytest.raises(ValueError, match=name):
-            read(tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        read_image(tmp_path / name)
     with pytest.warns(UserWarning, match=name):
         assert ImageFolder(tmp_path).files == [good]
-    for take in (decode, client.decode):
-        with pytest.raises(ValueError, match="EPS"):
-            take(Image.open(tmp_path / name))  # opened elsewhere, not yet read
+    with pytest.raises(ValueError, match="EPS"):
+        decode(Image.open(tmp_path / name))  # opened elsewhere, not yet read
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(1, 60_000), (13_000, 13_000)])
 def test_no_memory_is_spent_on_a_picture_that_is_too_large_or_too_long(tmp_path, size):
     (tmp_path / "large.png").write_bytes(png_header(*size))
-    for read in (read_image, client.read_image):
-        with pytest.raises(ValueError, match="large.png"):
-            read(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="large.png"):
+        read_image(tmp_path / "large.png")
 
 
 def test_a_file_that_no_picture_can_fill_is_not_read(tmp_path, picture):
     save(tmp_path / "good.png", picture)
     with open(tmp_path / "huge.png", "wb") as file:
         file.truncate(2**40)  # sparse: it takes no room on the disk
-    for read in (read_image, client.read_image):
-        with pytest.raises(ValueError, match="huge.png"):
-            read(tmp_path / "huge.png")
+    with pytest.raises(ValueError, match="huge.png"):
+        read_image(tmp_path / "huge.png")
     with pytest.warns(UserWarning, match="huge.png"):
         assert len(ImageFolder(tmp_path)) == 1
 
 
 def test_no_message_holds_an_address_in_memory(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    for read in (read_image, client.read_image):
-        with pytest.raises(ValueError, match="a.png") as error:
-            read(tmp_path / "a.png")
-        assert "0x" not in str(error.value)
+    with pytest.raises(ValueError, match="a.png") as error:
+        read_image(tmp_path / "a.png")
+    assert "0x" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- which

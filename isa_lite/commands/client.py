@@ -25,7 +25,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     import numpy as np
 
-    from isa_lite.deploy.client import QueryClient, read_gallery, read_image
+    from isa_lite.deploy.client import QueryClient, read_gallery
+    from isa_lite.support.images import read_image
 
     embeddings, ids, model = read_gallery(args.gallery)
     if not model:

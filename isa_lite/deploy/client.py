@@ -2,8 +2,8 @@
 onnxruntime.
 
 What a small server has to do, in numpy: cut the image to size, put the prompt together, run two
-networks, and search. It imports no other module of this package, and neither torch nor torchvision;
-a test holds it to that.
+networks, and search. It imports neither torch nor torchvision, nor does what it uses of this
+package; a test holds it to that.
 
 `python -m isa_lite client DIR --gallery FILE --image FILE --modifier TEXT` answers one query.
 
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import html
-import io
 import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,76 +22,26 @@ from typing import Any
 import ftfy
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from isa_lite.support.checkpoint import Between, read_json
+from isa_lite.support.images import check_images, decode
+from isa_lite.support.parameters import check_texts, checked, path_name, whole
+
 #: The files of an exported query side; the settings hold a checksum of each of the others.
-SETTINGS, IMAGE, TEXT, TOKENIZER = (
-    "query.json",
-    "image_to_sentence.onnx",
-    "sentence_to_query.onnx",
-    "tokenizer.json",
-)
+SETTINGS, TOKENIZER = "query.json", "tokenizer.json"
+IMAGE, TEXT = "image_to_sentence.onnx", "sentence_to_query.onnx"
 #: The id that stands where a pseudo-word goes; no word has it.
 PLACEHOLDER = -1
-
-
-#: As in `isa_lite.support.images`: how long and how large a picture may be, and the formats that
-#: Pillow reads without another program.
-LONGEST, LARGEST_FILE = 1000, 2**30
-FORMATS = {
-    *(
-        "AVIF",
-        "BLP",
-        "BMP",
-        "CUR",
-        "DCX",
-        "DDS",
-        "DIB",
-        "FITS",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "GIF",
-        "ICNS",
-        "ICO",
-        "IM",
-        "IMT",
-    ),
-    *(
-        "JPEG",
-        "JPEG2000",
-        "MCIDAS",
-        "MPO",
-        "MSP",
-        "PCD",
-        "PCX",
-        "PIXAR",
-        "PNG",
-        "PPM",
-        "PSD",
-        "QOI",
-        "SGI",
-        "SPIDER",
-        "SUN",
-    ),
-    *("TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
-}
-#: What the settings hold, and of which kind each is.
-_KINDS = {
-    "files": dict,
-    "vl_model": str,
-    "image_size": int,
-    "mean": list,
-    "std": list,
-    "num_tokens": int,
-    "context_length": int,
-    "can_cut": bool,
-    "pad_id": int,
-    "prompt": list,
-    "prompt_without_modifier": list,
-}
+#: What the settings hold (`checkpoint.misfit`), and the limits of their whole numbers.
+_LIMITS = {"image_size": (1, 2048), "num_tokens": (1, 2**16), "context_length": (1, 2**16)}
+_LIMITS |= {"pad_id": (0, 2**31)}
+_HELD = dict.fromkeys(_LIMITS, int) | {"vl_model": str, "can_cut": bool}
+_HELD |= {"mean": (Between(-1e6, 1e6),) * 3, "std": (Between(1e-12, 1e6),) * 3}
+_HELD |= {"files": dict.fromkeys((IMAGE, TEXT, TOKENIZER), str)}
+_HELD |= {"prompt": [object], "prompt_without_modifier": [object]}
 
 
 def checksum(path: Path) -> str:
@@ -112,103 +59,21 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def decode(source: bytes | Image.Image) -> Image.Image:
-    """A picture as `isa_lite.support.images.decode` gives it, and so as the gallery's were read:
-    upright, RGB, laid on white.
-
-    source: the bytes of a file, or a PIL image. Raises what Pillow raises, and ValueError for a
-    format that is not in `FORMATS` and for a picture that is too large or too long to be resized.
-    """
-    most = Image.MAX_IMAGE_PIXELS
-    Image.init()
-    known = [name for name in Image.ID if name in FORMATS and name in Image.OPEN]
-    try:
-        image = (
-            Image.open(io.BytesIO(source), formats=known) if isinstance(source, bytes) else source
-        )
-        bomb, count = (
-            most is not None and image.width * image.height > most,
-            f"{image.width} x {image.height}",
-        )
-    except Image.DecompressionBombError as error:
-        bomb, count = True, str(error)
-    if bomb:
-        raise ValueError(
-            f"too large ({count}); make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS, now {most}"
-        )
-    if image.format not in {None, *FORMATS}:
-        raise ValueError(f"{image.format} is not read here; save it as PNG or JPEG")
-    if max(image.size) > LONGEST * min(image.size):
-        raise ValueError(f"{count} pixels is more than {LONGEST} times as long as wide; crop it")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
-        # no data: black
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        top = values.max()
-        wide = image.mode.startswith("I;16") or top > 255
-        values = (
-            values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
-        )
-        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as `decode` gives it. Raises FileNotFoundError, or ValueError naming it."""
-    path = _path("path", path)
-    try:
-        if (size := os.stat(path).st_size) > LARGEST_FILE:
-            raise ValueError(f"the file has {size / 2**30:.1f} GiB, more than any picture")
-        return decode(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    # whatever a decoder throws at a broken file; Pillow names an address in memory
-    except Exception as error:
-        reason = f"{type(error).__name__}: " + re.sub("image file <.*?>", "the file", str(error))
-        raise ValueError(f"{path} cannot be read as an image ({reason})") from error
-
-
 def _read_settings(path: Path) -> dict:
     """An export's settings. Raises ValueError naming the file and the first unusable one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); export again") from error
+    found = read_json(path, "the settings of an export; export again", _HELD)
 
-    def refuse(name: str) -> ValueError:
-        return ValueError(f"{path}: {name!r} is missing or cannot be used; export again")
+    def good(part: object) -> bool:
+        if isinstance(part, list):
+            return all(type(i) is int and 0 <= i < 2**31 for i in part)
+        return part in ("sentence", "modifier")
 
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no settings of an export; export again")
-    for name, kind in _KINDS.items():
-        if type(found.get(name)) is not kind:
-            raise refuse(name)
-    for name, least, most in (
-        ("image_size", 1, 2048),
-        ("context_length", 1, 2**16),
-        ("pad_id", 0, 2**31),
-        ("num_tokens", 1, 2**16),
-    ):
-        if not least <= found[name] <= most:
-            raise refuse(name)
-    for name in ("mean", "std"):
-        if len(found[name]) != 3 or not all(
-            type(v) in (int, float) and abs(v) <= 1e6 for v in found[name]
-        ):
-            raise refuse(name)
-    if min(found["std"]) <= 0:
-        raise refuse("std")
-    if set(found["files"]) != {IMAGE, TEXT, TOKENIZER}:
-        raise refuse("files")
-    if not isinstance(found.get("read", {}), dict):
-        raise refuse("read")
-    for name in ("prompt", "prompt_without_modifier"):
-        for part in found[name]:
-            ids = isinstance(part, list) and all(type(i) is int and 0 <= i < 2**31 for i in part)
-            if not ids and part not in ("sentence", "modifier"):
-                raise refuse(name)
+    fits = {name: low <= found[name] <= high for name, (low, high) in _LIMITS.items()}
+    fits |= {name: all(map(good, found[name])) for name in ("prompt", "prompt_without_modifier")}
+    fits |= {"files": len(found["files"]) == 3, "read": isinstance(found.get("read", {}), dict)}
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{path}: {name!r} cannot be used; export again")
     return found
 
 
@@ -223,31 +88,6 @@ def _opened(path: Path, opener: Callable, *arguments: object) -> Any:
         raise ValueError(f"{path} cannot be run ({_first_line(error)}); export again") from error
 
 
-def _path(what: str, value: object) -> Path:
-    if (
-        not isinstance(value, (str, os.PathLike))
-        or not os.fspath(value)
-        or "\0" in os.fspath(value)
-    ):
-        raise ValueError(f"{what} must be a path, not {value!r}")
-    return Path(value)
-
-
-def _check_whole(what: str, value: object, least: int, most: int) -> None:
-    if (
-        not isinstance(value, (int, np.integer))
-        or isinstance(value, bool)
-        or not least <= value <= most
-    ):
-        raise ValueError(f"{what} must be a whole number from {least} to {most}, not {value!r}")
-
-
-def _check_list(what: str, values: object) -> None:
-    """Raises ValueError for one text or picture where a list of them is meant."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, np.ndarray)):
-        raise ValueError(f"{what} must be a list, not one {type(values).__name__}")
-
-
 class QueryClient:
     """Images and modifiers -> query embeddings, from a folder that `isa_lite.deploy.export` wrote.
 
@@ -256,15 +96,15 @@ class QueryClient:
     one of this query side.
     """
 
+    # of a thousand million threads, onnxruntime would ask for the memory
+    @checked(folder=path_name(), threads=whole(0, 1024))
     def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
-        folder = _path("folder", folder)
+        folder = Path(folder)
         if not (folder / SETTINGS).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export"
                 " wrote"
             )
-        # of a thousand million, onnxruntime would ask for the memory
-        _check_whole("threads", threads, 0, 1024)
         self.settings = _read_settings(folder / SETTINGS)
         for name, expected in self.settings["files"].items():
             if not (folder / name).is_file():
@@ -282,10 +122,7 @@ class QueryClient:
                 f" the gallery to {vl_model}; their embeddings mean nothing to one another: export"
                 " the query side of that model, or embed the gallery again"
             )
-        self._image, self._text = (
-            _opened(folder / IMAGE, session, threads),
-            _opened(folder / TEXT, session, threads),
-        )
+        self._image, self._text = (_opened(folder / n, session, threads) for n in (IMAGE, TEXT))
         self._tokenizer = _opened(folder / TOKENIZER, lambda path: Tokenizer.from_file(str(path)))
         self._settings_file = folder / SETTINGS
         # absent from files of earlier versions
@@ -313,31 +150,15 @@ class QueryClient:
 
         Raises ValueError for what is no list of pictures, and what `decode` raises.
         """
-        _check_list("images", images)
-        # its rows would be taken for pictures
-        if isinstance(images, np.ndarray) and images.ndim != 4:
-            raise ValueError(
-                f"images must have the shape N x H x W x 3, not {images.shape}; give one array as"
-                " array[None]"
-            )
+        check_images(images)
         size, rows = self.settings["image_size"], []
-        for i, image in enumerate(images):
-            if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
-                if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)):
-                    image = Image.fromarray(image)
-            if not isinstance(image, Image.Image):
-                raise ValueError(
-                    f"images[{i}] must be a PIL image or a uint8 array H x W x 3, not"
-                    f" {_kind(image)}; isa_lite.deploy.client.read_image opens a file"
-                )
+        for image in images:
+            image = image if isinstance(image, Image.Image) else Image.fromarray(image)
             image = decode(image)
-            width, height = image.size
-            if min(width, height) != size:
-                short = min(width, height)
-                image = image.resize(
-                    (int(size * width / short), int(size * height / short)),
-                    Image.Resampling.BICUBIC,
-                )
+            short = min(image.size)
+            if short != size:
+                sides = [int(size * side / short) for side in image.size]
+                image = image.resize(sides, Image.Resampling.BICUBIC)
             left, top = round((image.width - size) / 2), round((image.height - size) / 2)
             rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
         # in memory too, or all that follows is slow
@@ -367,21 +188,12 @@ class QueryClient:
 
         Raises ValueError for a modifier that does not fit, or is no text.
         """
-        _check_list("modifiers", modifiers)
         s, rows = self.settings, []
-        if wrong := [i for i, modifier in enumerate(modifiers) if not isinstance(modifier, str)]:
-            raise ValueError(
-                f"modifiers[{wrong[0]}] must be a text, not {modifiers[wrong[0]]!r}; an empty one"
-                " asks for no change"
-            )
-        for modifier in modifiers:
+        for modifier in check_texts(modifiers, "modifiers"):
             said, row = self.words(modifier), []
             for part in s["prompt" if modifier.strip() else "prompt_without_modifier"]:
-                row += (
-                    {"sentence": [PLACEHOLDER] * s["num_tokens"], "modifier": said}[part]
-                    if isinstance(part, str)
-                    else part
-                )
+                known = {"sentence": [PLACEHOLDER] * s["num_tokens"], "modifier": said}
+                row += known[part] if isinstance(part, str) else part
             if len(row) > s["context_length"]:
                 raise ValueError(
                     f"the prompt is {len(row) - s['context_length']} token(s) too long for the text"
@@ -398,17 +210,15 @@ class QueryClient:
         """Sentences B x L x D and prompts B x T -> L2-normalised query embeddings B x E."""
         return self._run(self._text, "query", {"tokens": tokens, "ids": ids})
 
+    @checked(batch_size=whole(1, 2**31))
     def encode(
         self, images: Sequence, modifiers: Sequence[str], batch_size: int = 128
     ) -> np.ndarray:
         """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
-        _check_list("images", images)
-        _check_list("modifiers", modifiers)
-        _check_whole("batch_size", batch_size, 1, 2**31)
-        if len(images) != len(modifiers) or not len(images):
+        check_images(images)
+        if len(images) != len(check_texts(modifiers, "modifiers")):
             raise ValueError(
-                f"{len(images)} images but {len(modifiers)} modifiers; give at least one image, and"
-                " as many modifiers"
+                f"{len(images)} images but {len(modifiers)} modifiers; give one for each image"
             )
         starts = range(0, len(images), batch_size)
         # first, as it may refuse one
@@ -419,13 +229,7 @@ class QueryClient:
         )
 
 
-def _kind(value: object) -> str:
-    """What somebody gave instead of a picture, for a message."""
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.dtype} with the shape {value.shape}"
-    return f"a {type(value).__name__}"
-
-
+@checked(path=path_name())
 def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
     """What `isa_lite.retrieval.gallery.Gallery.save` wrote: embeddings N x E, their ids, and the
     fingerprint of the model.
@@ -433,7 +237,7 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
     Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or
     has not the length 1.
     """
-    path = _path("path", path)
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no gallery {path}; isa_lite.retrieval.gallery.Gallery.save writes one"

@@ -15,7 +15,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,27 +32,16 @@ from isa_lite.models.text_tower import Opening, text_tower
 from isa_lite.models.tokenization import Words
 from isa_lite.support.hub import WEIGHTS, repository
 from isa_lite.support.images import check_images, to_pixels
-from isa_lite.support.parameters import check_device, checked, optional, path_name, text, whole
+from isa_lite.support.parameters import (
+    check_device,
+    check_texts,
+    checked,
+    optional,
+    path_name,
+    text,
+    whole,
+)
 from isa_lite.support.settings import DATA, SCENES_CLIP
-
-
-def check_texts(texts: object, what: str = "texts") -> list[str]:
-    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for
-    what is no text.
-
-    A text alone would be taken for a list of its letters.
-    """
-    if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__getitem__"):
-        raise ValueError(
-            f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a"
-            " list"
-        )
-    if len(texts) == 0:
-        raise ValueError(f"{what} is empty; give at least one text")
-    for i, one in enumerate(texts):
-        if not isinstance(one, str):
-            raise ValueError(f"{what}[{i}] must be a text, not {one!r}")
-    return list(texts)
 
 
 class VLModel(nn.Module):

@@ -1,4 +1,7 @@
-"""Images from a folder of files, an array or a list of pictures; and as pixels for a network."""
+"""Images from a folder of files, an array or a list of pictures; and as pixels for a network.
+
+PyTorch is imported only where a tensor is made, so that a client without it reads pictures alike.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from isa_lite.support.parameters import checked, path_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
 
 #: A picture that is longer than this many times its short side is refused: resized, it would fill
 #: the memory.
@@ -29,62 +34,13 @@ LARGEST_FILE = 2**30
 #: The formats that are read, by Pillow's names, whatever a file is called. Left out are those for
 #: which Pillow starts another program (EPS runs Ghostscript), asks a handler of the system, or
 #: opens a picture inside the file by any format (IPTC).
-FORMATS = {
-    *(
-        "AVIF",
-        "BLP",
-        "BMP",
-        "CUR",
-        "DCX",
-        "DDS",
-        "DIB",
-        "FITS",
-        "FLI",
-        "FTEX",
-        "GBR",
-        "GIF",
-        "ICNS",
-        "ICO",
-        "IM",
-        "IMT",
-    ),
-    *(
-        "JPEG",
-        "JPEG2000",
-        "MCIDAS",
-        "MPO",
-        "MSP",
-        "PCD",
-        "PCX",
-        "PIXAR",
-        "PNG",
-        "PPM",
-        "PSD",
-        "QOI",
-        "SGI",
-        "SPIDER",
-        "SUN",
-    ),
-    *("TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
-}
+FORMATS = set(
+    "AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF ICNS ICO IM IMT JPEG JPEG2000 MCIDAS MPO"
+    " MSP PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
+)
 #: Kinds of pictures that are not read (phones, cameras, drawings): not to be passed over in
 #: silence.
-UNREAD = {
-    ".heic",
-    ".heif",
-    ".svg",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".raf",
-    ".eps",
-    ".ps",
-    ".wmf",
-    ".emf",
-}
+UNREAD = {*".heic .heif .svg .jxl .dng .cr2 .cr3 .nef .arw .raf .eps .ps .wmf .emf".split()}
 
 
 def _formats() -> list[str]:
@@ -138,12 +94,9 @@ class ImageFolder(Sequence):
         self.broken: dict[Path, str] = {}
         self.duplicates: dict[Path, Path] = {}
         formats = _formats()
-        readable = {
-            ending for ending, name in Image.registered_extensions().items() if name in formats
-        }
-        found = sorted(
-            p for p in _files(self.folder, self.broken) if p.suffix.lower() in readable | UNREAD
-        )
+        readable = {e for e, name in Image.registered_extensions().items() if name in formats}
+        found = _files(self.folder, self.broken)
+        found = sorted(p for p in found if p.suffix.lower() in readable | UNREAD)
         listed = len(found) + len(self.broken)
         seen: dict[bytes, Path] = {}
         digest = hashlib.sha256()
@@ -170,31 +123,25 @@ class ImageFolder(Sequence):
             seen.setdefault(own, path)
             digest.update(own)
             self.files.append(path)
-        first, why = next(iter(self.broken.items()), (None, ""))
+        self.key = digest.hexdigest()
+        self._report(f"{len(self.broken)} of {listed}", len(found), keep_duplicates)
+
+    def _report(self, broken: str, found: int, kept: bool) -> None:
+        """Warns of what is broken or a copy. Raises ValueError where no image is left."""
+        path, why = next(iter(self.broken.items()), (None, ""))
         if not self.files:
+            all_broken = f"; all {len(self.broken)} files are broken, the first: {path} ({why})"
             raise ValueError(
-                f"{self.folder} holds no image that can be read"
-                + (
-                    f"; all {len(self.broken)} files are broken, the first: {first} ({why})"
-                    if self.broken
-                    else ""
-                )
+                f"{self.folder} holds no image that can be read" + all_broken * bool(self.broken)
             )
         if self.broken:
-            warnings.warn(
-                f"skipped {len(self.broken)} of {listed} files in {self.folder}, the first: {first}"
-                f" ({why})",
-                stacklevel=2,
-            )
+            said = f"skipped {broken} files in {self.folder}, the first: {path} ({why})"
+            warnings.warn(said, stacklevel=3)
         if self.duplicates:
             copy, first = next(iter(self.duplicates.items()))
-            done = "kept" if keep_duplicates else "left out"
-            warnings.warn(
-                f"{done} {len(self.duplicates)} of {len(found)} files in {self.folder} that are"
-                f" copies of others, the first: {copy} is {first}",
-                stacklevel=2,
-            )
-        self.key = digest.hexdigest()
+            said = f"{'kept' if kept else 'left out'} {len(self.duplicates)} of {found} files in"
+            said += f" {self.folder} that are copies of others, the first: {copy} is {first}"
+            warnings.warn(said, stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -234,15 +181,10 @@ def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
     """
     most = Image.MAX_IMAGE_PIXELS
     try:
-        image = (
-            Image.open(io.BytesIO(source), formats=_formats())
-            if isinstance(source, bytes)
-            else source
-        )
-        bomb, count = (
-            most is not None and image.width * image.height > most,
-            f"{image.width} x {image.height}",
-        )
+        if isinstance(source, bytes):
+            source = Image.open(io.BytesIO(source), formats=_formats())
+        image, count = source, f"{source.width} x {source.height}"
+        bomb = most is not None and image.width * image.height > most
     except Image.DecompressionBombError as error:
         bomb, count = True, str(error)
     if bomb:
@@ -262,9 +204,10 @@ def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = values.max()
         wide = image.mode.startswith("I;16") or top > 255
-        values = (
-            values / 257 if wide else values * 255 if image.mode == "F" and top <= 1 else values
-        )
+        if wide:
+            values /= 257
+        elif image.mode == "F" and top <= 1:
+            values *= 255
         image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -337,11 +280,8 @@ def check_images(images: object, what: str = "images") -> None:
             if image.ndim != 2 and (image.ndim != 3 or image.shape[2] not in (3, 4)):
                 raise ValueError(f"{what}[{i}] must have the shape H x W x 3, not {image.shape}")
         elif not isinstance(image, Image.Image):
-            hint = (
-                "; isa_lite.support.images.read_image opens a file"
-                if isinstance(image, (str, os.PathLike))
-                else ""
-            )
+            hint = "; isa_lite.support.images.read_image opens a file"
+            hint *= isinstance(image, (str, os.PathLike))
             raise ValueError(
                 f"{what}[{i}] must be a PIL image or a uint8 array H x W x 3, not a"
                 f" {type(image).__name__}{hint}"
@@ -350,11 +290,8 @@ def check_images(images: object, what: str = "images") -> None:
 
 def _check_array(array: np.ndarray, what: str) -> None:
     if array.dtype != np.uint8:
-        hint = (
-            "; floats from 0 to 1: (255 * array).round().astype('uint8')"
-            if array.dtype.kind == "f"
-            else ""
-        )
+        hint = "; floats from 0 to 1: (255 * array).round().astype('uint8')"
+        hint *= array.dtype.kind == "f"
         raise ValueError(f"{what} must hold uint8, 0 to 255, not {array.dtype}{hint}")
     if array.size == 0:
         raise ValueError(f"{what} has no pixels: its shape is {array.shape}")
@@ -376,7 +313,7 @@ def images_key(images: Images) -> str:
     return digest.hexdigest()
 
 
-class _Batches(Dataset):
+class _Batches:
     """Batch number i of a list of index arrays, as pixels."""
 
     def __init__(self, images: Images, batches: Sequence[np.ndarray], to_pixels: Callable):
@@ -389,6 +326,8 @@ class _Batches(Dataset):
         chosen = self.batches[i]
         if isinstance(self.images, np.ndarray):
             return self.to_pixels(self.images[chosen])
+        import torch
+
         # One after the other: a hundred photographs at their full size would take gigabytes.
         return torch.cat([self.to_pixels([self.images[int(j)]]) for j in chosen])
 
@@ -397,9 +336,10 @@ def batch_loader(
     images: Images, batches: Sequence[np.ndarray], to_pixels: Callable, num_workers: int = 0
 ) -> DataLoader:
     """Loads a B x 3 x H x W tensor for each array of indices in `batches`; with workers, ahead."""
-    return DataLoader(
-        _Batches(images, batches, to_pixels), batch_size=None, num_workers=num_workers
-    )
+    from torch.utils.data import DataLoader
+
+    data = _Batches(images, batches, to_pixels)
+    return DataLoader(data, batch_size=None, num_workers=num_workers)
 
 
 def to_pixels(
@@ -415,6 +355,8 @@ def to_pixels(
     Every picture is taken as `decode` gives it, as a file of it would be. Raises ValueError for
     what is no list of pictures.
     """
+    import torch
+
     check_images(images)
     if not isinstance(images, np.ndarray) or images.shape[1:] != (size, size, 3):
         images = [_picture(image) for image in images]

@@ -187,6 +187,25 @@ def device_name() -> Rule:
     return rule
 
 
+def check_texts(texts: object, what: str = "texts") -> list[str]:
+    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for
+    what is no text.
+
+    A text alone would be taken for a list of its letters.
+    """
+    if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__getitem__"):
+        raise ValueError(
+            f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a"
+            " list"
+        )
+    if len(texts) == 0:
+        raise ValueError(f"{what} is empty; give at least one text")
+    for i, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise ValueError(f"{what}[{i}] must be a text, not {one!r}")
+    return list(texts)
+
+
 def check_device(name: str) -> None:
     """Raises ValueError for a device that cannot be used. For cpu PyTorch is not imported."""
     if name == "cpu":

@@ -8,7 +8,6 @@ from torch import nn
 
 from isa_lite.commands import main
 from isa_lite.deploy.bench import backbones, random_model
-from isa_lite.deploy.fold import _pairs, folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.deploy.query_timing import (
     PARTS,
@@ -107,49 +106,6 @@ def test_only_the_warning_of_random_weights_is_hushed_and_only_while_they_are_ma
         not [r for r in caplog.records if "weights" in r.getMessage()]
         and logging.getLogger().filters == filters
     )
-
-
-@pytest.mark.parametrize(
-    "backbone", ["tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "resnet18"]
-)
-def test_a_folded_encoder_says_the_same_without_batch_normalisation(vl, backbone):
-    torch.manual_seed(0)
-    encoder = QueryEncoder.for_model(vl, backbone=backbone, num_tokens=3, width=32, depth=1)
-    # as after training
-    for norm in (m for m in encoder.backbone.modules() if isinstance(m, nn.BatchNorm2d)):
-        nn.init.normal_(norm.running_mean, std=0.1), nn.init.uniform_(norm.running_var, 0.5, 2)
-        nn.init.uniform_(norm.weight, 0.5, 2), nn.init.normal_(norm.bias, std=0.1)
-    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    quick = folded(encoder.train())
-    assert encoder.training and not quick.training  # the original is left as it was
-    assert any(isinstance(m, nn.BatchNorm2d) for m in encoder.backbone.modules())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in quick.backbone.modules())
-    for one, other in zip(encoder.sentences(images)[:2], quick.sentences(images)[:2], strict=True):
-        assert torch.allclose(one, other, atol=1e-3 * float(one.abs().max()))
-    with pytest.raises(ValueError, match="encoder"):
-        quick.save("nowhere")
-
-
-def test_a_normalisation_is_folded_only_into_the_convolution_right_before_it():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.na, self.nb = (
-                nn.Conv2d(3, 3, 1),
-                nn.Conv2d(3, 3, 1),
-                nn.BatchNorm2d(3),
-                nn.BatchNorm2d(3),
-            )
-            self.shared, self.n1, self.n2 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            y = self.shared(x)
-            return self.na(self.a(x)) + self.nb(self.b(x).relu()) + self.n1(y) + self.n2(y)
-
-    net = Net().eval()
-    assert [(c is net.a, n is net.na) for c, n in _pairs(net, torch.randn(1, 3, 4, 4))] == [
-        (True, True)
-    ]
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from isa_lite.deploy.measure import multiply_adds, side_by_side
+from isa_lite.deploy.query_timing import beside_tower
 from isa_lite.models.backbones import LIGHT, build_backbone
 from isa_lite.models.vl_model import VLModel
 from isa_lite.retrieval.embed import embed_files
@@ -42,15 +43,13 @@ def embedding(
         files = [Path(folder) / f"{i:06}.jpg" for i in range(images)]
         for file, picture in zip(files, pictures, strict=True):
             Image.fromarray(picture).save(file, quality=90)
-        ready = [
-            vl.pixels([read_image(f) for f in files[s : s + batch]])
-            for s in range(0, images, batch)
-        ]
+        starts, quick = range(0, images, batch), {"progress": False}
+        ready = [vl.pixels([read_image(f) for f in files[s : s + batch]]) for s in starts]
         calls = {
             "bare image tower": lambda: [vl.encode_pixels(pixels) for pixels in ready],
-            "embed_files": lambda: embed_files(files, vl, None, batch, progress=False),
+            "embed_files": lambda: embed_files(files, vl, None, batch, **quick),
             "embed_files, one thread reads ahead": lambda: embed_files(
-                files, vl, None, batch, num_workers=1, progress=False
+                files, vl, None, batch, num_workers=1, **quick
             ),
         }
         times = side_by_side(calls, rounds, warm_up=1)
@@ -69,34 +68,20 @@ def backbones(
     W; milliseconds; and how many times more the VL image tower (at its own size) takes. Random
     weights: they cost as much as trained ones.
     """
-    pixels, large = (
-        torch.randn(1, 3, image_size, image_size),
-        torch.randn(1, 3, vl.image_size, vl.image_size),
-    )
+    pixels = torch.randn(1, 3, image_size, image_size)
+    large = torch.randn(1, 3, vl.image_size, vl.image_size)
     networks: dict[str, nn.Module] = {"VL image tower": vl.clip.visual}
     calls, maps = {"VL image tower": lambda: vl.encode_pixels(large)}, {"VL image tower": ("", "")}
     for name in names:
         networks[name], stride, shape = build_backbone(name, image_size)
-        calls[name], maps[name] = (
-            partial(networks[name], pixels),
-            (stride, " x ".join(map(str, shape))),
-        )
-    table = pd.DataFrame(
-        {
-            "parameters": {
-                n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in networks.items()
-            }
-        }
-    )
+        calls[name] = partial(networks[name], pixels)
+        maps[name] = stride, " x ".join(map(str, shape))
+    sizes = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in networks.items()}
+    table = pd.DataFrame({"parameters": sizes})
     table["multiply-adds"] = pd.Series({n: multiply_adds(call) for n, call in calls.items()})
-    table["stride"], table["map"] = (
-        pd.Series({n: m[0] for n, m in maps.items()}),
-        pd.Series({n: m[1] for n, m in maps.items()}),
-    )
+    table[["stride", "map"]] = pd.DataFrame.from_dict(maps, "index")
     table["ms"] = pd.Series(side_by_side(calls, rounds))
-    for column in ("multiply-adds", "ms"):
-        table[f"VL tower / {column}"] = table.loc["VL image tower", column] / table[column]
-    return table
+    return beside_tower(table)
 
 
 @contextmanager

@@ -108,12 +108,9 @@ def tokenizer_of(vl: VLModel) -> Tokenizer:
     made.normalizer = normalizers.Lowercase()
     # Words, single digits, and runs of anything else; English endings such as 's stand alone.
     pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(pieces, "removed", invert=True)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     made.decoder = decoders.ByteLevel()
     return made
 
@@ -123,9 +120,8 @@ def prompt_of(vl: VLModel, template: str) -> list[list[int] | str]:
     tokenizer = vl.tokenizer
     parts: list[list[int] | str] = [[tokenizer.sot_token_id]]
     for piece in re.split(r"(\{sentence\}|\{modifier\})", template):
-        parts.append(
-            piece[1:-1] if piece.startswith("{") else tokenizer.encode(tokenizer.clean_fn(piece))
-        )
+        words = piece.startswith("{")
+        parts.append(piece[1:-1] if words else tokenizer.encode(tokenizer.clean_fn(piece)))
     return [part for part in [*parts, [tokenizer.eot_token_id]] if part]
 
 
@@ -148,18 +144,11 @@ def difference(
     """
     rng = np.random.default_rng(seed)
     size = encoder.config.image_size
-    pictures = [
-        Image.fromarray(i) for i in render_many(sample_scenes(3, seed=seed), range(3), size)
-    ]
-    noise = (
-        rng.integers(0, 256, (h, w, 3), np.uint8)
-        for h, w in ((size + 41, 2 * size), (size // 2, size))
-    )
-    pictures += map(Image.fromarray, noise)
-    most, modifiers = (
-        0.0,
-        [text for text in TRIED if text == "" or _fits(vl, encoder, text, template)],
-    )
+    world = render_many(sample_scenes(3, seed=seed), range(3), size)
+    shapes = ((size + 41, 2 * size, 3), (size // 2, size, 3))
+    noise = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+    pictures, most = [Image.fromarray(i) for i in (*world, *noise)], 0.0
+    modifiers = [text for text in TRIED if text == "" or _fits(vl, encoder, text, template)]
     for batch in (1, 2, 5):
         images = pictures[-batch:]
         tokens = encoder.sentences(images).tokens
@@ -168,17 +157,14 @@ def difference(
         for modifier in modifiers:
             said = [""] * (batch - 1) + [modifier]
             ids, places = prompt_ids(vl, tokens.shape[1], said, template)
-            if not np.array_equal(
-                ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), client.prompts(said)
-            ):
+            prompts = client.prompts(said)
+            if not np.array_equal(ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), prompts):
                 raise ValueError(
                     f"the exported tokenizer gives other ids than open_clip's for {modifier!r} in"
                     f" {template!r}"
                 )
             query = compose(vl, tokens, said, template).numpy()
-            most = max(
-                most, float(np.abs(client.compose(found, client.prompts(said)) - query).max())
-            )
+            most = max(most, float(np.abs(client.compose(found, prompts) - query).max()))
     return most
 
 
@@ -204,59 +190,14 @@ def export(
             f" ({vl.name})"
         )
     # before the networks, which take minutes
-    folder, config, tokenizer = Path(folder), encoder.config, tokenizer_of(vl)
+    folder, tokenizer = Path(folder), tokenizer_of(vl)
     folder.mkdir(parents=True, exist_ok=True)
-    encoder.eval()
-    batch = torch.export.Dim("batch", min=1)
-    pixels = torch.zeros(2, 3, config.image_size, config.image_size)
-    tokens, ids = encoder(pixels).tokens.detach(), torch.full((2, vl.context_length), PLACEHOLDER)
-    axes = {0: batch}
-    if vl.tower.can_cut:
-        ids, axes = (
-            ids[:, : vl.context_length // 2],
-            {0: batch, 1: torch.export.Dim("length", min=2, max=vl.context_length)},
-        )
     with tempfile.TemporaryDirectory(dir=folder) as part:
         part = Path(part)
-        to_onnx(
-            ImageToSentence(encoder),
-            {"pixels": pixels},
-            ["tokens", "maps"],
-            {"pixels": {0: batch}},
-            part / IMAGE,
-        )
-        to_onnx(
-            SentenceToQuery(vl),
-            {"tokens": tokens, "ids": ids},
-            ["query"],
-            {"tokens": {0: batch}, "ids": axes},
-            part / TEXT,
-        )
+        length, width = _write_networks(encoder.eval(), vl, part)
         write_text(part / TOKENIZER, tokenizer.to_str() + "\n")
-        settings = {
-            "vl_model": vl.fingerprint,
-            "image_size": config.image_size,
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "num_tokens": tokens.shape[1],
-            "word_width": tokens.shape[2],
-            "context_length": vl.context_length,
-            "can_cut": vl.tower.can_cut,
-            "pad_id": 0,
-            "placeholder": PLACEHOLDER,
-            "template": template,
-            "prompt": prompt_of(vl, template),
-            "prompt_without_modifier": prompt_of(
-                vl, template.replace("{modifier}", "").rstrip(" ,.;:")
-            ),
-            "tokenizer": (
-                "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML"
-                " entities, lower case"
-            ),
-            # what a client compares its own tokenizer with
-            "read": {text: vl.tokenizer.encode(vl.tokenizer.clean_fn(text)) for text in TRIED},
-            "files": {name: checksum(part / name) for name in (IMAGE, TEXT, TOKENIZER)},
-        }
+        settings = _settings(encoder, vl, template) | {"num_tokens": length, "word_width": width}
+        settings["files"] = {name: checksum(part / name) for name in (IMAGE, TEXT, TOKENIZER)}
         write_text(part / SETTINGS, json.dumps(settings))
         most = difference(QueryClient(part), encoder, vl, template)
         if not most <= tolerance:  # also where it is not a number
@@ -264,19 +205,52 @@ def export(
                 f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is"
                 " as it was"
             )
-        settings["made"] = {
-            "difference": most,
-            "date": str(date.today()),
-            "commit": commit(),
-            "versions": {
-                name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime")
-            },
-        }
+        libraries = ("torch", "onnx", "onnxscript", "onnxruntime")
+        settings["made"] = {"difference": most, "date": str(date.today()), "commit": commit()}
+        settings["made"] |= {"versions": {name: version(name) for name in libraries}}
         for name in settings["files"]:
             write_bytes(folder / name, (part / name).read_bytes())
         # last: without it there is no export
         write_text(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return most
+
+
+def _write_networks(encoder: QueryEncoder, vl: VLModel, folder: Path) -> tuple[int, int]:
+    """Both networks as files, traced on two examples; returns a sentence's L and D."""
+    size, length = encoder.config.image_size, vl.context_length
+    axes = {0: torch.export.Dim("batch", min=1)}
+    pixels, free = {"pixels": torch.zeros(2, 3, size, size)}, dict(axes)
+    tokens = encoder(pixels["pixels"]).tokens.detach()
+    to_onnx(ImageToSentence(encoder), pixels, ["tokens", "maps"], {"pixels": axes}, folder / IMAGE)
+    if vl.tower.can_cut:
+        free[1] = torch.export.Dim("length", min=2, max=length)
+        length //= 2
+    said = {"tokens": tokens, "ids": torch.full((2, length), PLACEHOLDER)}
+    dynamic = {"tokens": axes, "ids": free}
+    to_onnx(SentenceToQuery(vl), said, ["query"], dynamic, folder / TEXT)
+    return tokens.shape[1:]
+
+
+def _settings(encoder: QueryEncoder, vl: VLModel, template: str) -> dict:
+    """What a client needs to know beside the networks and the tokenizer."""
+    config, alone = encoder.config, template.replace("{modifier}", "").rstrip(" ,.;:")
+    words = "tokenizer.json is read by the tokenizers library; before it: ftfy.fix_text, HTML"
+    return {
+        "vl_model": vl.fingerprint,
+        "image_size": config.image_size,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "context_length": vl.context_length,
+        "can_cut": vl.tower.can_cut,
+        "pad_id": 0,
+        "placeholder": PLACEHOLDER,
+        "template": template,
+        "prompt": prompt_of(vl, template),
+        "prompt_without_modifier": prompt_of(vl, alone),
+        "tokenizer": f"{words} entities, lower case",
+        # what a client compares its own tokenizer with
+        "read": {text: vl.tokenizer.encode(vl.tokenizer.clean_fn(text)) for text in TRIED},
+    }
 
 
 def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:

@@ -68,14 +68,11 @@ def export_pieces(vl: VLModel, encoder: QueryEncoder, folder: str | Path) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     light = torch.zeros(2, 3, encoder.config.image_size, encoder.config.image_size)
     features = encoder.eval().backbone(light)[0].detach()
+    large = torch.zeros(2, 3, vl.image_size, vl.image_size)
     for name, piece, x in (
         (BACKBONE, _Piece(encoder.backbone, lambda x: encoder.backbone(x)[0]), light),
         (LEARNER, _Piece(encoder.mapping, lambda x: encoder.mapping(x).tokens), features),
-        (
-            LARGE,
-            _Piece(vl.clip.visual, vl.encode_pixels),
-            torch.zeros(2, 3, vl.image_size, vl.image_size),
-        ),
+        (LARGE, _Piece(vl.clip.visual, vl.encode_pixels), large),
     ):
         to_onnx(piece, {"x": x}, ["y"], axes, folder / name)
     return folder
@@ -155,12 +152,9 @@ def latency(
     """
     pictures, said, search = [image], [modifier], _ten_best(gallery)
     client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
-    systems = {
-        "PyTorch, light": sentence_steps(
-            vl, encoder, pictures, said, search, client.settings["template"]
-        ),
-        "PyTorch, symmetric": fusion_steps(vl, pictures, said, search),
-    }
+    light = sentence_steps(vl, encoder, pictures, said, search, client.settings["template"])
+    systems = {"PyTorch, light": light}
+    systems["PyTorch, symmetric"] = fusion_steps(vl, pictures, said, search)
     for name, steps in onnx_steps(vl, client, run, pictures, said, search).items():
         systems[f"onnxruntime, {name}"] = steps
     with _threads(threads):
@@ -182,17 +176,11 @@ def end_to_end_onnx(
     tower's size.
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
     """
-    client, run, search = (
-        QueryClient(exported, threads),
-        piece_sessions(pieces, threads),
-        _ten_best(random_gallery(vl, gallery)),
-    )
-    systems = {}
+    client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
+    pictures, search, systems = blank(vl.image_size), _ten_best(random_gallery(vl, gallery)), {}
     for way, cut in (("cut", True), ("uncut", False)):
-        for name, steps in onnx_steps(
-            vl, client, run, blank(vl.image_size), [MODIFIER], search, cut
-        ).items():
-            systems[f"{name}, {way}"] = steps
+        steps = onnx_steps(vl, client, run, pictures, [MODIFIER], search, cut)
+        systems |= {f"{name}, {way}": made for name, made in steps.items()}
     with _threads(threads):
         ms = timed(systems, rounds)
     return ms, ratios(ms)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,23 +20,26 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Inside, attention is computed by PyTorch's common operations, not by one opaque one."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def multiply_adds(call: Callable[[], object]) -> float:
     """Millions of multiply-adds of one call, by torch's flop counter (which counts two for each).
 
     PyTorch's fast path for attention hides work from the counter, and some versions' fused kernels
     do, so both are off while counting.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-        ):
-            call()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    counter = FlopCounterMode(display=False)
+    with no_fast_path(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call()
     return counter.get_total_flops() / 2e6
 
 
@@ -64,12 +68,9 @@ class _Held(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.alive = {
-            key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()
-        }
-        self.given |= {t.untyped_storage()._cdata for t in self._tensors((args, kwargs))} - set(
-            self.alive
-        )
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        given = {t.untyped_storage()._cdata for t in self._tensors((args, kwargs))}
+        self.given |= given - set(self.alive)
         out = operation(*args, **(kwargs or {}))
         for storage in (tensor.untyped_storage() for tensor in self._tensors(out)):
             if storage._cdata not in self.given:

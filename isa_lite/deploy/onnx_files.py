@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from isa_lite.deploy.client import IMAGE, SETTINGS, TEXT, TOKENIZER, QueryClient, checksum
+from isa_lite.deploy.measure import no_fast_path
 from isa_lite.support.checkpoint import write_bytes, write_text
 
 
@@ -33,9 +34,8 @@ def _quiet():
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*will not be used, since it shares the same shape constraints.*"
-            )
+            shared = ".*will not be used, since it shares the same shape constraints.*"
+            warnings.filterwarnings("ignore", shared)
             yield
     finally:
         logger.setLevel(level)
@@ -55,27 +55,19 @@ def to_onnx(
     with what the exporter says.
     """
     path = Path(path)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation, which ONNX does not have
+    axes, names = {name: dict(a) for name, a in dynamic.items()}, {"input_names": list(inputs)}
+    names |= {"output_names": list(outputs), "dynamic_shapes": axes}
+    how = {"dynamo": True, "verbose": False}
     try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                module.eval(),
-                tuple(inputs.values()),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes={name: dict(axes) for name, axes in dynamic.items()},
-                dynamo=True,
-                verbose=False,
-            )
+        with _quiet(), no_fast_path(), torch.no_grad():
+            program = torch.onnx.export(module.eval(), tuple(inputs.values()), **names, **how)
     except torch.onnx.errors.OnnxExporterError as error:
         raise RuntimeError(f"{path.name} cannot be exported: {error}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
     model = program.model_proto
     # where in whose Python code a node comes from is no business of a client
     for node in model.graph.node:
-        node.ClearField("metadata_props"), node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
     write_bytes(path, model.SerializeToString())
 
 
@@ -97,14 +89,12 @@ def quantize(folder: str | Path, out: str | Path) -> Path:
     settings = QueryClient(folder).settings  # whole, and not tampered with
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as part:
-        kinds = ["MatMul", "Gemm", "Gather"]
+        how = {"op_types_to_quantize": ["MatMul", "Gemm", "Gather"]}
         for name in (IMAGE, TEXT):
             # attention cuts one of its matrices in three while it runs; here before
             whole = Path(part) / f"folded_{name}"
             quant_pre_process(folder / name, whole, skip_symbolic_shape=True)
-            quantize_dynamic(
-                whole, Path(part) / name, op_types_to_quantize=kinds, weight_type=QuantType.QInt8
-            )
+            quantize_dynamic(whole, Path(part) / name, weight_type=QuantType.QInt8, **how)
         write_text(Path(part) / TOKENIZER, (folder / TOKENIZER).read_text(encoding="utf-8"))
         settings["files"] = {name: checksum(Path(part) / name) for name in settings["files"]}
         made = settings.get("made")

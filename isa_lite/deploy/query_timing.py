@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isa_lite.deploy.fold import folded
 from isa_lite.deploy.measure import multiply_adds, peak_activations, side_by_side
 from isa_lite.models.symmetric import LARGE_TOWER
 from isa_lite.models.vl_model import VLModel
@@ -24,14 +23,8 @@ from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 
 #: The parts of a query, in order, and all of them together. Late fusion has no token learner.
-PARTS = (
-    "picture to pixels",
-    "image encoding",
-    "token learner",
-    "prompt (tokenizer)",
-    "text tower",
-    "search",
-)
+PARTS = ("picture to pixels", "image encoding", "token learner", "prompt (tokenizer)")
+PARTS += ("text tower", "search")
 WHOLE = "whole query"
 #: A query as functions by the names of its parts, each of what the one before it gave; the first
 #: gets None.
@@ -49,12 +42,11 @@ def sentence_steps(
     template: str = TEMPLATE,
     cut: bool = True,
 ) -> Steps:
-    """A query as `compose` answers it, from pictures of any size; a light encoder is folded
-    (fold.py).
+    """A query as `compose` answers it, from pictures of any size.
 
     cut: False for a text tower that reads all its positions and forgets them, as open_clip does it.
     """
-    encoder = encoder.eval() if encoder.config.backbone == LARGE_TOWER else folded(encoder)
+    encoder.eval()
     known = opening(vl, template)
 
     def prompt(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,20 +58,12 @@ def sentence_steps(
 
     def read(prompt: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         vectors, ids = splice(vl, *prompt), prompt[1]
-        return (
-            vl.encode_vectors(vectors, ids, known)
-            if cut
-            else vl.pool(vl.text_tokens(vectors, ids), ids)
-        )
+        if cut:
+            return vl.encode_vectors(vectors, ids, known)
+        return vl.pool(vl.text_tokens(vectors, ids), ids)
 
-    steps = (
-        lambda _: encoder.pixels(pictures),
-        encoder.features,
-        lambda x: encoder.mapping(x).tokens,
-        prompt,
-        read,
-        search,
-    )
+    learner = (lambda x: encoder.mapping(x).tokens, prompt)
+    steps = (lambda _: encoder.pixels(pictures), encoder.features, *learner, read, search)
     return dict(zip(PARTS, steps, strict=True))
 
 
@@ -123,16 +107,9 @@ def calls(steps: Steps) -> dict[str, Callable[[], object]]:
 
 def timed(systems: dict[str, Steps], rounds: int) -> pd.DataFrame:
     """Median ms of every part and the whole (rows) of each system (columns), taking turns."""
-    made = {
-        (part, system): call
-        for system, steps in systems.items()
-        for part, call in calls(steps).items()
-    }
-    return (
-        pd.Series(side_by_side(made, rounds))
-        .unstack()
-        .reindex(index=[*PARTS, WHOLE], columns=list(systems))
-    )
+    made = {(part, s): call for s, steps in systems.items() for part, call in calls(steps).items()}
+    times = pd.Series(side_by_side(made, rounds)).unstack()
+    return times.reindex(index=[*PARTS, WHOLE], columns=list(systems))
 
 
 def blank(side: int, batch: int = 1) -> np.ndarray:
@@ -142,19 +119,15 @@ def blank(side: int, batch: int = 1) -> np.ndarray:
 
 def random_gallery(vl: VLModel, images: int) -> Gallery:
     """So many random embeddings of the model's width."""
-    # G x E
-    return Gallery(
-        F.normalize(torch.randn(images, vl.encode_text([MODIFIER]).shape[1]), dim=1), range(images)
-    )
+    width = vl.encode_text([MODIFIER]).shape[1]
+    return Gallery(F.normalize(torch.randn(images, width), dim=1), range(images))  # G x E
 
 
 def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
     """The VL image tower with a token learner of the same kind, untrained: it costs the same."""
-    kept = {
-        name: getattr(encoder.config, name)
-        for name in ("mapping", "num_tokens", "norm_matching", "width", "depth")
-    }
-    return QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **kept)
+    kept = ("mapping", "num_tokens", "norm_matching", "width", "depth")
+    settings = {name: getattr(encoder.config, name) for name in kept}
+    return QueryEncoder.for_model(vl, backbone=LARGE_TOWER, **settings)
 
 
 def cost(
@@ -167,23 +140,29 @@ def cost(
     pictures of the model's size to the ten best of `gallery` random embeddings.
     """
     search, said = partial(random_gallery(vl, gallery).search, k=10), [MODIFIER] * batch
-    light = calls(
-        sentence_steps(vl, encoder, blank(encoder.config.image_size, batch), said, search)
-    )
+    pictures = blank(encoder.config.image_size, batch)
+    light = calls(sentence_steps(vl, encoder, pictures, said, search))
     symmetric = calls(fusion_steps(vl, blank(vl.image_size, batch), said, search))
+
+    def sentence() -> None:
+        light["image encoding"]()
+        light["token learner"]()
+
     rows = {
         "VL image tower": symmetric["image encoding"],
         "light encoder (backbone)": light["image encoding"],
-        "image to sentence (backbone + token learner)": lambda: (
-            light["image encoding"](),
-            light["token learner"](),
-        ),
+        "image to sentence (backbone + token learner)": sentence,
         "text tower, sentence and modifier": light["text tower"],
         "query, light": light[WHOLE],
         "query, symmetric": symmetric[WHOLE],
     }
     table = pd.DataFrame({"multiply-adds": {n: multiply_adds(c) / batch for n, c in rows.items()}})
     table["ms"] = pd.Series(side_by_side(rows, rounds)) / batch
+    return beside_tower(table)
+
+
+def beside_tower(table: pd.DataFrame) -> pd.DataFrame:
+    """The table, with how many times more the row "VL image tower" takes than each."""
     for column in ("multiply-adds", "ms"):
         table[f"VL tower / {column}"] = table.loc["VL image tower", column] / table[column]
     return table
@@ -207,36 +186,25 @@ def split(
         s: sentence_steps(vl, e, blank(e.config.image_size), [MODIFIER], search)
         for s, e in encoders.items()
     }
-    made, image_tower = (
-        {side: calls(steps) for side, steps in systems.items()},
-        list(vl.clip.visual.parameters()),
-    )
+    made = {side: calls(steps) for side, steps in systems.items()}
+    image_tower = list(vl.clip.visual.parameters())
     large = set(map(id, image_tower))
     weights = {}
     for side, model in encoders.items():
+        own = model.config.backbone == LARGE_TOWER
         held = {
-            "image encoding": image_tower
-            if model.config.backbone == LARGE_TOWER
-            else model.backbone.parameters(),
+            "image encoding": image_tower if own else model.backbone.parameters(),
             "token learner": model.mapping.parameters(),
             # a CLIP keeps both towers in one module
             "text tower": (p for p in vl.clip.parameters() if id(p) not in large),
             "search": [stored.embeddings],
         }
-        weights[side] = {
-            part: sum(4 * w.numel() for w in own) / 2**20 for part, own in held.items()
-        }
+        weights[side] = {part: sum(4 * w.numel() for w in ws) / 2**20 for part, ws in held.items()}
         weights[side][WHOLE] = sum(weights[side].values())
-    columns = {
-        "ms": timed(systems, rounds),
-        "multiply-adds": pd.DataFrame(
-            {s: {part: multiply_adds(call) for part, call in c.items()} for s, c in made.items()}
-        ),
-        "weights, MiB": pd.DataFrame(weights),
-        "activations, MiB": pd.DataFrame(
-            {side: {WHOLE: peak_activations(c[WHOLE])} for side, c in made.items()}
-        ),
-    }
+    adds = {s: {part: multiply_adds(call) for part, call in c.items()} for s, c in made.items()}
+    peaks = {side: {WHOLE: peak_activations(c[WHOLE])} for side, c in made.items()}
+    columns = {"ms": timed(systems, rounds), "multiply-adds": pd.DataFrame(adds)}
+    columns |= {"weights, MiB": pd.DataFrame(weights), "activations, MiB": pd.DataFrame(peaks)}
     return pd.concat(columns, axis=1).reindex([*PARTS, WHOLE])
 
 
@@ -245,9 +213,8 @@ def ratios(ms: pd.DataFrame, others: Sequence[str] = ("symmetric",)) -> pd.Serie
     whole, found = ms.loc[WHOLE], {}
     for name in others:
         for other, own in (("uncut", "cut"), ("cut", "cut"), ("uncut", "uncut")):
-            found[f"{name} {other} / light {own}"] = (
-                whole[f"{name}, {other}"] / whole[f"light, {own}"]
-            )
+            ratio = whole[f"{name}, {other}"] / whole[f"light, {own}"]
+            found[f"{name} {other} / light {own}"] = ratio
     return pd.Series(found, name="ratio")
 
 
@@ -267,11 +234,9 @@ def end_to_end(
     systems, encoders = {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}
     for way, cut in (("cut", True), ("uncut", False)):
         for name, model in encoders.items():
-            systems[f"{name}, {way}"] = sentence_steps(
-                vl, model, blank(model.config.image_size), [MODIFIER], search, cut=cut
-            )
-        systems[f"symmetric, {way}"] = fusion_steps(
-            vl, blank(vl.image_size), [MODIFIER], search, cut
-        )
+            what = blank(model.config.image_size), [MODIFIER], search
+            systems[f"{name}, {way}"] = sentence_steps(vl, model, *what, cut=cut)
+        what = blank(vl.image_size), [MODIFIER], search
+        systems[f"symmetric, {way}"] = fusion_steps(vl, *what, cut)
     ms = timed(systems, rounds)
     return ms, ratios(ms, ("symmetric", "symmetric ISA"))

@@ -86,6 +86,16 @@ def _timed(name: str, call: Callable, table: dict[str, list[float]]) -> object:
     return result
 
 
+def _examples(vl: VLModel, config: DistillConfig) -> tuple:
+    """Rendered scenes, their embeddings B x E, their patches B x P x width, negatives M x E."""
+    images = range(config.batch_size)
+    world = scenes.sample_scenes(len(images), seed=config.seed)
+    data = scenes.render_many(world, images, vl.image_size)
+    with torch.no_grad():
+        own, patches = vl.encode_pixels_and_patches(vl.pixels(data))
+    return data, own, patches, F.normalize(torch.randn(config.negatives, own.shape[1]), dim=1)
+
+
 def step_cost(
     vl: VLModel, encoder: QueryEncoder, config: DistillConfig, rounds: int = 7
 ) -> pd.DataFrame:
@@ -97,20 +107,13 @@ def step_cost(
     hold it. The counter takes the gradient of a depthwise convolution's weights for a full one's,
     so the backbone's GFLOP backwards are too many.
     """
-    images = range(config.batch_size)
-    data = scenes.render_many(
-        scenes.sample_scenes(len(images), seed=config.seed), images, vl.image_size
-    )
-    with torch.no_grad():
-        own, patches = vl.encode_pixels_and_patches(vl.pixels(data))  # B x E, B x P x width
-    others = F.normalize(torch.randn(config.negatives, own.shape[1]), dim=1)  # M x E
+    data, own, patches, others = _examples(vl, config)
     encoder.to(memory_format=torch.channels_last)
     distill.train_mode(encoder, distill.frozen_stem(encoder, config))
     pixels = encoder.pixels(data).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        [p for p in encoder.parameters() if p.requires_grad], lr=1e-6, fused=True
-    )
-    local = distill.local_count(len(images), config)
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    local = distill.local_count(len(data), config)
 
     def step(clock: Clock) -> None:
         parts = _Parts(clock)
@@ -145,9 +148,8 @@ def step_cost(
     for _ in range(rounds + 1):  # the first is a warm-up
         step(lambda part, call: _timed(part, call, times))
     rate = median([*rates, product_rate()])
-    table = pd.DataFrame(
-        {"GFLOP": flops, "s": {part: median(seconds[1:]) for part, seconds in times.items()}}
-    )
+    medians = {part: median(seconds[1:]) for part, seconds in times.items()}
+    table = pd.DataFrame({"GFLOP": flops, "s": medians})
     table.loc["whole step"] = table.sum()
     table["s x rate"] = table["s"] * rate
     table.attrs["rate"] = rate

@@ -22,14 +22,8 @@ from isa_lite.support.recipes import RECIPES, START_WORDS
 from isa_lite.support.settings import SCENES, WITHOUT_CHANGE
 
 #: Light families of timm, each with a feature map of stride 16.
-BACKBONES = (
-    "mobilenetv4_conv_small_050",
-    "mobilenetv3_small_100",
-    "tf_efficientnet_lite0",
-    "edgenext_xx_small",
-    "repvit_m0_9",
-    "resnet18",
-)
+BACKBONES = ("mobilenetv4_conv_small_050", "mobilenetv3_small_100", "tf_efficientnet_lite0")
+BACKBONES += ("edgenext_xx_small", "repvit_m0_9", "resnet18")
 TEMPLATES = (
     "a photo of {sentence}, {modifier}",
     "{sentence}, {modifier}",
@@ -37,39 +31,21 @@ TEMPLATES = (
     "a picture of {sentence}, but {modifier}",
 )
 #: What the record keeps of every run's result.
-KEPT = (
-    "methods",
-    "training_seconds",
-    "wall_seconds",
-    "queries",
-    "gallery",
-    "machine",
-    "commit",
-    "date",
-)
+KEPT = ("methods", "training_seconds", "wall_seconds", "queries", "gallery", "machine")
+KEPT += ("commit", "date")
 #: What an entry of a record holds, the result.json of a run, and a record (`checkpoint.misfit`).
 _RESULT = {
     "methods": RECALLS | {"isa": RECALLS[str], "composition ceiling": RECALLS[str]},
     "training_seconds": {"isa": float},
 }
-_RESULT |= {
-    "wall_seconds": float,
-    "queries": int,
-    "gallery": int,
-    "machine": str,
-    "commit": str,
-    "date": str,
-}
+_RESULT |= {"wall_seconds": float, "queries": int, "gallery": int}
+_RESULT |= dict.fromkeys(("machine", "commit", "date"), str)
 ENTRY = _RESULT | {"ablation": str, "label": str, "seed": int, "changed": dict, "key": str}
 RESULT = _RESULT | {"parameters": {"steps": int, "seed": int}}
 _LOOK = {"maps": [[[float]]], "grounding": [float], "elsewhere": [float]}  # of `sentences.look`
 RECORD = {"defaults": {"steps": int}, "runs": [ENTRY], "attention": {str: _LOOK}}
-RECORD |= {
-    "missing": [{"ablation": str, "label": str}],
-    "machine": [str],
-    "commit": [str],
-    "date": [str],
-}
+RECORD |= {"missing": [{"ablation": str, "label": str}]}
+RECORD |= dict.fromkeys(("machine", "commit", "date"), [str])
 #: What a result does not depend on, apart from rounding.
 ASIDE = ("device", "num_workers", "out_dir")
 
@@ -80,10 +56,10 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
     numbers = {
         "tokens": ("num_tokens", (1, 2, 4, 8, 12, 16, 24)),
         "temperature": ("temperature", (0.02, 0.05, 0.1, 0.2)),
+        "noise on words": ("word_noise", (0.0, 0.5, 1.0, 1.5)),
+        "negatives outside the batch": ("negatives", (0, 1024, 8192)),
+        "training images": ("num_images", (250, 1000, 4000, 8000, 16000, 32000)),
     }
-    numbers["noise on words"] = "word_noise", (0.0, 0.5, 1.0, 1.5)
-    numbers["negatives outside the batch"] = "negatives", (0, 1024, 8192)
-    numbers["training images"] = "num_images", (250, 1000, 4000, 8000, 16000, 32000)
     found: dict[str, dict[str, dict]] = {
         "losses": {
             # What is said of LAR is said of the whole of it, not of LAR on a share of each step's
@@ -133,19 +109,12 @@ def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,
         )
     runs: dict[str, dict] = {}
     for seed in seeds:
-        for shown, changed in [
-            (("", "default"), {}),
-            *(
-                ((name, label), c)
-                for name in (only or everything)
-                for label, c in everything[name].items()
-            ),
-        ]:
+        chosen = only or everything
+        values = [((name, label), c) for name in chosen for label, c in everything[name].items()]
+        for shown, changed in [(("", "default"), {}), *values]:
             parameters = {**defaults, "single_vector": False, **changed, "seed": seed}
-            run = runs.setdefault(
-                json.dumps(parameters, sort_keys=True), {"parameters": parameters, "shows": []}
-            )
-            run["shows"].append(shown)
+            key = json.dumps(parameters, sort_keys=True)
+            runs.setdefault(key, {"parameters": parameters, "shows": []})["shows"].append(shown)
     return list(runs.values())
 
 
@@ -170,47 +139,28 @@ def gather(
             if result is None:
                 missing.append(entry)
                 continue
-            entries.append(
-                {
-                    **entry,
-                    "changed": changed(run["parameters"], defaults),
-                    **{n: result[n] for n in KEPT},
-                    "key": run["key"],
-                }
-            )
-    here = {
-        (*shown, run["parameters"]["seed"]) for run in runs if run["key"] for shown in run["shows"]
-    }
+            kept = {n: result[n] for n in KEPT} | {"key": run["key"]}
+            entries.append({**entry, "changed": changed(run["parameters"], defaults), **kept})
+    known = [run for run in runs if run["key"]]
+    here = {(*shown, run["parameters"]["seed"]) for run in known for shown in run["shows"]}
     others = [e for e in stored if (e["ablation"], e["label"], e["seed"]) not in here]
     entries += others
     missing = [m for m in missing if all(m != {name: e[name] for name in m} for e in others)]
     labels = {(entry["ablation"], entry["label"]) for entry in entries}
-    compared = {
-        ablation
-        for ablation, count in Counter(ablation for ablation, _ in labels).items()
-        if count > 1
-    }
+    count = Counter(ablation for ablation, _ in labels)
+    compared = {ablation for ablation, values in count.items() if values > 1}
     entries = [entry for entry in entries if entry["ablation"] in compared or not entry["ablation"]]
     used = [*(results[run["key"]] for run in runs if run["key"] in results), *others]
-    return {
-        "data": "rendered scenes",
-        "defaults": dict(defaults),
-        **{
-            name: sorted({str(r[name]) for r in used})
-            for name in ("machine", "commit", "date", "queries", "gallery")
-        },
-        "runs": entries,
-        "missing": missing,
-    }
+    record = {"data": "rendered scenes", "defaults": dict(defaults)}
+    for name in ("machine", "commit", "date", "queries", "gallery"):
+        record[name] = sorted({str(r[name]) for r in used})
+    return record | {"runs": entries, "missing": missing}
 
 
 def changed(parameters: Mapping, defaults: Mapping) -> dict:
     """What a run changes of the defaults, apart from the seed and what every run sets."""
-    return {
-        n: v
-        for n, v in parameters.items()
-        if v != defaults[n] and n not in (*ASIDE, "seed", "single_vector")
-    }
+    aside = (*ASIDE, "seed", "single_vector")
+    return {n: v for n, v in parameters.items() if v != defaults[n] and n not in aside}
 
 
 def table(record: Mapping) -> pd.DataFrame:
@@ -234,12 +184,8 @@ def table(record: Mapping) -> pd.DataFrame:
     for name, found in rows.items():
         isa = {k: [f["methods"]["isa"][f"R@{k}"] for f in found] for k in (1, 10)}
         ceiling = np.mean([f["methods"]["composition ceiling"]["R@1"] for f in found])
+        share = 100 * np.mean(isa[1]) / max(ceiling, 1e-9)
         cells[name] = {"R@1": cell(isa[1]), "R@10": cell(isa[10])}
-        cells[name]["of the composition ceiling"] = (
-            f"{100 * np.mean(isa[1]) / max(ceiling, 1e-9):.0f}%"
-        )
-        cells[name] |= {
-            "seeds": len(found),
-            "training, s": round(np.mean([f["training_seconds"]["isa"] for f in found])),
-        }
+        cells[name] |= {"of the composition ceiling": f"{share:.0f}%", "seeds": len(found)}
+        cells[name]["training, s"] = round(np.mean([f["training_seconds"]["isa"] for f in found]))
     return pd.DataFrame.from_dict(cells, "index")

@@ -20,13 +20,7 @@ from isa_lite.losses import hardest_other, matching_loss
 from isa_lite.methods.baselines import UNTRAINED, composed
 from isa_lite.models.backbones import RECORD
 from isa_lite.models.vl_model import VLModel, load_vl_model
-from isa_lite.pretraining.towers import (
-    TRAINED_BY,
-    TRAINING,
-    PretrainConfig,
-    SceneBatches,
-    matching_inputs,
-)
+from isa_lite.pretraining.towers import TRAINED_BY, TRAINING, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
 from isa_lite.retrieval.gallery import Gallery
@@ -38,6 +32,7 @@ from isa_lite.support.settings import (
     SCENES_CLIP,
     SCENES_ENCODER,
     WEIGHTS,
+    PretrainConfig,
 )
 from isa_lite.world import scenes
 
@@ -66,9 +61,8 @@ def matching_accuracy(
     rates = []
     for i in range(batches):
         tokens, mask, patches, similarity = matching_inputs(vl, *SceneBatches(config, 9)[i])
-        rates.append(
-            float(matching_loss(vl.matcher, tokens, mask, patches, hardest_other(similarity))[1])
-        )
+        others = hardest_other(similarity)
+        rates.append(float(matching_loss(vl.matcher, tokens, mask, patches, others)[1]))
     return 100 * float(np.mean(rates))
 
 
@@ -100,22 +94,17 @@ def measure(
         for name, rank in ranks.items():
             found.setdefault(name, []).append([recall(rank, k) for k in KS])
         if by_group is None:
-            by_group = group_table(
-                bench, {name: ranks[name] for name in ranks if name == "isa" or "ceiling" in name}
-            )
+            shown = {n: rank for n, rank in ranks.items() if n == "isa" or "ceiling" in n}
+            by_group = group_table(bench, shown)
     rows = {name: np.mean(values, 0).round(1) for name, values in found.items()}
     return pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]), by_group
 
 
 def _markdown(table: pd.DataFrame) -> str:
     lines = ["| | " + " | ".join(table.columns) + " |", "|---" * (len(table.columns) + 1) + "|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {name} | " + " | ".join(map(str, row)) + " |"
-            for name, row in zip(table.index, table.values, strict=True)
-        ]
-    )
+    for row in table.itertuples():
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
 
 
 def vl_card(folder: Path, vl: VLModel) -> str:
@@ -123,10 +112,8 @@ def vl_card(folder: Path, vl: VLModel) -> str:
     record = read_json(folder / "training.json", TRAINED_BY, TRAINING)
     config = record["config"]
     recalls, by_group = measure(vl, None)
-    millions = {
-        n: sum(p.numel() for p in m.parameters()) / 1e6
-        for n, m in (("image", vl.clip.visual), ("match", vl.matcher))
-    }
+    towers = {"image": vl.clip.visual, "match": vl.matcher}
+    millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in towers.items()}
     batch = 5 * config["families"] + config["singles"]
     minutes = " and ".join(
         f"{value:g} minutes for the {name}" for name, value in record["minutes"].items()
@@ -171,9 +158,8 @@ Licence: MIT, like the code.
 
 def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
     """The card of a query encoder that notebook 02 saved into `folder`."""
-    info = read_json(folder / "query_encoder.json", "a query encoder of notebook 02", _ENCODER)[
-        "info"
-    ]
+    file, what = folder / "query_encoder.json", "a query encoder of notebook 02"
+    info = read_json(file, what, _ENCODER)["info"]
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -210,9 +196,8 @@ Licence: MIT, like the code.
 
 def backbone_card(folder: Path) -> str:
     """The card of the weights that `isa_lite.pretraining.light_backbone` wrote into `folder`."""
-    record = read_json(
-        folder / f"{WEIGHTS}.json", "what light_backbone says of its weights", _BACKBONE
-    )
+    what = "what light_backbone says of its weights"
+    record = read_json(folder / f"{WEIGHTS}.json", what, _BACKBONE)
     config = record["config"]
     size = sum(t.numel() for t in read_tensors(folder / f"{WEIGHTS}.safetensors")[0].values()) / 1e6
     return f"""# {folder.name}: what the light backbone starts from

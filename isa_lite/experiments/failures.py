@@ -83,27 +83,17 @@ def failures(bench: Benchmark, queries: Tensor, gallery: Tensor, answers: int = 
     "both alike"); found, the gallery indices of the first answers.
     """
     ranks = benchmark_ranks(bench, queries, gallery)
-    found = (
-        Gallery(gallery, range(len(gallery)))
-        .search(queries, answers, torch.from_numpy(bench.reference))[1]
-        .numpy()
-    )
+    searched = Gallery(gallery, range(len(gallery)))
+    found = searched.search(queries, answers, torch.from_numpy(bench.reference))[1].numpy()
     rows = {}
     for q in np.flatnonzero(ranks > 1):
         scene = [bench.scenes[i] for i in (bench.reference[q], bench.target[q], found[q, 0])]
         kept, followed = kept_and_followed(*scene)
         ignored = "both alike" if kept == followed else "image" if kept < followed else "words"
-        rows[int(q)] = [
-            kind_of(bench.kinds[q]),
-            int(ranks[q]),
-            kept,
-            followed,
-            ignored,
-            found[q].tolist(),
-        ]
-    table = pd.DataFrame.from_dict(
-        rows, "index", columns=["kind", "rank", "kept", "followed", "ignored", "found"]
-    )
+        best = kept, followed, ignored, found[q].tolist()
+        rows[int(q)] = [kind_of(bench.kinds[q]), int(ranks[q]), *best]
+    columns = ["kind", "rank", "kept", "followed", "ignored", "found"]
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns)
     order = (table["kept"] + table["followed"]).to_numpy(float)
     return table.iloc[np.lexsort((-table["rank"].to_numpy(int), order))]
 
@@ -114,11 +104,8 @@ def summary(bench: Benchmark, failed: pd.DataFrame) -> pd.DataFrame:
     counts = kinds.value_counts()
     order = [kind for kind in (*KINDS, "two changes") if (failed["kind"] == kind).any()]
     means = 100 * failed.groupby("kind")[["kept", "followed"]].mean()
-    table = (
-        pd.DataFrame({"queries": counts, "wrong": failed["kind"].value_counts()})
-        .loc[order]
-        .astype(int)
-    )
+    table = pd.DataFrame({"queries": counts, "wrong": failed["kind"].value_counts()})
+    table = table.loc[order].astype(int)
     return table.join(means)
 
 
@@ -153,19 +140,15 @@ def _card(bench: Benchmark, q: int, row: pd.Series) -> str:
         if bench.labels[i] == bench.labels[target]:
             answers.append(_picture(bench, i, f"{place}: the target", style="target"))
         else:
-            judged = kept_and_followed(
-                bench.scenes[reference], bench.scenes[target], bench.scenes[i]
+            scenes = (bench.scenes[j] for j in (reference, target, i))
+            answers.append(
+                _picture(bench, i, f"answer {place}", _bars(*kept_and_followed(*scenes)))
             )
-            answers.append(_picture(bench, i, f"answer {place}", _bars(*judged)))
-    worse = {
-        "image": "First answer: less of the image",
-        "words": "First answer: less of the words",
-        "both alike": "First answer: both alike",
-    }
+    less = "both alike" if row["ignored"] == "both alike" else f"less of the {row['ignored']}"
     return f"""<article data-ignored="{row["ignored"]}"><h3>“{html.escape(bench.texts[q])}”</h3>
 <div class="row"><div class="asked">{_picture(bench, reference, "reference")}
 {_picture(bench, target, f"target, at rank {row['rank']}", style="target")}</div>{"".join(answers)}</div>
-<p class="verdict">{worse[row["ignored"]]} (kept {row["kept"]:.0%}, followed {row["followed"]:.0%}).</p></article>"""
+<p class="verdict">First answer: {less} (kept {row["kept"]:.0%}, followed {row["followed"]:.0%}).</p></article>"""
 
 
 def page(
@@ -187,15 +170,10 @@ def page(
             f'<section id="{kind.replace(" ", "-")}"><h2>{kind}</h2><p class="soft">The {len(some)} worst of '
             f"{table.loc[kind, 'wrong']} wrong first answers to {table.loc[kind, 'queries']} queries.</p>{cards}</section>"
         )
-    choices = (
-        ("all", "all"),
-        ("image", "the image"),
-        ("words", "the words"),
-        ("both alike", "both alike"),
-    )
+    choices = {"all": "all", "image": "the image", "words": "the words", "both alike": "both alike"}
     choose = "".join(
         f'<label><input type="radio" name="ignored" value="{value}"{" checked" if value == "all" else ""}> {label}</label>'
-        for value, label in choices
+        for value, label in choices.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -9,6 +9,7 @@ project, and not a mistake.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from isa_lite.deploy.measure import side_by_side
 from isa_lite.methods.baselines import composed, composition_ceiling, image_plus_text
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
@@ -33,19 +35,14 @@ _RECALL = {f"R@{k}": (Between(0, 100),) * 3 for k in KS}
 _METHODS = {str: _RECALL} | dict.fromkeys(("isa", "image + text", "composition ceiling"), _RECALL)
 #: What the file of a growth curve holds (`checkpoint.misfit`).
 GROWN = {"queries": int, "machine": str, "date": str, "embedding_seconds": Between(0, 1e9)}
-GROWN |= {
-    "points": [
-        {"gallery": Between(1, 1e12), "search_ms": Between(0, 1e9), "methods": _METHODS},
-        ...,
-    ]
-}
+_POINT = {"gallery": Between(1, 1e12), "search_ms": Between(0, 1e9), "methods": _METHODS}
+GROWN |= {"points": [_POINT, ...]}
 
 
 def scene_key(scene: Scene) -> int:
     """64 bits that are equal for equal scenes."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big", signed=True
-    )
+    digest = hashlib.blake2b(repr(scene).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def _shard(vl: VLModel, seed: int, cache: str | Path, start: int, shard: int) -> Path:
@@ -56,9 +53,8 @@ def distractors(
     vl: VLModel, count: int, seed: int, cache: str | Path, shard: int = SHARD, progress: bool = True
 ) -> Iterator:
     """Shards of rendered scenes: embeddings n x E (float16) and `scene_key`s n; kept in `cache`."""
-    with tqdm(
-        total=count, desc="distractors", unit="image", mininterval=2, disable=not progress
-    ) as bar:
+    how = {"desc": "distractors", "unit": "image", "mininterval": 2, "disable": not progress}
+    with tqdm(total=count, **how) as bar:
         for start in range(0, count, shard):
             path = _shard(vl, seed, cache, start, shard)
             stored = read_shard(path)
@@ -69,11 +65,9 @@ def distractors(
                 keys = torch.tensor([scene_key(scene) for scene in world])
                 jitter, parts = rng.integers(2**31, size=shard), []
                 for s in range(0, shard, 500):
-                    parts.append(
-                        vl.encode_images(
-                            render_many(world[s : s + 500], jitter[s : s + 500], vl.image_size)
-                        ).half()
-                    )
+                    some = slice(s, s + 500)
+                    pictures = render_many(world[some], jitter[some], vl.image_size)
+                    parts.append(vl.encode_images(pictures).half())
                 seconds = time.perf_counter() - began
                 stored = {"embeddings": torch.cat(parts), "keys": keys}
                 write_tensors(path, stored, {"seconds": seconds})
@@ -122,21 +116,16 @@ def growth_ranks(
                     if n and count:
                         better[i] += ((scores[:, :n] >= best[i][:, None]) & ~hits[:, :n]).sum(1)
                     elif n and hits[:, :n].any():
-                        best[i] = torch.maximum(
-                            best[i], scores[:, :n].masked_fill(~hits[:, :n], float("-inf")).amax(1)
-                        )
+                        right = scores[:, :n].masked_fill(~hits[:, :n], float("-inf"))
+                        best[i] = torch.maximum(best[i], right.amax(1))
         ranks[name] = (better + 1).numpy()
     return ranks
 
 
 def search_time(embeddings: Tensor, query: Tensor, rounds: int = 15) -> float:
     """Median milliseconds of one exact search (query 1 x E, the ten best)."""
-    gallery, times = Gallery(embeddings, range(len(embeddings))), []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        gallery.search(query, 10)
-        times.append(1000 * (time.perf_counter() - began))
-    return float(np.median(times))
+    gallery = Gallery(embeddings, range(len(embeddings)))
+    return side_by_side({"": lambda: gallery.search(query, 10)}, rounds, warm_up=0)[""]
 
 
 def growth(
@@ -166,41 +155,23 @@ def growth(
     everything = torch.cat([gallery, *(embeddings.float() for embeddings, _ in shards)])
     points = []
     for i, size in enumerate(sizes):
-        recalls = {
-            name: {
-                f"R@{k}": [round(v, 2) for v in (recall(r[i], k), *recall_interval(r[i], k))]
-                for k in KS
-            }
-            for name, r in ranks.items()
-        }
-        times = search_time(everything[: len(gallery) + size], methods["isa"][:1])
-        points.append(
-            {
-                "distractors": size,
-                "gallery": len(gallery) + size,
-                "methods": recalls,
-                "search_ms": round(times, 3),
-            }
-        )
-    return {
-        "data": "rendered scenes",
-        "queries": queries,
-        "seed": seed,
-        "points": points,
-        "embedding_seconds": round(embedding, 3),
-    }
+        recalls = {name: {} for name in ranks}
+        for name, k in itertools.product(ranks, KS):
+            rank = ranks[name][i]
+            values = recall(rank, k), *recall_interval(rank, k)
+            recalls[name][f"R@{k}"] = [round(v, 2) for v in values]
+        count = len(gallery) + size
+        ms = round(search_time(everything[:count], methods["isa"][:1]), 3)
+        sizes_here = {"distractors": size, "gallery": count}
+        points.append(sizes_here | {"methods": recalls, "search_ms": ms})
+    about = {"data": "rendered scenes", "queries": queries, "seed": seed}
+    return about | {"points": points, "embedding_seconds": round(embedding, 3)}
 
 
 def growth_table(found: Mapping, k: int = 1) -> pd.DataFrame:
     """A row a gallery size: Recall@K of each method with its interval, and ms of one search."""
-    rows = {
-        f"{point['gallery']:,}": {
-            **{
-                name: "{:.1f} [{:.1f}, {:.1f}]".format(*values[f"R@{k}"])
-                for name, values in point["methods"].items()
-            },
-            "exact search, ms": point["search_ms"],
-        }
-        for point in found["points"]
-    }
+    told, rows = "{:.1f} [{:.1f}, {:.1f}]", {}
+    for point in found["points"]:
+        row = {name: told.format(*values[f"R@{k}"]) for name, values in point["methods"].items()}
+        rows[f"{point['gallery']:,}"] = row | {"exact search, ms": point["search_ms"]}
     return pd.DataFrame.from_dict(rows, "index")

@@ -69,9 +69,8 @@ def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
 def key(parameters: Mapping, vl_fingerprint: str) -> str:
     """What a run's folder is called: a digest of its parameters and of the VL model's weights."""
     kept = {name: value for name, value in parameters.items() if name not in ASIDE}
-    return hashlib.sha256(json.dumps([kept, vl_fingerprint], sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    digest = hashlib.sha256(json.dumps([kept, vl_fingerprint], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
@@ -83,10 +82,8 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
         notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd()
     )
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    result = {
-        name: found[name]
-        for name in ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")
-    }
+    kept = ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")
+    result = {name: found[name] for name in kept}
     result |= {"parameters": dict(parameters), "wall_seconds": round(time.time() - began, 1)}
     result |= {"commit": commit(), "date": str(date.today())}
     # from now on this run is done
@@ -130,14 +127,11 @@ def execute_all(
 def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[float, str]:
     """An estimate for the runs that wait, and what it is made from."""
     if done:
-        each, source = (
-            np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done]),
-            f"{len(done)} finished runs",
-        )
+        each = np.mean([r["wall_seconds"] / r["parameters"]["steps"] for r in done])
+        source = f"{len(done)} finished runs"
     else:
-        stored = read_json(
-            DATA / "results" / "02_distillation.json", "the stored runs of notebook 02", _STORED
-        )["runs"]
+        file, what = DATA / "results" / "02_distillation.json", "the stored runs of notebook 02"
+        stored = read_json(file, what, _STORED)["runs"]
         each = np.mean([r["training_seconds"]["isa"] / r["params"]["steps"] for r in stored])
         source = "the stored training of notebook 02, without its evaluation"
     return float(each * sum(run["parameters"]["steps"] for run in waiting)), source
@@ -145,72 +139,19 @@ def seconds_ahead(waiting: Sequence[Mapping], done: Sequence[Mapping]) -> tuple[
 
 def sweep(args: Namespace) -> None:
     """Run what is missing, gather everything. Raises ValueError for bad `args` or runs."""
-    defaults = notebook_defaults(args.notebook)
-    if (
-        args.out is None
-        and (args.smoke or args.steps not in (None, defaults["steps"]))
-        and not args.dry_run
-    ):
-        raise ValueError(
-            "a sweep of other steps does not replace one of full length: say with --out where its"
-            " record goes"
-        )
-    given = {
-        "steps": args.steps,
-        "smoke": args.smoke or None,
-        "device": args.device,
-        "recipe": args.recipe,
-    }
-    defaults = complete(
-        defaults | {name: value for name, value in given.items() if value is not None}
-    )
+    defaults = _defaults(args)
     runs = plan(defaults, args.only, args.seeds)
-
-    needed = any(run["parameters"]["vl_model"] == WITHOUT_CHANGE for run in runs)
-    if needed and not Path(WITHOUT_CHANGE).is_dir():
-        training = read_json(DATA / SCENES_CLIP / "training.json", TRAINED_BY, TRAINING)
-        config = PretrainConfig(
-            change=0.0, **{name: training["config"][name] for name in ("steps", "matching_steps")}
-        )
-        run_folder = "runs/pretrain-without-change"
-        took = sum(training["minutes"].values())
-        print(
-            f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes."
-            " Make it by"
-        )
-        print(
-            f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={run_folder}\n  (or"
-            " give --pretrain)"
-        )
-        if args.pretrain and not (args.dry_run or args.gather):
-            pretrain(config, Path(WITHOUT_CHANGE), Path(run_folder))
-    models: dict[str, str] = {}
-    for name in dict.fromkeys(run["parameters"]["vl_model"] for run in runs):
-        if name != WITHOUT_CHANGE or Path(name).is_dir():
-            models[name] = load_vl_model(name, defaults["pretrained"] or None).fingerprint
+    models = _models(args, runs, defaults)
     out = args.out or Path("runs/sweep.json")
-    stored = (
-        read_json(out, "the record of a sweep", RECORD)
-        if args.add and out.exists()
-        else {"runs": [], "attention": {}}
-    )
+    stored = {"runs": [], "attention": {}}
+    if args.add and out.exists():
+        stored = read_json(out, "the record of a sweep", RECORD)
     if stored["runs"] and (why := _foreign(stored, defaults, models)):
         raise ValueError(
             f"--add: the record {out} is of {why}; choose another --out, or leave out --add to"
             " write over it"
         )
-    kept = {entry["key"]: entry for entry in stored["runs"]}
-    results = {}
-    for run in runs:
-        model = models.get(run["parameters"]["vl_model"])
-        run["key"] = key(run["parameters"], model) if model else None
-        done = args.runs / str(run["key"]) / "result.json"
-        if model and done.is_file():
-            results[run["key"]] = read_json(
-                done, "the result of a run; delete it, and it is run again", RESULT
-            )
-        elif run["key"] in kept:
-            results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
+    results = _finished(runs, models, stored, args.runs)
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
     _print_plan(runs, waiting, results, defaults, args.jobs)
     if args.dry_run:
@@ -219,31 +160,78 @@ def sweep(args: Namespace) -> None:
         waiting = []
         if not results:
             raise ValueError(f"--gather: none of these runs is finished in {args.runs}")
-
     failed = []
     ended = execute_all(args.notebook, waiting, args.runs, args.jobs)
     for run, result in tqdm(ended, desc="runs", unit="run", total=len(waiting)):
         if isinstance(result, dict):
             results[run["key"]] = result
         else:
-            failed.append(
-                f"{run['shows']}: {result.ename}: {result.evalue} (see"
-                f" {args.runs / run['key'] / 'executed.ipynb'})"
-            )
+            where = args.runs / run["key"] / "executed.ipynb"
+            failed.append(f"{run['shows']}: {result.ename}: {result.evalue} (see {where})")
             tqdm.write(f"FAILED {failed[-1]}")
     record = gather(runs, results, defaults, stored["runs"])
     first = min((entry["seed"] for entry in record["runs"]), default=0)
-    record["attention"] = (
-        _attention(runs, results, args.runs, first, stored["attention"]) or stored["attention"]
-    )
+    looked = _attention(runs, results, args.runs, first, stored["attention"])
+    record["attention"] = looked or stored["attention"]
+    picture = out.with_suffix(".png")
     write_text(out, json.dumps(record) + "\n")
-    write_bytes(out.with_suffix(".png"), figures.png(figures.ablations(record)))
+    write_bytes(picture, figures.png(figures.ablations(record)))
     print(table(record).to_string())
-    print(
-        f"{len(results)} of {len(runs)} runs; written to {out} and {out.with_suffix('.png').name}"
-    )
+    print(f"{len(results)} of {len(runs)} runs; written to {out} and {picture.name}")
     if failed:
         raise ValueError(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
+def _defaults(args: Namespace) -> dict:
+    """The notebook's parameters with what was given in their place, complete."""
+    defaults = notebook_defaults(args.notebook)
+    shorter = args.smoke or args.steps not in (None, defaults["steps"])
+    if shorter and args.out is None and not args.dry_run:
+        raise ValueError(
+            "a sweep of other steps does not replace one of full length: say with --out where its"
+            " record goes"
+        )
+    given = {"steps": args.steps, "smoke": args.smoke or None}
+    given |= {"device": args.device, "recipe": args.recipe}
+    return complete(defaults | {name: v for name, v in given.items() if v is not None})
+
+
+def _models(args: Namespace, runs: Sequence[Mapping], defaults: Mapping) -> dict[str, str]:
+    """The fingerprints of the VL models of the runs, as far as they are there or --pretrain makes
+    them.
+    """
+    names = dict.fromkeys(run["parameters"]["vl_model"] for run in runs)
+    if WITHOUT_CHANGE in names and not Path(WITHOUT_CHANGE).is_dir():
+        training = read_json(DATA / SCENES_CLIP / "training.json", TRAINED_BY, TRAINING)
+        kept = {name: training["config"][name] for name in ("steps", "matching_steps")}
+        config, folder = PretrainConfig(change=0.0, **kept), "runs/pretrain-without-change"
+        took = sum(training["minutes"].values())
+        print(
+            f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes."
+            " Make it by"
+        )
+        print(f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={folder}")
+        print("  (or give --pretrain)")
+        if args.pretrain and not (args.dry_run or args.gather):
+            pretrain(config, Path(WITHOUT_CHANGE), Path(folder))
+    there = [name for name in names if name != WITHOUT_CHANGE or Path(name).is_dir()]
+    tag = defaults["pretrained"] or None
+    return {name: load_vl_model(name, tag).fingerprint for name in there}
+
+
+def _finished(runs: Sequence[dict], models: Mapping, stored: Mapping, folder: Path) -> dict:
+    """Gives each run its key (None without its VL model); the results that are there, by key."""
+    kept, results = {entry["key"]: entry for entry in stored["runs"]}, {}
+    for run in runs:
+        model = models.get(run["parameters"]["vl_model"])
+        run["key"] = key(run["parameters"], model) if model else None
+        done = folder / str(run["key"]) / "result.json"
+        if model and done.is_file():
+            what = "the result of a run; delete it, and it is run again"
+            results[run["key"]] = read_json(done, what, RESULT)
+        elif run["key"] in kept:
+            results[run["key"]] = {**kept[run["key"]], "parameters": run["parameters"]}
+    return results
 
 
 def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:
@@ -272,10 +260,8 @@ def _print_plan(
 ) -> None:
     for run in runs:
         state = "done" if run["key"] in results else "to run" if run["key"] else "no VL model"
-        what = (
-            ", ".join(f"{n}={v!r}" for n, v in changed(run["parameters"], defaults).items())
-            or "defaults"
-        )
+        set_here = changed(run["parameters"], defaults)
+        what = ", ".join(f"{n}={v!r}" for n, v in set_here.items()) or "defaults"
         print(f"{state:12} seed {run['parameters']['seed']}  {what}")
     ahead, source = seconds_ahead(waiting, list(results.values()))
     print(
@@ -294,18 +280,13 @@ def _attention(
     """
     found, encoders, vl = {}, [], None
     for run in runs:
-        if (
-            run["key"] in results
-            and run["parameters"]["seed"] == seed
-            and any(a == "tokens" for a, _ in run["shows"])
-        ):
+        given, shown = run["parameters"], any(a == "tokens" for a, _ in run["shows"])
+        if run["key"] in results and given["seed"] == seed and shown:
             # a folder without is that of a run that was stopped
             if (folder / run["key"] / "result.json").is_file():
-                vl = vl or load_vl_model(
-                    run["parameters"]["vl_model"], run["parameters"]["pretrained"] or None
-                )
+                vl = vl or load_vl_model(given["vl_model"], given["pretrained"] or None)
                 encoders.append(QueryEncoder.load(folder / run["key"], vl))
-            elif (length := str(run["parameters"]["num_tokens"])) in stored:
+            elif (length := str(given["num_tokens"])) in stored:
                 found[length] = stored[length]
     found |= look(encoders) if encoders else {}
     return dict(sorted(found.items(), key=lambda item: int(item[0])))

@@ -23,7 +23,7 @@ from torchvision import transforms as T
 from isa_lite.mappings import MAPPINGS
 from isa_lite.models.backbones import build_backbone, check_backbone, start_config
 from isa_lite.models.symmetric import LARGE_TOWER
-from isa_lite.models.vl_model import VLModel
+from isa_lite.models.vl_model import VLModel, digest
 from isa_lite.prompt import start_vectors
 from isa_lite.support.checkpoint import (
     check_weights,
@@ -161,6 +161,7 @@ class QueryEncoder(nn.Module):
             with torch.device("meta"):  # shapes, and no numbers
                 _check_shapes(MAPPINGS[config.mapping](*settings), shapes, "mapping.")
         self.mapping = MAPPINGS[config.mapping](*settings)
+        self.info: dict = {}  # what was saved beside the settings, for the reader
         self.config = config = replace(
             config, stride=stride, num_tokens=len(self.mapping.to_word.start)
         )
@@ -195,6 +196,11 @@ class QueryEncoder(nn.Module):
         if config.start_words:
             encoder.mapping.to_word.start_from(start_vectors(vl, config.start_words))
         return encoder
+
+    @property
+    def fingerprint(self) -> str:
+        """A key that changes with any weight."""
+        return digest(sorted(self.state_dict().items()))
 
     def forward(self, pixels: Tensor, reads: bool = False) -> Sentence:
         """pixels: B x 3 x H x W -> tokens B x L x D, attention maps B x L x h x w, and all reads if
@@ -268,7 +274,7 @@ class QueryEncoder(nn.Module):
                 f"{folder} holds no {weights.name}, which belongs to its {settings.name}; save it"
                 " again"
             )
-        config = _read_config(settings)
+        config, info = _read_config(settings)
         if vl is not None and config.vl_model != vl.fingerprint:
             raise ValueError(
                 f"the query encoder in {folder} belongs to VL model {config.vl_model}, not"
@@ -288,13 +294,17 @@ class QueryEncoder(nn.Module):
             raise ValueError(
                 f"{weights} does not fit its {settings.name}: {' '.join(str(error).split())[:300]}"
             ) from error
+        encoder.info = info
         return encoder.eval()
 
 
-def _read_config(path: Path) -> QueryEncoderConfig:
+def _read_config(path: Path) -> tuple[QueryEncoderConfig, dict]:
     """The settings in a query_encoder.json. Raises ValueError naming the file and the setting."""
-    found = read_json(path, "the settings of a query encoder").get("config")
+    content = read_json(path, "the settings of a query encoder")
+    found, info = content.get("config"), content.get("info", {})
     try:
+        if not isinstance(info, dict):
+            raise ValueError("its info is no object")
         if not isinstance(found, dict):
             raise ValueError("it has no config")
         known = {field.name: field.default is MISSING for field in fields(QueryEncoderConfig)}
@@ -306,7 +316,7 @@ def _read_config(path: Path) -> QueryEncoderConfig:
         # what `save` writes has no gaps
         if config.image_size is None or config.mean is None or config.std is None:
             raise ValueError("it lacks image_size, mean or std")
-        return _filled(config)
+        return _filled(config), info
     except ValueError as error:
         raise ValueError(f"{path} holds no settings of a query encoder: {error}") from error
 

@@ -37,7 +37,7 @@ from isa_lite.models import vl_model
 from isa_lite.pretraining import folder as pretrain_folder
 from isa_lite.pretraining import folder_batches, light_backbone
 from isa_lite.pretraining import towers as pretrain
-from isa_lite.retrieval import embed, evaluate, gallery, own_data
+from isa_lite.retrieval import embed, gallery, metrics, own_data, rendered, results
 from isa_lite.support import checkpoint, images, settings, training
 from isa_lite.world import icons, scenes
 
@@ -453,7 +453,7 @@ def read_compare(root: Path, file: str) -> str:
     kept = json.loads(next((WORK / "compare").iterdir()).read_text())
     # a record of other settings is made again, which takes minutes
     compare.rivals = lambda *arguments: kept
-    return evaluate.runs_table(
+    return results.runs_table(
         [compare.kept_rivals(HELD["vl"], 0, compare.CompareConfig(), root / "compare")], None
     ).to_string()
 
@@ -947,7 +947,7 @@ def function_entries() -> list[Entry]:
         **form,
         **k4,
     )
-    add("make_benchmark", evaluate.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
+    add("make_benchmark", rendered.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
     add("sample_scenes", scenes.sample_scenes, {}, n=2, seed=0)
     add(
         "write_tiny",
@@ -970,13 +970,13 @@ def function_entries() -> list[Entry]:
         size=32,
     )
     add("export", partial(export.export, encoder, vl), {"folder": places}, folder="client", **form)
-    add("recall", evaluate.recall, {"rank": ranks}, rank=np.array([1, 2]), k=1)
+    add("recall", metrics.recall, {"rank": ranks}, rank=np.array([1, 2]), k=1)
     wrong = {
         "queries": asked,
         "reference": bad("x", None, [0.0, 1.0], np.array([0]), np.array([n, 0]), np.array([-5, 0])),
     }
     wrong |= {"hits": bad(hits[:, :3], ~hits, None)}
-    call = partial(evaluate.ranks, gallery=g.embeddings)
+    call = partial(metrics.ranks, gallery=g.embeddings)
     add("ranks", call, wrong, queries=unit[:2], reference=np.array([0, 1]), hits=hits)
     return made
 

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from isa_lite.benchmarks import circo, cirr, common, fashioniq
 from isa_lite.benchmarks.common import Query, Ranking, Task, average_precision_at, rank, recall_at
-from isa_lite.benchmarks.run import RunConfig, query_embeddings, run
+from isa_lite.benchmarks.run import RunConfig, run
 from isa_lite.benchmarks.tiny import LABEL, write_tiny
 from isa_lite.commands import main
 from isa_lite.deploy import export
+from isa_lite.methods.baselines import UNTRAINED
+from isa_lite.methods.isa import Isa
 from isa_lite.prompt import TEMPLATE, compose, prompt_ids
 from isa_lite.query_encoder import QueryEncoder
 
@@ -228,14 +230,15 @@ def test_a_name_twice_in_a_split_file_is_one_image_and_told(fashioniq_root):
 def test_the_embeddings_of_both_orders_are_averaged(fashioniq_root, vl):
     task = fashioniq.load(fashioniq_root)[0]
     image = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    found = query_embeddings(task, "text only", vl, image)
+    queries = task.embedded(vl, image)
+    found = UNTRAINED["text only"](queries)
     for query, row in zip(task.queries, found, strict=True):
         a, b = vl.encode_text(query.texts)
         torch.testing.assert_close(row, (a + b) / (a + b).norm())
-    summed = query_embeddings(task, "image + text", vl, image)
+    summed = UNTRAINED["image + text"](queries)
     references = image[[0, 3, 4]]
     torch.testing.assert_close(summed, F.normalize(references + found, dim=1))
-    torch.testing.assert_close(query_embeddings(task, "image only", vl, image), references)
+    torch.testing.assert_close(UNTRAINED["image only"](queries), references)
 
 
 def test_fashioniq_writes_each_entry_with_its_ranking(fashioniq_root, tmp_path):
@@ -742,7 +745,7 @@ def test_a_dollar_or_a_brace_in_a_caption_is_text(circo_root, vl):
     put(circo_root / "annotations/val.json", entries)
     (task,) = circo.load(circo_root)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
-    found = query_embeddings(task, "isa", vl, torch.zeros(7, 16), encoder)
+    found = Isa(encoder)(task.embedded(vl, torch.zeros(7, 16)))
     pictures = [Image.open(task.files[q.reference]).convert("RGB") for q in task.queries]
     one_by_one = [
         compose(vl, encoder.sentences([p]).tokens, q.texts)
@@ -751,7 +754,8 @@ def test_a_dollar_or_a_brace_in_a_caption_is_text(circo_root, vl):
     torch.testing.assert_close(found, torch.cat(one_by_one), atol=1e-5, rtol=1e-4)
     entries[0]["relative_caption"] = "costs {sentence} and more"
     put(circo_root / "annotations/val.json", entries)
-    other = query_embeddings(circo.load(circo_root)[0], "isa", vl, torch.zeros(7, 16), encoder)
+    (task,) = circo.load(circo_root)
+    other = Isa(encoder)(task.embedded(vl, torch.zeros(7, 16)))
     assert not torch.allclose(found[0], other[0], atol=1e-3)
 
 
@@ -1145,7 +1149,7 @@ def test_what_a_submission_of_the_validation_split_scores_is_what_the_run_printe
     result = run("cirr", cirr_root, vl, ["text only"])
     (task,) = cirr.load(cirr_root)
     gallery = vl.encode_images([Image.open(p).convert("RGB") for p in task.files.values()])
-    ranking = rank(task, query_embeddings(task, "text only", vl, gallery), gallery)
+    ranking = rank(task, UNTRAINED["text only"](task.embedded(vl, gallery)), gallery)
     recall, subset = cirr.write_submissions(tmp_path, [task], [ranking])
     lists = [json.loads(p.read_text()) for p in (recall, subset)]
     again = cirr.score(

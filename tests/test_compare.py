@@ -8,11 +8,14 @@ import pytest
 from isa_lite.commands import main
 from isa_lite.experiments import compare, sweep
 from isa_lite.experiments.compare import CompareConfig
-from isa_lite.methods.baselines import UNTRAINED, composed
-from isa_lite.methods.fusion import FUSIONS
+from isa_lite.methods.baselines import UNTRAINED
+from isa_lite.methods.fusion import FUSIONS, Fusion
+from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import DATA, load_vl_model
+from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark, recall
+from isa_lite.retrieval.metrics import recall
+from isa_lite.retrieval.rendered import make_benchmark
 
 TINY = CompareConfig(
     num_images=24,
@@ -31,9 +34,7 @@ BUDGET = {name: getattr(CompareConfig(), name) for name in ("num_images", "steps
 def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
     vl = load_vl_model()
     chosen_on = []
-    monkeypatch.setattr(
-        compare, "choose_weight", lambda fuse, bench, vl, gallery: chosen_on.append(bench) or 0.5
-    )
+    monkeypatch.setattr(Fusion, "fit", lambda self, bench: chosen_on.append(bench) or self)
     encoder = QueryEncoder.for_model(vl, num_tokens=2)
     symmetric = QueryEncoder.for_model(vl, backbone="vl", num_tokens=2)
     found = compare.rivals(vl, 7, TINY, progress=False)
@@ -49,16 +50,17 @@ def test_every_method_is_measured_on_the_benchmark_of_the_seed(monkeypatch):
         not set(other.texts) & set(bench.texts) or other.scenes[0] != bench.scenes[0]
         for other in chosen_on
     )
-    measured = found["methods"] | compare.query_encoders(
-        bench, vl, {"isa": encoder, "symmetric isa": symmetric}
+    measured = found["methods"] | compare.recalls(
+        bench.embedded(vl), {"isa": Isa(encoder), "symmetric isa": Isa(symmetric)}
     )
     gallery = vl.encode_images(bench.images)
+    tokens = [e.sentences(bench.images[bench.reference]).tokens for e in (encoder, symmetric)]
     for name, queries in (
-        ("isa", composed(bench, vl, encoder)),
-        ("symmetric isa", composed(bench, vl, symmetric)),
+        ("isa", compose(vl, tokens[0], bench.texts)),
+        ("symmetric isa", compose(vl, tokens[1], bench.texts)),
         ("text only", vl.encode_text(bench.texts)),
     ):
-        expected = recall(benchmark_ranks(bench, queries, gallery), 10)
+        expected = recall(bench.ranks(queries, gallery), 10)
         assert measured[name]["R@10"] == pytest.approx(expected, abs=0.01)
 
 
@@ -124,16 +126,16 @@ def counted(monkeypatch):
         }
         return found | {"training_seconds": {}, "weights": {}}
 
-    def query_encoders(bench, vl, encoders):
-        light = {"isa": 30.0, "symmetric isa": 40.0 + bench}
-        assert {name: encoder.config.backbone == "vl" for name, encoder in encoders.items()} == {
-            name: name != "isa" for name in encoders
+    def recalls(seed, methods):
+        light = {"isa": 30.0, "symmetric isa": 40.0 + seed}
+        assert {name: m.encoder.config.backbone == "vl" for name, m in methods.items()} == {
+            name: name != "isa" for name in methods
         }
-        return {name: dict.fromkeys(("R@1", "R@5", "R@10"), light[name]) for name in encoders}
+        return {name: dict.fromkeys(("R@1", "R@5", "R@10"), light[name]) for name in methods}
 
     monkeypatch.setattr(compare, "rivals", rivals)
-    monkeypatch.setattr(compare, "query_encoders", query_encoders)
-    monkeypatch.setattr(compare, "make_benchmark", lambda queries, gallery, seed, size: seed)
+    monkeypatch.setattr(compare, "recalls", recalls)
+    monkeypatch.setattr(compare, "benchmark", lambda vl, seed, config: seed)
     return asked
 
 

@@ -23,10 +23,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from isa_lite.course.answers import NotAnAnswer, one_number, same_as
 from isa_lite.losses import gcd_loss
-from isa_lite.methods import baselines
+from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import evaluate
+from isa_lite.retrieval import metrics, rendered
 from isa_lite.retrieval.gallery import Gallery
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,12 +112,12 @@ WRONG = {
     ],
     "02 recall_with_template": [
         ("return 0.0", "with the template of training it must give the table's"),
-        ("baselines.composed(benchmark, vl, encoder, words)", "`return` missing"),
-        ("return baselines.composed(benchmark, vl, encoder, words)", "one number is asked for"),
+        ("Isa(encoder, words)(benchmark)", "`return` missing"),
+        ("return Isa(encoder, words)(benchmark)", "one number is asked for"),
         ('return r1["isa"]', "does your answer use `words`?"),
         (
-            "q = baselines.composed(benchmark, vl, encoder)"
-            "; return evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1)",
+            "q = Isa(encoder)(benchmark)"
+            "; return metrics.recall(benchmark.ranks(q), 1)",
             "does your answer use `words`?",
         ),
         ('return r1["isa"] / 100', "right as a share"), ('return [r1["isa"]]', "one number is asked for"),
@@ -152,7 +152,7 @@ WRONG = {
         ("return round(float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean()), 4)", "nothing rounded"),
     ],
     "03 my_recall": [
-        ("return 100 * float((rank[:10] <= k).mean())", "evaluate.recall gives"),
+        ("return 100 * float((rank[:10] <= k).mean())", "metrics.recall gives"),
         ("return float((rank <= k).mean())", "right as a share"),
         ("return 100 * float((rank < k).mean())", "rank 10 belongs"),
         ("return (rank <= k).sum()", "these are counts"),
@@ -371,7 +371,7 @@ WRONG = {
         (
             "best = max(scores[t] for t in targets); return min(3, 1 + sum(s >= best for i, s in enumerate(scores) if i != "
             "reference and i not in targets))",
-            "evaluate.score_ranks gives",
+            "metrics.score_ranks gives",
         ),
         ("return 1 + sum(s >= max(scores[t] for t in targets) for i, s in enumerate(scores) if i not in targets)", "reference"),
         ("return 5", "*any* of them"), ("pass", "`return` missing"),
@@ -623,11 +623,11 @@ ALSO_RIGHT = {
         "return torch.einsum('lhw,chw->lc', logits.flatten(1).softmax(1).view_as(logits), features)"
     ],
     "02 recall_with_template": [
-        "q = baselines.composed(benchmark, vl, encoder, words)"
-        "; return torch.tensor(evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1))",
+        "q = Isa(encoder, words)(benchmark)"
+        "; return torch.tensor(metrics.recall(benchmark.ranks(q), 1))",
         # off by what float32 may be off by
-        "q = baselines.composed(benchmark, vl, encoder, words)"
-        "; return (1 + 6e-8) * evaluate.recall(evaluate.benchmark_ranks(benchmark, q, embedded), 1)",
+        "q = Isa(encoder, words)(benchmark)"
+        "; return (1 + 6e-8) * metrics.recall(benchmark.ranks(q), 1)",
     ],
     "02 one_way": [
         "return float(-(query @ target.T / temperature).log_softmax(1).diagonal().mean())",
@@ -686,13 +686,10 @@ def names() -> dict:
     """
     vl = load_vl_model()
     isa = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
-    bench = evaluate.make_benchmark(30, 150, seed=1, size=vl.image_size)
-    embedded = vl.encode_images(bench.images)
-    r1 = {
-        "isa": evaluate.recall(
-            evaluate.benchmark_ranks(bench, baselines.composed(bench, vl, isa), embedded), 1
-        )
-    }
+    bench = rendered.make_benchmark(30, 150, seed=1, size=vl.image_size)
+    bench = bench.embedded(vl)
+    embedded = bench.gallery
+    r1 = {"isa": metrics.recall(bench.ranks(Isa(isa)(bench)), 1)}
     return {
         "vl": vl, "isa": isa, "encoder": isa, "bench": bench, "benchmark": bench, "world": bench, "embedded": embedded, "r1": r1,
         "gallery_index": Gallery(embedded, [str(i) for i in range(150)]), "gcd_loss": gcd_loss,
@@ -757,7 +754,7 @@ def test_of_the_two_wishes_that_the_first_notebook_proposes_one_can_be_had():
         "*in striped style instead* has its answer in the gallery, *make the cross bigger* has none"
         in cells["cell-15"]
     )
-    bench = evaluate.make_benchmark(gallery // 5, gallery, seed, 8)
+    bench = rendered.make_benchmark(gallery // 5, gallery, seed, 8)
     scene = bench.scenes[bench.reference[number]]
     (cross,) = scene.objects
     assert (cross.shape, cross.size) == ("cross", "small") and scene.style != "striped"

@@ -23,12 +23,13 @@ from isa_lite.deploy.export import export, measured_recall, to_onnx
 from isa_lite.deploy.latency import end_to_end_onnx, export_pieces, latency, search_times
 from isa_lite.deploy.onnx_files import quantize
 from isa_lite.deploy.query_timing import MODIFIER, PARTS, WHOLE, blank, calls, timed
-from isa_lite.methods.baselines import composed
+from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.prompt import compose, prompt_ids
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import KS, benchmark_ranks, make_benchmark, recall
 from isa_lite.retrieval.gallery import Gallery
+from isa_lite.retrieval.metrics import KS, recall
+from isa_lite.retrieval.rendered import make_benchmark
 from isa_lite.support import images
 from isa_lite.support.images import ImageFolder, read_image
 
@@ -535,11 +536,9 @@ def test_eight_bits_keep_the_answers_nearly(pair, folder, tmp_path, pictures, ca
 def test_recall_of_the_files_is_recall_of_pytorch(pair, folder):
     vl, encoder = pair
     bench = make_benchmark(12, 60, seed=1, size=vl.image_size)
-    gallery = vl.encode_images(bench.images)
-    rank = benchmark_ranks(bench, composed(bench, vl, encoder), gallery)
-    assert measured_recall(QueryClient(folder), bench, gallery) == {
-        f"R@{k}": recall(rank, k) for k in KS
-    }
+    bench = bench.embedded(vl)
+    rank = bench.ranks(Isa(encoder)(bench))
+    assert measured_recall(QueryClient(folder), bench) == {f"R@{k}": recall(rank, k) for k in KS}
     # A client that knows which target belongs to a reference is always right.
     points = torch.nn.functional.normalize(torch.randn(60, 8), dim=1)
     right = {
@@ -549,7 +548,7 @@ def test_recall_of_the_files_is_recall_of_pytorch(pair, folder):
     knows = SimpleNamespace(
         encode=lambda images, texts: np.stack([right[image.tobytes()] for image in images])
     )
-    assert measured_recall(knows, bench, points)["R@1"] == 100
+    assert measured_recall(knows, bench.embedded(vl, points))["R@1"] == 100
 
 
 BLOCKED = """
@@ -690,7 +689,7 @@ def test_the_command_exports_an_encoder_and_names_what_is_wrong(
     encoder.save(tmp_path / "encoder")
     out = tmp_path / "out"
     monkeypatch.setattr(
-        "isa_lite.retrieval.evaluate.make_benchmark",
+        "isa_lite.retrieval.rendered.make_benchmark",
         lambda size: make_benchmark(12, 60, seed=1, size=size),
     )
     arguments = [

@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from isa_lite.analysis.sentences import kept_and_followed
 from isa_lite.course import figures
 from isa_lite.experiments import failures
-from isa_lite.retrieval.evaluate import make_benchmark
+from isa_lite.retrieval.rendered import make_benchmark
 from isa_lite.world import scenes
 
 BENCH = make_benchmark(queries=12, gallery=60, seed=3, size=32)
@@ -29,7 +29,7 @@ def failed() -> pd.DataFrame:
             0.5,
             0.2,
         )
-    return failures.failures(BENCH, queries, gallery, answers=3)
+    return failures.failures(BENCH.embedded(None, gallery), queries, answers=3)
 
 
 def test_wrong_first_answers_are_judged_and_the_worst_come_first(failed):

@@ -9,9 +9,9 @@ from PIL import Image
 
 from isa_lite.course import figures
 from isa_lite.distill import History
-from isa_lite.retrieval import evaluate
+from isa_lite.retrieval import metrics, rendered
 
-BENCH = evaluate.make_benchmark(queries=4, gallery=20, seed=1, size=32)
+BENCH = rendered.make_benchmark(queries=4, gallery=20, seed=1, size=32)
 
 
 def titles(figure):
@@ -45,7 +45,7 @@ def test_bars_show_recall_and_its_interval():
     axes = figures.recall_bars(ranks).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [75, 100]
     assert [label.get_text() for label in axes.get_yticklabels()] == list(ranks)
-    assert tuple(axes.lines[0].get_xdata()) == evaluate.recall_interval(ranks["isa"], 1)
+    assert tuple(axes.lines[0].get_xdata()) == metrics.recall_interval(ranks["isa"], 1)
 
 
 def test_bars_over_seeds_show_means_and_t_intervals_and_ceilings_last():
@@ -60,7 +60,7 @@ def test_bars_over_seeds_show_means_and_t_intervals_and_ceilings_last():
         "target ceiling",
     ]
     assert [bar.get_width() for bar in axes.patches] == [7, 50, 5]
-    assert tuple(axes.lines[1].get_xdata()) == evaluate.seed_interval([40, 50, 60])
+    assert tuple(axes.lines[1].get_xdata()) == metrics.seed_interval([40, 50, 60])
 
 
 def test_weight_curves_mark_the_best_weight():

@@ -6,13 +6,18 @@ import torch
 from torch.nn.functional import normalize
 
 from isa_lite.methods import baselines
-from isa_lite.methods.fusion import FUSIONS, calibrated, choose_weight, product, slerp, weighted_sum
-from isa_lite.retrieval.evaluate import (
-    benchmark_ranks,
-    benchmark_score_ranks,
-    make_benchmark,
-    score_ranks,
+from isa_lite.methods.fusion import (
+    FUSIONS,
+    Calibrated,
+    Fusion,
+    calibrated,
+    product,
+    slerp,
+    weighted_sum,
 )
+from isa_lite.retrieval.metrics import score_ranks
+from isa_lite.retrieval.queries import Scores
+from isa_lite.retrieval.rendered import make_benchmark
 
 torch.manual_seed(0)
 IMAGE, TEXT, GALLERY, CORPUS = (normalize(torch.randn(n, 8) + 1, dim=1) for n in (5, 5, 30, 12))
@@ -31,22 +36,31 @@ class Reader:
 
 def test_with_a_half_the_sum_is_the_baseline_and_slerp_agrees():
     text = normalize(torch.randn(6, 8), dim=1)
-    sums = weighted_sum(GALLERY[BENCH.reference], text, GALLERY)
-    assert torch.allclose(
-        sums, baselines.image_plus_text(BENCH, Reader(text), GALLERY) @ GALLERY.T, atol=1e-6
-    )
-    assert torch.allclose(slerp(GALLERY[BENCH.reference], text, GALLERY), sums, atol=1e-5)
-    assert (
-        benchmark_score_ranks(BENCH, sums)
-        == benchmark_ranks(BENCH, normalize(GALLERY[BENCH.reference] + text), GALLERY)
-    ).all()
+    bench = BENCH.embedded(Reader(text), GALLERY)
+    sums = FUSIONS["weighted sum"](bench)
+    assert torch.allclose(sums, baselines.image_plus_text(bench), atol=1e-6)
+    assert torch.allclose(slerp(GALLERY[BENCH.reference], text), sums, atol=1e-5)
+    assert (bench.ranks(Scores(sums @ GALLERY.T)) == bench.ranks(sums)).all()
+    order = (sums @ GALLERY.T).argsort(dim=1, descending=True).tolist()
+    for i, found in enumerate(bench.search(Scores(sums @ GALLERY.T), 5).tolist()):
+        assert found == [j for j in order[i] if j != BENCH.reference[i]][:5]
+
+
+def test_methods_that_rank_by_scores_rank_by_them():
+    bench = BENCH.embedded(Reader(normalize(torch.randn(6, 8), dim=1)), GALLERY)
+    image, text = bench.image_embeddings(), bench.text_embeddings()
+    by_hand = product(image, text, GALLERY, 0.5)
+    assert torch.equal(FUSIONS["product of similarities"](bench).values, by_hand)
+    found = Calibrated().fit(BENCH.embedded(Reader(CORPUS), GALLERY))(bench)
+    assert torch.equal(found.values, calibrated(image, text, GALLERY, CORPUS))
 
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_the_ends_of_the_weight_are_image_only_and_text_only(name):
     for weight, alone in ((0.0, IMAGE), (1.0, TEXT)):
-        found = FUSIONS[name](IMAGE, TEXT, GALLERY, weight)
-        assert torch.equal(found.argsort(1), (alone @ GALLERY.T).argsort(1))
+        found = FUSIONS[name]._answer(IMAGE, TEXT, GALLERY, weight)
+        scores = found.values if isinstance(found, Scores) else found @ GALLERY.T
+        assert torch.equal(scores.argsort(1), (alone @ GALLERY.T).argsort(1))
 
 
 def test_slerp_divides_the_angle():
@@ -54,9 +68,9 @@ def test_slerp_divides_the_angle():
     for weight in (0.2, 0.5, 0.9):
         degrees = np.deg2rad(90 * weight)
         there = torch.tensor([[np.cos(degrees), np.sin(degrees)]], dtype=torch.float32)
-        assert slerp(image, text, there, weight).item() == pytest.approx(1, abs=1e-6)
+        assert (slerp(image, text, weight) @ there.T).item() == pytest.approx(1, abs=1e-6)
     # nothing between equal embeddings
-    assert slerp(image, image, image, 0.3).item() == pytest.approx(1, abs=1e-3)
+    assert (slerp(image, image, 0.3) @ image.T).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_product_by_hand():
@@ -96,20 +110,20 @@ def test_calibrated_ignores_what_all_texts_share():
         calibrated(IMAGE, TEXT, GALLERY, CORPUS),
         atol=1e-4,
     )
-    moved = weighted_sum(IMAGE, normalize(TEXT + gap, dim=1), GALLERY)
-    assert not torch.equal(moved.argsort(1), weighted_sum(IMAGE, TEXT, GALLERY).argsort(1))
+    plain, moved = (
+        weighted_sum(IMAGE, text) @ GALLERY.T for text in (TEXT, normalize(TEXT + gap, dim=1))
+    )
+    assert not torch.equal(moved.argsort(1), plain.argsort(1))
 
 
 def test_the_weight_is_chosen_by_recall():
     gallery = normalize(torch.randn(30, 64), dim=1)
-    assert (
-        choose_weight(weighted_sum, BENCH, Reader(gallery[BENCH.target]), gallery, (0.0, 0.9))
-        == 0.9
-    )
-    misleading = -gallery[BENCH.target]
+    bench = BENCH.embedded(Reader(gallery[BENCH.target]), gallery)
+    assert Fusion(weighted_sum).fit(bench, (0.0, 0.9)).weight == 0.9
     near = gallery.clone()
     near[BENCH.target] = normalize(gallery[BENCH.reference] + 0.1 * gallery[BENCH.target], dim=1)
-    assert choose_weight(weighted_sum, BENCH, Reader(misleading), near, (0.9, 0.0)) == 0.0
+    misled = BENCH.embedded(Reader(-gallery[BENCH.target]), near)
+    assert Fusion(weighted_sum).fit(misled, (0.9, 0.0)).weight == 0.0
 
 
 def test_ranking_scores_leaves_them_as_they_were():

@@ -11,7 +11,8 @@ from isa_lite.analysis.interventions import cover_curves, covered, region_maps, 
 from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark, recall
+from isa_lite.retrieval.metrics import recall
+from isa_lite.retrieval.rendered import make_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_both_reads_of_the_shipped_encoder_are_needed(vl, shipped):
     }
     changed = sentences_changed(shipped, bench.images[bench.reference])
     found = {
-        name: recall(benchmark_ranks(bench, compose(vl, t, bench.texts), gallery), 1)
+        name: recall(bench.ranks(compose(vl, t, bench.texts), gallery), 1)
         for name, t in changed.items()
     }
     # three queries of 250: near ties fall otherwise on other processors

@@ -5,6 +5,7 @@ those that cannot be used.
 import difflib
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from isa_lite.course import figures
-from isa_lite.methods.own_queries import composed, untrained
+from isa_lite.methods.baselines import UNTRAINED
+from isa_lite.methods.isa import Isa
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.own_data import (
@@ -26,6 +28,7 @@ from isa_lite.retrieval.own_data import (
     read_triplets,
     unseen_words,
 )
+from isa_lite.retrieval.queries import answers
 from isa_lite.support.images import ImageFolder, images_key
 from isa_lite.world import icons
 
@@ -285,7 +288,7 @@ def test_simple_methods_and_ceilings_are_what_their_words_say(folder, vl):
     said = read_captions(
         csv(folder, "image,caption\na.png,cat\nb.png,dog\nb.png,big dog\nsub/c.png,cow\n"), folder
     )
-    vectors = untrained(found, vl, gallery, said)
+    vectors = answers(UNTRAINED, replace(found, said=said).embedded(vl, gallery))
     assert torch.equal(vectors["image only"], gallery[found.reference])
     assert torch.allclose(vectors["text only"], vl.encode_text(["in blue"] * 2))
     assert torch.allclose(
@@ -297,15 +300,19 @@ def test_simple_methods_and_ceilings_are_what_their_words_say(folder, vl):
     )
     assert torch.allclose(vectors["target ceiling"], vl.encode_text(["dog", "cow"]))
     uncaptioned = read_captions(csv(folder, "image,caption\na.png,cat\nb.png,dog\n"), folder)
-    assert list(untrained(found, vl, gallery, uncaptioned)) == [
+    assert list(answers(UNTRAINED, replace(found, said=uncaptioned).embedded(vl, gallery))) == [
         "image only",
         "text only",
         "image + text",
         "composition ceiling",
     ]
-    assert list(untrained(found, vl, gallery, None)) == ["image only", "text only", "image + text"]
+    assert list(answers(UNTRAINED, found.embedded(vl, gallery))) == [
+        "image only",
+        "text only",
+        "image + text",
+    ]
     found.reference[1] = found.targets[0][1]  # of the references a and c only one has a caption
-    assert list(untrained(found, vl, gallery, uncaptioned)) == [
+    assert list(answers(UNTRAINED, replace(found, said=uncaptioned).embedded(vl, gallery))) == [
         "image only",
         "text only",
         "image + text",
@@ -321,7 +328,7 @@ def test_a_query_encoder_writes_the_sentence_of_each_querys_own_reference(folder
     template = "{sentence} {modifier}"
     tokens = encoder.sentences([folder[int(i)] for i in found.reference]).tokens
     assert torch.allclose(
-        composed(found, folder, vl, encoder, template),
+        Isa(encoder, template)(found.embedded(vl, torch.zeros(4, 1))),
         compose(vl, tokens, found.texts, template),
         atol=1e-5,
     )
@@ -388,7 +395,7 @@ def test_the_example_folder_is_one_that_a_user_could_have_made(tmp_path):
 def test_a_figure_marks_every_target_of_a_query(folder):
     found = triplets(folder, [GOOD])
     shown = np.array([[i for i in range(4) if i != found.reference[0]]])
-    figure = figures.own_retrieval(folder, found, [0], shown)
+    figure = figures.retrieval(found, [0], shown)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "reference" and figure.axes[0].get_xlabel() == "“in blue”"
     assert [t.endswith("target") for t in titles[1:]] == [

@@ -27,10 +27,11 @@ from isa_lite.analysis.sentences import nearest_words
 from isa_lite.course import figures, panels
 from isa_lite.distill import History
 from isa_lite.methods import baselines
+from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import evaluate
+from isa_lite.retrieval import rendered
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support.images import ImageFolder
 
@@ -80,7 +81,7 @@ def world():
     """
     vl = load_vl_model()
     encoder = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
-    bench = evaluate.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
+    bench = rendered.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
     return bench, vl, encoder, vl.encode_images(bench.images)
 
 
@@ -93,8 +94,8 @@ def test_a_panel_shows_what_a_direct_search_finds_for_every_query_of_the_benchma
     panel = panels.compose_panel(*world)
     gallery, exclude = Gallery(embeddings, range(40)), torch.from_numpy(bench.reference)
     found = {
-        "ISA": baselines.composed(bench, vl, encoder),
-        "image + text": baselines.image_plus_text(bench, vl, embeddings),
+        "ISA": Isa(encoder)(bench.embedded(vl, embeddings)),
+        "image + text": baselines.image_plus_text(bench.embedded(vl, embeddings)),
     }
     marked = 0
     for q in (3, 0, 7):
@@ -111,7 +112,7 @@ def test_a_panel_shows_what_a_direct_search_finds_for_every_query_of_the_benchma
             best = gallery.search(queries, 10, exclude)[1][q].tolist()
             assert panel.shown[name] == best
             shown += best
-            rank = evaluate.benchmark_ranks(bench, queries, embeddings)[q]
+            rank = bench.ranks(queries, embeddings)[q]
             assert f"place {rank} by {name}" in message(panel)
         for i, picture, figure in zip(shown, pictures[1:], figures[1:], strict=True):
             assert np.array_equal(pixels(picture["src"]), bench.images[i])
@@ -435,11 +436,11 @@ from isa_lite.course import panels
 from isa_lite.distill import History
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import evaluate
+from isa_lite.retrieval import rendered
 vl = load_vl_model({str(vl_folder)!r})
 torch.manual_seed(0)
 encoder = QueryEncoder.for_model(vl, num_tokens=3).eval()
-bench = evaluate.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
+bench = rendered.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
 """
     panels = [
         "panels.compose_panel(bench, vl, encoder, vl.encode_images(bench.images))",

@@ -21,7 +21,7 @@ from isa_lite.analysis.sentences import (
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import benchmark_ranks, make_benchmark
+from isa_lite.retrieval.rendered import make_benchmark
 from isa_lite.world import scenes
 
 
@@ -92,14 +92,13 @@ def test_deleting_a_token_takes_that_token_out():
     gallery = vl.encode_images(bench.images)
     torch.manual_seed(0)
     tokens = torch.randn(8, 3, vl.word_width) * vl.word_norm / vl.word_width**0.5
-    found = ranks_without(bench, vl, tokens, gallery)
+    bench = bench.embedded(vl, gallery)
+    found = ranks_without(bench, tokens)
     assert sorted(found) == [-1, 0, 1, 2]
     for i, kept in ((-1, tokens), (1, torch.stack([tokens[:, 0], tokens[:, 2]], 1))):
-        assert np.array_equal(
-            found[i], benchmark_ranks(bench, compose(vl, kept, bench.texts), gallery)
-        )
+        assert np.array_equal(found[i], bench.ranks(compose(vl, kept, bench.texts), gallery))
     with pytest.raises(ValueError, match="a sentence of one token"):
-        ranks_without(bench, vl, tokens[:, :1], gallery)
+        ranks_without(bench, tokens[:, :1])
 
 
 def test_what_the_nearest_words_name():
@@ -220,14 +219,13 @@ def test_sentences_are_ranked_in_the_order_that_is_asked_for():
     gallery = vl.encode_images(bench.images)
     torch.manual_seed(0)
     tokens = torch.randn(8, 3, vl.word_width) * vl.word_norm / vl.word_width**0.5
-    found = ranks_rearranged(
-        bench, vl, tokens, gallery, {"as written": [0, 1, 2], "reversed": [2, 1, 0]}
+    orders = {"as written": [0, 1, 2], "reversed": [2, 1, 0]}
+    found = ranks_rearranged(bench.embedded(vl, gallery), tokens, orders)
+    assert np.array_equal(
+        found["reversed"], bench.ranks(compose(vl, tokens.flip(1), bench.texts), gallery)
     )
     assert np.array_equal(
-        found["reversed"], benchmark_ranks(bench, compose(vl, tokens.flip(1), bench.texts), gallery)
-    )
-    assert np.array_equal(
-        found["as written"], benchmark_ranks(bench, compose(vl, tokens, bench.texts), gallery)
+        found["as written"], bench.ranks(compose(vl, tokens, bench.texts), gallery)
     )
     assert not np.array_equal(found["reversed"], found["as written"])
 

@@ -153,7 +153,7 @@ def cover_curves(
     The light encoder sees the covered images, B x H x W x 3; the text tower composes each sentence
     with its modifier ("": the sentence alone); `score` turns the query embeddings, B x E, into B
     values: a cosine, or hits and misses. The same queries stand in every row, so differences are
-    paired (`evaluate.paired_interval`).
+    paired (`metrics.paired_interval`).
     """
 
     def at(maps: Tensor, share: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import TEMPLATE, compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import Benchmark, benchmark_ranks
+from isa_lite.retrieval.queries import Queries
 from isa_lite.world.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -209,32 +209,28 @@ def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFr
 
 
 def ranks_rearranged(
-    bench: Benchmark,
-    vl: VLModel,
+    queries: Queries,
     tokens: Tensor,
-    gallery: Tensor,
     orders: Mapping[Hashable, Sequence[int]],
     template: str = TEMPLATE,
 ) -> dict[Hashable, np.ndarray]:
-    """`benchmark_ranks` with every sentence's tokens (B x L x D, of the references) in each of the
-    given orders.
+    """The ranks of queries with every sentence's tokens (B x L x D, of the references) in each
+    of the given orders.
 
     An order lists places of the sentence; one that is left out is deleted. Raises IndexError for a
     place that is not there.
     """
     return {
-        name: benchmark_ranks(
-            bench, compose(vl, tokens[:, list(order)], bench.texts, template), gallery
-        )
+        name: queries.ranks(compose(queries.vl, tokens[:, list(order)], queries.texts, template))
         for name, order in orders.items()
     }
 
 
 def ranks_without(
-    bench: Benchmark, vl: VLModel, tokens: Tensor, gallery: Tensor, template: str = TEMPLATE
+    queries: Queries, tokens: Tensor, template: str = TEMPLATE
 ) -> dict[Hashable, np.ndarray]:
-    """`benchmark_ranks` with the whole sentences (key -1), and with token i deleted from every one
-    of them (key i).
+    """The ranks of queries with the whole sentences (key -1), and with token i deleted from every
+    one of them (key i).
 
     tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single
     token.
@@ -245,7 +241,7 @@ def ranks_without(
     kept = {-1: list(range(length))} | {
         i: [j for j in range(length) if j != i] for i in range(length)
     }
-    return ranks_rearranged(bench, vl, tokens, gallery, kept, template)
+    return ranks_rearranged(queries, tokens, kept, template)
 
 
 def moved(length: int, token: int) -> list[int]:

@@ -4,8 +4,9 @@ photographs of COCO 2017.
 Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_unlabeled2017.json`,
 `COCO2017_unlabeled/unlabeled2017/*.jpg`.
 
-    >>> from isa_lite.benchmarks import circo, run, tiny
+    >>> from isa_lite.benchmarks import circo, tiny
     >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.methods.baselines import image_plus_text
     >>> from isa_lite.retrieval.embed import embed_files
     >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("circo", "runs/tiny/circo", queries=3)  # or the folder of your copy
@@ -13,8 +14,8 @@ Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_u
     >>> rankings = []
     >>> for task in (tasks := circo.load(root, "val")):
     ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
-    ...     rankings.append(rank(task, queries, gallery))
+    ...     found = image_plus_text(task.embedded(vl, gallery))
+    ...     rankings.append(rank(task, found, gallery))
     >>> list(circo.score(tasks, rankings))[:5]
     ['mAP@5', 'mAP@10', 'mAP@25', 'mAP@50', 'Recall@5']
 
@@ -38,9 +39,10 @@ from isa_lite.benchmarks.common import (
     average_precision_at,
     by_stem,
     check_ids,
+    check_query_id,
+    checked_task,
     entries,
     is_picture,
-    make_task,
     one_of,
     read_json,
     recall_at,
@@ -66,7 +68,19 @@ def load(
     comma.
     """
     one_of("CIRCO's split", split, SPLITS)
-    root, where = Path(root), f"annotations/{split}.json"
+    queries = _queries(Path(root), split, shared_concept)
+    folder = Path(root) / "COCO2017_unlabeled" / "unlabeled2017"
+    protocol = {
+        "gallery": "all images of the info file",
+        "reference": "stays in the ranking",
+        "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
+    }
+    task = Task("circo", split, _gallery(Path(root), folder), queries, protocol)
+    return [checked_task(task, [folder], (SIZES[split], GALLERY), or_more=True, partial=partial)]
+
+
+def _queries(root: Path, split: str, shared_concept: bool) -> list[Query]:
+    where = f"annotations/{split}.json"
     keys = ["id", "reference_img_id", "relative_caption", "shared_concept"]
     keys += ["target_img_id", "gt_img_ids"] if split == "val" else []
     queries = []
@@ -88,8 +102,7 @@ def load(
             raise ValueError(
                 f"query {number} of {where}: relative_caption and shared_concept must be texts"
             )
-        if isinstance(number, bool) or not isinstance(number, (int, str)):
-            raise ValueError(f"the id {number!r} of {where} is neither a number nor a text")
+        check_query_id(number, "id", where)
         check_ids([reference, *answer[:1], *truths], int, f"query {number} of {where}")
         if answer and target not in truths:
             raise ValueError(
@@ -106,40 +119,33 @@ def load(
             f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is"
             " the file whole?"
         )
+    return queries
+
+
+def _gallery(root: Path, folder: Path) -> dict[int, Path | None]:
+    """The file of each image of the info file, None where `folder` lacks it."""
     where = "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
-    folder = root / "COCO2017_unlabeled" / "unlabeled2017"
     info = read_json(root, where, _LAYOUT)
     if not isinstance(info, dict) or "images" not in info:
         raise ValueError(f"{where} has no list of images; is it another file under this name?")
-    pictures = list(entries(info["images"], ("id", "file_name"), where))
-    check_ids((number for _, number, _ in pictures), int, where)
-    if strange := [
-        name
-        for _, _, name in pictures
-        if not isinstance(name, str) or not name or Path(name).name != name
-    ]:
-        raise ValueError(
-            f"{where}: the file_name {strange[0]!r} is no name of a file in {folder.name}"
-        )
+    pictures = [
+        (number, name) for _, number, name in entries(info["images"], ("id", "file_name"), where)
+    ]
+    check_ids((number for number, _ in pictures), int, where)
+    for _, name in pictures:
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ValueError(
+                f"{where}: the file_name {name!r} is no name of a file in {folder.name}"
+            )
     found = {
-        number: path if is_picture(path := folder / name) else None for _, number, name in pictures
+        number: path if is_picture(path := folder / name) else None for number, name in pictures
     }
     if None in found.values():
         others = by_stem(folder)  # with another ending
-        found = {
-            number: found[number] or others.get(Path(name).stem) for _, number, name in pictures
-        }
+        found = {number: found[number] or others.get(Path(name).stem) for number, name in pictures}
     if len(found) < len(pictures):
         raise ValueError(f"{where} lists an id twice: {len(pictures)} images have {len(found)} ids")
-    protocol = {
-        "gallery": "all images of the info file",
-        "reference": "stays in the ranking",
-        "shared_concept": "before the modifier, with a comma" if shared_concept else "not used",
-    }
-    known = SIZES[split], GALLERY
-    return [
-        make_task("circo", split, found, [folder], queries, protocol, known, partial, or_more=True)
-    ]
+    return found
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
@@ -149,17 +155,9 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
     The first annotation files had no aspects; with such a file there are none here.
     """
     (task,), (ranking,) = tasks, rankings
+    rows = list(zip(task.queries, ranking.top, strict=True))
     precision = {
-        k: (
-            100
-            * np.array(
-                [
-                    average_precision_at(k, row, q.targets)
-                    for q, row in zip(task.queries, ranking.top, strict=True)
-                ]
-            )
-        )
-        for k in KS
+        k: 100 * np.array([average_precision_at(k, row, q.targets) for q, row in rows]) for k in KS
     }
     found = {f"mAP@{k}": float(precision[k].mean()) for k in KS}
     found |= {

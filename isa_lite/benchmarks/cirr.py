@@ -5,8 +5,9 @@ Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{spli
 image's name and its path; those of the split val lie in `dev/`), the images below the same root,
 its `img_raw/` or its `images/`.
 
-    >>> from isa_lite.benchmarks import cirr, run, tiny
+    >>> from isa_lite.benchmarks import cirr, tiny
     >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.methods.baselines import image_plus_text
     >>> from isa_lite.retrieval.embed import embed_files
     >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("cirr", "runs/tiny/cirr", queries=3)  # or the folder of your copy
@@ -14,8 +15,8 @@ its `img_raw/` or its `images/`.
     >>> rankings = []
     >>> for task in (tasks := cirr.load(root, "val")):
     ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
-    ...     rankings.append(rank(task, queries, gallery))
+    ...     found = image_plus_text(task.embedded(vl, gallery))
+    ...     rankings.append(rank(task, found, gallery))
     >>> list(cirr.score(tasks, rankings))
     ['R@1', 'R@5', 'R@10', 'R@50', 'Recall_subset@1', 'Recall_subset@2', 'Recall_subset@3']
 
@@ -34,9 +35,10 @@ from isa_lite.benchmarks.common import (
     Ranking,
     Task,
     check_ids,
+    check_query_id,
+    checked_task,
     entries,
     find_picture,
-    make_task,
     one_of,
     read_json,
     recall_at,
@@ -71,8 +73,7 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
         if not isinstance(group, dict) or not isinstance(group.get("members"), list):
             raise ValueError(f"the img_set of query {pair} of {where} has no list of members")
         check_ids([reference, *target, *group["members"]], str, f"query {pair} of {where}")
-        if isinstance(pair, bool) or not isinstance(pair, (int, str)):
-            raise ValueError(f"the pairid {pair!r} of {where} is neither a number nor a text")
+        check_query_id(pair, "pairid", where)
         if len(set(group["members"])) < len(group["members"]):
             raise ValueError(f"the img_set of query {pair} of {where} names an image twice")
         others = tuple(name for name in group["members"] if name != reference)
@@ -95,17 +96,8 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
         "subset": "the members of img_set without the reference",
     }
     found = {name: find_picture(places, path) for name, path in paths.items()}
-    task = make_task(
-        "cirr",
-        split,
-        found,
-        places,
-        queries,
-        protocol,
-        SIZES.get(split),
-        partial,
-        remove_reference=True,
-    )
+    task = Task("cirr", split, found, queries, protocol, remove_reference=True)
+    task = checked_task(task, places, SIZES.get(split), partial=partial)
     if lost := sum(not set(q.targets) <= set(q.subset) for q in task.queries):
         task.notes.append(
             f"the target of {lost} queries is not in their img_set: each is a miss in every"

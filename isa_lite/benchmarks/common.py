@@ -10,15 +10,17 @@ from __future__ import annotations
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from isa_lite.retrieval.gallery import Gallery, best
+from isa_lite.models.vl_model import VLModel
+from isa_lite.retrieval.gallery import best
+from isa_lite.retrieval.queries import Queries, Scores
 from isa_lite.support import checkpoint
+from isa_lite.support.images import ImageFiles
 
 #: What an image is called in the annotations: FashionIQ and CIRR have names, CIRCO has numbers.
 Id = str | int
@@ -54,15 +56,15 @@ class Query:
 class Task:
     """A gallery and the queries over it, under one protocol.
 
-    files: the gallery, the file of each id, in order. protocol: every choice that changes the
-    numbers, in words.
+    files: the gallery, the file of each id, in order (None, until `checked_task`: missing).
+    protocol: every choice that changes the numbers, in words.
     notes: what a reader of the numbers has to know (incomplete data and the like). left_out:
     queries without their images.
     """
 
     name: str
     split: str
-    files: dict[Id, Path]
+    files: dict[Id, Path | None]
     queries: list[Query]
     protocol: dict[str, str]
     remove_reference: bool = False
@@ -73,6 +75,23 @@ class Task:
     def answered(self) -> bool:
         """Whether the split comes with its right answers."""
         return all(q.targets for q in self.queries)
+
+    def embedded(self, vl: VLModel | None, gallery: Tensor) -> Queries:
+        """The queries by their places in the gallery, ready for methods. gallery: N x E, in the
+        order of `files`, L2-normalised.
+        """
+        place = {name: i for i, name in enumerate(self.files)}
+        reference = np.array([place[q.reference] for q in self.queries])
+        return Queries(
+            images=ImageFiles(list(self.files.values())),
+            reference=reference,
+            texts=[text for q in self.queries for text in q.texts],
+            owner=np.array([i for i, q in enumerate(self.queries) for _ in q.texts]),
+            targets=[[place[name] for name in q.targets] for q in self.queries],
+            excluded=reference if self.remove_reference else np.full(len(reference), -1),
+            vl=vl,
+            gallery=gallery,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,12 @@ def check_ids(values: Iterable[object], kind: type, where: str) -> None:
             )
 
 
+def check_query_id(value: object, what: str, where: str) -> None:
+    """Raises ValueError for the id of a query that is neither a number nor a text."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"the {what} {value!r} of {where} is neither a number nor a text")
+
+
 def one_of(what: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
@@ -176,118 +201,115 @@ def by_stem(folder: Path) -> dict[str, Path]:
     return {p.stem: p for p in order}
 
 
-def make_task(
-    name: str,
-    split: str,
-    found: Mapping[Id, Path | None],
-    searched: Iterable[Path],
-    queries: list[Query],
-    protocol: dict[str, str],
-    known: tuple[int, int] | None,
-    partial: bool = False,
-    remove_reference: bool = False,
+def checked_task(
+    task: Task,
+    searched: Iterable[Path] = (),
+    known: tuple[int, int] | None = None,
     or_more: bool = False,
+    partial: bool = False,
 ) -> Task:
-    """A task out of what was found on disk; `found` has the file of each gallery id, None for a
-    missing one.
+    """A task as it was read, whose `files` may have None for an image that is missing from the
+    folders `searched`, checked and completed.
 
     known: queries and images (with `or_more` of them: at least so many) of the complete split; a
-    difference becomes a note. Raises ValueError for two queries with one id, a query without words
-    or one that names an image which the gallery does not list, and FileNotFoundError for missing
-    images, unless `partial`: then they are left out, with every query that needs one of them, and a
-    note says how many.
+    difference becomes a note. Raises ValueError for two queries with one id, a text that is none,
+    or a query that names an image which the gallery does not list, and FileNotFoundError for
+    missing images, unless `partial`: then they are left out, with every query that needs one of
+    them, and a note says how many.
     """
-    what = f"{name} {split}"
-    twice = [query for query, count in Counter(q.id for q in queries).items() if count > 1]
+    what = f"{task.name} {task.split}"
+    _check_queries(task, what)
+    listed = len(task.queries)
+    task = _without_missing(task, what, searched, partial)
+    queries, images, notes = len(task.queries), len(task.files), list(task.notes)
+    if silent := [q.id for q in task.queries if not any(text.strip() for text in q.texts)]:
+        notes.append(
+            f"{what}: the caption of {len(silent)} of the queries is empty (the first: {silent[0]})"
+        )
+    enough = known and (images == known[1] or (or_more and images > known[1]))
+    if known and not (queries == known[0] and enough):
+        notes.append(
+            f"{what} has {queries} queries and a gallery of {images} here, the complete one"
+            f" {known[0]} and {'at least ' * or_more}{known[1]}: no number here compares with a"
+            " published one"
+        )
+    return replace(task, notes=notes, left_out=listed - queries)
+
+
+def _check_queries(task: Task, what: str) -> None:
+    twice = [query for query, count in Counter(q.id for q in task.queries).items() if count > 1]
     if twice:  # a submission has one list an id
         raise ValueError(
             f"{len(twice)} ids of {what} are those of several queries, the first: {twice[0]}; is"
             " the file whole?"
         )
-    for query in queries:
+    for query in task.queries:
         if not all(isinstance(text, str) for text in query.texts):
             raise ValueError(
                 f"the caption of query {query.id} of {what} is {query.texts[0]!r}, and no text"
             )
-        strange = sorted(map(str, query.images - found.keys()))
-        if strange:
+        if strange := sorted(map(str, query.images - task.files.keys())):
             raise ValueError(
                 f"query {query.id} of {what} names {', '.join(strange)}, which the list of its"
                 " gallery does not hold"
             )
-    missing = {i for i, path in found.items() if path is None}
-    notes, listed = [], len(queries)
-    if missing:
-        kept = [q for q in queries if not q.images & missing]
-        first = next(i for i in found if i in missing)
-        searched = ", ".join(str(p.absolute()) for p in searched)
-        lack = (
-            f"{len(missing)} of {len(found)} images of {what} are missing (the first: {first};"
-            f" searched: {searched}), and {len(queries) - len(kept)} of {len(queries)} queries need"
-            " one of them"
-        )
-        if not partial or not kept:
-            go_on = (
-                "with partial=True (--partial) both are left out, and no number compares with a"
-                " complete run's"
-            )
-            raise FileNotFoundError(
-                f"{lack}. Put them there (an empty file is a missing one);"
-                f" {go_on if kept else 'no query is left'}"
-            )
-        notes.append(f"PARTIAL: {lack}; left out, so no number here compares with a complete run's")
-        queries, found = kept, {i: path for i, path in found.items() if i not in missing}
-    if silent := [q.id for q in queries if not any(text.strip() for text in q.texts)]:
-        notes.append(
-            f"{what}: the caption of {len(silent)} of the queries is empty (the first: {silent[0]})"
-        )
-    whole = known is None or (
-        len(queries) == known[0] and (len(found) == known[1] or (or_more and len(found) > known[1]))
+
+
+def _without_missing(task: Task, what: str, searched: Iterable[Path], partial: bool) -> Task:
+    missing = {i for i, path in task.files.items() if path is None}
+    if not missing:
+        return task
+    kept = [q for q in task.queries if not q.images & missing]
+    first = next(i for i in task.files if i in missing)
+    lack = (
+        f"{len(missing)} of {len(task.files)} images of {what} are missing (the first: {first};"
+        f" searched: {', '.join(str(p.absolute()) for p in searched)}), and"
+        f" {len(task.queries) - len(kept)} of {len(task.queries)} queries need one of them"
     )
-    if not whole:
-        notes.append(
-            f"{what} has {len(queries)} queries and a gallery of {len(found)} here, the complete"
-            f" one {known[0]} and {'at least ' * or_more}{known[1]}: no number here compares with a"
-            " published one"
+    if not partial or not kept:
+        go_on = (
+            "with partial=True (--partial) both are left out, and no number compares with a"
+            " complete run's"
         )
-    return Task(
-        name, split, dict(found), queries, protocol, remove_reference, notes, listed - len(queries)
-    )
+        raise FileNotFoundError(
+            f"{lack}. Put them there (an empty file is a missing one);"
+            f" {go_on if kept else 'no query is left'}"
+        )
+    note = f"PARTIAL: {lack}; left out, so no number here compares with a complete run's"
+    files = {i: path for i, path in task.files.items() if i not in missing}
+    return replace(task, files=files, queries=kept, notes=[note, *task.notes])
 
 
 # ----------------------------------------------------------------------------------------------
 # ranking
 
 
-def rank(task: Task, queries: Tensor, gallery: Tensor, k: int = 50) -> Ranking:
-    """The k best images of each query by cosine, and the order of its subset: queries B x E,
-    gallery N x E, L2-normalised.
+def rank(task: Task, answer: Tensor | Scores, gallery: Tensor, k: int = 50) -> Ranking:
+    """The k best images of each query by what a method answered, and the order of its subset.
+    gallery: N x E, L2-normalised, in the order of `task.files`.
 
     Of images with the same score, the one that stands first in the gallery comes first, in both. A
-    gallery smaller than k is ranked whole. Raises ValueError for embeddings that do not belong to
-    the task, or are not finite.
+    gallery smaller than k is ranked whole. Raises ValueError for an answer or embeddings that do
+    not belong to the task, or are not finite.
     """
-    if (len(queries), len(gallery)) != (len(task.queries), len(task.files)):
+    values = answer.values if isinstance(answer, Scores) else answer
+    if (len(values), len(gallery)) != (len(task.queries), len(task.files)):
         raise ValueError(
             f"{task.name} {task.split} has {len(task.queries)} queries and {len(task.files)}"
-            f" images, not {len(queries)} and {len(gallery)} embeddings"
+            f" images, not {len(values)} and {len(gallery)} embeddings"
         )
-    if not (queries.isfinite().all() and gallery.isfinite().all()):
+    if not (values.isfinite().all() and gallery.isfinite().all()):
         raise ValueError(f"{task.name} {task.split}: an embedding is not finite")
+    queries = task.embedded(None, gallery)
     ids = list(task.files)
     place = {name: i for i, name in enumerate(ids)}
-    exclude = (
-        torch.tensor([place[q.reference] for q in task.queries]) if task.remove_reference else None
-    )
-    _, found = Gallery(gallery, range(len(ids))).search(
-        queries, min(k, len(ids) - task.remove_reference), exclude
-    )
     subset = []
-    for query, vector in zip(task.queries, queries, strict=True):
+    for query, row in zip(task.queries, values, strict=True):
         among = sorted(place[name] for name in query.subset)
-        order = best((gallery[among] @ vector)[None], len(among))[1][0].tolist() if among else []
+        likes = row[among] if isinstance(answer, Scores) else gallery[among] @ row
+        order = best(likes[None], len(among))[1][0].tolist() if among else []
         subset.append([ids[among[i]] for i in order])
-    return Ranking([[ids[i] for i in row] for row in found.tolist()], subset)
+    return Ranking([[ids[i] for i in row] for row in queries.search(answer, k).tolist()], subset)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ galleries in use.
 Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`,
 `images/{name}.png` or `.jpg` (`.webp` and other usual endings as well), or in `images/{category}/`.
 
-    >>> from isa_lite.benchmarks import fashioniq, run, tiny
+    >>> from isa_lite.benchmarks import fashioniq, tiny
     >>> from isa_lite.benchmarks.common import rank
+    >>> from isa_lite.methods.baselines import image_plus_text
     >>> from isa_lite.retrieval.embed import embed_files
     >>> from isa_lite.models.vl_model import load_vl_model
     >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or your copy
@@ -13,8 +14,8 @@ Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{
     >>> rankings = []
     >>> for task in (tasks := fashioniq.load(root, "val", gallery="split")):
     ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     queries = run.query_embeddings(task, "image + text", vl, gallery)
-    ...     rankings.append(rank(task, queries, gallery))
+    ...     found = image_plus_text(task.embedded(vl, gallery))
+    ...     rankings.append(rank(task, found, gallery))
     >>> list(fashioniq.score(tasks, rankings))[:2]
     ['dress R@10', 'dress R@50']
 
@@ -35,8 +36,8 @@ from isa_lite.benchmarks.common import (
     Task,
     by_stem,
     check_ids,
+    checked_task,
     entries,
-    make_task,
     one_of,
     read_json,
     recall_at,
@@ -79,23 +80,15 @@ def load(
     partial: bool = False,
 ) -> list[Task]:
     """The tasks of the three categories. Raises FileNotFoundError or ValueError naming the file;
-    partial: see `make_task`.
+    partial: see `checked_task`.
     """
     one_of("FashionIQ's split", split, SPLITS)
     one_of("gallery", gallery, GALLERIES)
     one_of("captions", captions, CAPTIONS)
-    root = Path(root)
-    files = by_stem(root / "images")
+    images = Path(root) / "images"
+    known = {category: by_stem(images) | by_stem(images / category) for category in CATEGORIES}
     return [
-        _load(
-            root,
-            category,
-            split,
-            gallery,
-            captions,
-            partial,
-            files | by_stem(root / "images" / category),
-        )
+        _load(Path(root), category, split, gallery, captions, partial, known[category])
         for category in CATEGORIES
     ]
 
@@ -109,21 +102,7 @@ def _load(
     partial: bool,
     files: dict[str, Path],
 ) -> Task:
-    where = f"captions/cap.{category}.{split}.json"
-    answered = split != "test"
-    keys = ("candidate", "captions", "target")[: 2 + answered]
-    queries = []
-    for i, (record, reference, texts, *target) in enumerate(
-        entries(read_json(root, where, _LAYOUT), keys, where)
-    ):
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"the captions of entry {i} of {where} are no list of texts, but {texts!r}"
-            )
-        check_ids([reference, *target], str, f"entry {i} of {where}")
-        queries.append(
-            Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
-        )
+    queries = _queries(root, category, split, captions)
     names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
     if not isinstance(names, list):
         raise ValueError(
@@ -134,30 +113,27 @@ def _load(
     if gallery == "triplets":
         used = set().union(*(q.images for q in queries))
         names = [name for name in names if name in used]
+    protocol = {
+        "gallery": (
+            "all images of the split file"
+            if gallery == "split"
+            else "only the images of the triplets"
+        ),
+        "reference": "stays in the ranking",
+        "captions": (
+            "joined by 'and' in both orders, embeddings averaged"
+            if captions == CAPTIONS[0]
+            else "joined by 'and' in the order given"
+        ),
+    }
     known = SIZES[category] if split == "val" else None
-    task = make_task(
-        category,
-        split,
-        {name: files.get(name) for name in names},
+    task = checked_task(
+        Task(category, split, {name: files.get(name) for name in names}, queries, protocol),
         [root / "images", root / "images" / category],
-        queries,
-        {
-            "gallery": (
-                "all images of the split file"
-                if gallery == "split"
-                else "only the images of the triplets"
-            ),
-            "reference": "stays in the ranking",
-            "captions": (
-                "joined by 'and' in both orders, embeddings averaged"
-                if captions == CAPTIONS[0]
-                else "joined by 'and' in the order given"
-            ),
-        },
         known and (known[0], known[1][gallery]),
-        partial,
+        partial=partial,
     )
-    # Where both are empty, `make_task` says so.
+    # Where both are empty, `checked_task` says so.
     empty = sum(
         bool(q.texts[0]) and not all(c.strip(".?, ") for c in q.entry["captions"])
         for q in task.queries
@@ -173,6 +149,24 @@ def _load(
             " the gallery once"
         )
     return task
+
+
+def _queries(root: Path, category: str, split: str, captions: str) -> list[Query]:
+    where = f"captions/cap.{category}.{split}.json"
+    keys = ("candidate", "captions", "target")[: 2 + (split != "test")]
+    queries = []
+    for i, (record, reference, texts, *target) in enumerate(
+        entries(read_json(root, where, _LAYOUT), keys, where)
+    ):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"the captions of entry {i} of {where} are no list of texts, but {texts!r}"
+            )
+        check_ids([reference, *target], str, f"entry {i} of {where}")
+        queries.append(
+            Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
+        )
+    return queries
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:

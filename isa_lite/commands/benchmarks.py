@@ -8,12 +8,14 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from isa_lite.support.parameters import folder, output, whole_number
+from isa_lite.commands import add_shared
+from isa_lite.support.parameters import Rule, folder, option, output, whole_number
+from isa_lite.support.plugins import is_spec
 from isa_lite.support.settings import (
     CAPTIONS,
+    FUSED,
     GALLERIES,
     METHODS,
-    SCENES_CLIP,
     SPLITS,
     TEMPLATE,
     RunConfig,
@@ -24,9 +26,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="benchmark", required=True)
     for name, splits in SPLITS.items():
         sub = kinds.add_parser(name, help=f"splits {', '.join(splits)}")
-        sub.add_argument(
-            "--root", type=Path, required=True, help="the folder with the official layout"
-        )
         sub.add_argument("--split", default="val", choices=splits, help="which queries")
         sub.add_argument(
             "--partial",
@@ -39,72 +38,81 @@ def add_arguments(parser: ArgumentParser) -> None:
             nargs="+",
             help="only check these submission files (default: none)",
         )
-        sub.add_argument(
-            "--vl-model",
-            default=SCENES_CLIP,
-            help="a name of open_clip, hf-hub:..., blip:..., or a folder",
-        )
-        sub.add_argument("--pretrained", help="tag or file of its weights (default: none)")
-        sub.add_argument(
-            "--encoder",
-            type=Path,
-            help="folder of a query encoder, for the method isa (no default)",
-        )
-        sub.add_argument(
-            "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="methods to score"
-        )
-        sub.add_argument(
-            "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
-        )
-        sub.add_argument(
-            "--truncate", action="store_true", help="cut modifiers that do not fit the text tower"
-        )
-        sub.add_argument(
-            "--out",
-            type=output(folder()),
-            help="folder of metrics.json and the submission files (default: none are written)",
-        )
-        sub.add_argument(
-            "--cache",
-            type=output(folder()),
-            default=Path("runs/embeddings"),
-            help="folder of the galleries' embeddings",
-        )
-        sub.add_argument(
-            "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)"
-        )
-        sub.add_argument(
-            "--dtype",
-            default="float32",
-            choices=("float32", "bfloat16"),
-            help="of the large tower's products",
-        )
-        sub.add_argument("--batch-size", type=whole_number(1), default=128, help="images at a time")
-        sub.add_argument(
-            "--num-workers",
-            type=whole_number(0, 256),
-            default=1,
-            help="threads that read images ahead",
-        )
+        _add_run(sub)
         if name == "fashioniq":
-            sub.add_argument(
-                "--gallery",
-                default=GALLERIES[0],
-                choices=GALLERIES,
-                help="protocol: which images are searched",
-            )
-            sub.add_argument(
-                "--captions",
-                default=CAPTIONS[0],
-                choices=CAPTIONS,
-                help="protocol: how two captions join",
-            )
+            which, how = "protocol: which images are searched", "protocol: how two captions join"
+            sub.add_argument("--gallery", default=GALLERIES[0], choices=GALLERIES, help=which)
+            sub.add_argument("--captions", default=CAPTIONS[0], choices=CAPTIONS, help=how)
         if name == "circo":
             sub.add_argument(
                 "--shared-concept",
                 action="store_true",
                 help="protocol: put the shared concept into the prompt",
             )
+    own = kinds.add_parser("own", help="a benchmark of your own")
+    own.add_argument(
+        "--read",
+        required=True,
+        type=option(_spec()),
+        help="FILE.py:NAME, a function of the root and the split that returns a Task",
+    )
+    own.add_argument("--split", default="val", help="which queries")
+    own.set_defaults(check=None)
+    _add_run(own)
+
+
+def _spec(*names: str) -> Rule:
+    def rule(value):
+        if value not in names and not is_spec(value):
+            known = f"one of {', '.join(map(repr, names))} or " if names else ""
+            raise ValueError(f"must be {known}FILE.py:NAME")
+        return value
+
+    return rule
+
+
+def _add_run(sub: ArgumentParser) -> None:
+    """What every benchmark can be told."""
+    sub.add_argument("--root", type=Path, required=True, help="the folder that the benchmark is in")
+    add_shared(sub, "vl-model", "pretrained")
+    sub.add_argument(
+        "--encoder", type=Path, help="folder of a query encoder, for the method isa (no default)"
+    )
+    sub.add_argument(
+        "--methods",
+        nargs="+",
+        type=option(_spec(*METHODS, *FUSED)),
+        default=list(METHODS),
+        help="methods to score, your own as FILE.py:NAME",
+    )
+    sub.add_argument(
+        "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
+    )
+    sub.add_argument(
+        "--truncate", action="store_true", help="cut modifiers that do not fit the text tower"
+    )
+    sub.add_argument(
+        "--out",
+        type=output(folder()),
+        help="folder of metrics.json and the submission files (default: none are written)",
+    )
+    sub.add_argument(
+        "--cache",
+        type=output(folder()),
+        default=Path("runs/embeddings"),
+        help="folder of the galleries' embeddings",
+    )
+    sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    sub.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the large tower's products",
+    )
+    sub.add_argument("--batch-size", type=whole_number(1), default=128, help="images at a time")
+    sub.add_argument(
+        "--num-workers", type=whole_number(0, 256), default=1, help="threads that read images ahead"
+    )
 
 
 def run(args: Namespace) -> None:
@@ -130,11 +138,9 @@ def run(args: Namespace) -> None:
         for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")
     }
     config = RunConfig(options=options, **same)
-    print(
-        report(
-            run(args.benchmark, args.root, vl, args.methods, encoder, config, args.out, args.cache)
-        )
-    )
+    name = args.read if args.benchmark == "own" else args.benchmark
+    result = run(name, args.root, vl, args.methods, encoder, config, args.out, args.cache)
+    print(report(result))
 
 
 def _check(paths: Sequence[Path], benchmark: str, root: Path, split: str, options: dict) -> None:

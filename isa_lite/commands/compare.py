@@ -37,6 +37,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="only measure all other methods, for these seeds (default: none)",
     )
     parser.add_argument(
+        "--method",
+        nargs="+",
+        default=[],
+        help="methods of your own beside them, each as FILE.py:NAME (default: none)",
+    )
+    parser.add_argument(
         "--run",
         type=output(folder()),
         default=Path("runs/compare"),
@@ -55,11 +61,15 @@ def run(args: Namespace) -> None:
         raise ValueError("give either --isa with folders of query encoders, or --rivals with seeds")
 
     from isa_lite.experiments import compare
+    from isa_lite.methods.isa import Isa
+    from isa_lite.methods.named import named
     from isa_lite.models.vl_model import commit, load_vl_model, machine
-    from isa_lite.retrieval.evaluate import runs_table, seed_interval
+    from isa_lite.retrieval.metrics import seed_interval
+    from isa_lite.retrieval.results import runs_table
     from isa_lite.support.checkpoint import write_text
 
-    config, vl = compare.CompareConfig(), load_vl_model()
+    config, own = compare.CompareConfig(), named(args.method) if args.method else {}
+    vl = load_vl_model()
     for seed in args.rivals:
         compare.kept_rivals(vl, seed, config, args.run)
     if args.rivals:
@@ -76,9 +86,11 @@ def run(args: Namespace) -> None:
     runs = []
     for seed in sorted(encoders):
         found = compare.kept_rivals(vl, seed, config, args.run)
-        named = {"isa": encoders[seed]} | ({"symmetric isa": symmetric[seed]} if symmetric else {})
-        bench = compare.make_benchmark(config.queries, config.gallery, seed, vl.image_size)
-        measured = compare.query_encoders(bench, vl, named)
+        methods = {"isa": Isa(encoders[seed])}
+        if symmetric:
+            methods["symmetric isa"] = Isa(symmetric[seed])
+        methods |= {n: compare.fitted(m, vl, seed, config) for n, m in own.items()}
+        measured = compare.recalls(compare.benchmark(vl, seed, config), methods)
         runs.append({**found, "methods": {**measured, **found["methods"]}})
     write_text(
         args.out,

@@ -23,7 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     import pandas as pd
 
-    from isa_lite.retrieval.evaluate import KS, gather, read_metrics, runs_table
+    from isa_lite.retrieval.metrics import KS
+    from isa_lite.retrieval.results import gather, read_metrics, runs_table
     from isa_lite.support.checkpoint import write_text
 
     if args.gather:

@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
     from isa_lite.deploy.onnx_files import quantize
     from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.retrieval.evaluate import make_benchmark
+    from isa_lite.retrieval.rendered import make_benchmark
 
     vl = load_vl_model(args.vl_model, args.pretrained)
     # some backbones have layers that are made for tracing, and others that are not
@@ -46,13 +46,10 @@ def run(args: Namespace) -> None:
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
     print(f"largest difference from PyTorch: {most:.2g}")
     if args.int8:
-        bench = make_benchmark(size=vl.image_size)
-        gallery = vl.encode_images(bench.images)
+        bench = make_benchmark(size=vl.image_size).embedded(vl)
         print(
             f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of"
             f" {len(bench.scenes)}"
         )
-        found = {
-            str(where): measured_recall(QueryClient(where), bench, gallery) for where in folders
-        }
+        found = {str(where): measured_recall(QueryClient(where), bench) for where in folders}
         print(pd.DataFrame(found).T.round(1).to_string())

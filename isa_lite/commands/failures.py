@@ -26,17 +26,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> None:
     from isa_lite.experiments.failures import failures, page, summary
-    from isa_lite.methods.baselines import composed
+    from isa_lite.methods.isa import Isa
     from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.retrieval.evaluate import make_benchmark
+    from isa_lite.retrieval.rendered import make_benchmark
     from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
     encoder = QueryEncoder.load(args.encoder, vl)
-    bench = make_benchmark(args.queries, args.gallery, args.seed, vl.image_size)
-    gallery = vl.encode_images(bench.images)
-    failed = failures(bench, composed(bench, vl, encoder), gallery)
+    bench = make_benchmark(args.queries, args.gallery, args.seed, vl.image_size).embedded(vl)
+    failed = failures(bench, Isa(encoder)(bench))
     write_text(args.out, page(bench, failed, args.each))
     print(summary(bench, failed).round(0).to_string())
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB; open it in a browser")

@@ -24,15 +24,8 @@ from matplotlib.figure import Figure
 from PIL import ImageOps
 
 from isa_lite.distill import History
-from isa_lite.retrieval.evaluate import (
-    Benchmark,
-    bootstrap_interval,
-    recall,
-    recall_interval,
-    seed_interval,
-)
-from isa_lite.retrieval.own_data import Triplets
-from isa_lite.support.images import ImageFolder
+from isa_lite.retrieval.metrics import bootstrap_interval, recall, recall_interval, seed_interval
+from isa_lite.retrieval.queries import Queries
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, GREY, PALE = "#CC79A7", "#666666", "#BBBBBB"
@@ -143,29 +136,18 @@ def _rankings(rows: Sequence[tuple], title: str) -> Figure:
     return figure
 
 
-def retrieval(bench: Benchmark, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
-    """A row a query: the reference with its modifier, then the best images; `found`: gallery
-    indices, one row of them a query.
+def retrieval(queries: Queries, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
+    """One row per query: the reference with its modifier, then the best images. found: gallery
+    indices, a row of them for each of `rows`.
 
-    An image that shows the target scene has a green frame and the word "target" above it.
+    A right answer has a green frame and the word "target" above it. Photographs are drawn at most
+    192 pixels wide and high.
     """
 
-    def row(i: int, best: np.ndarray) -> tuple:
-        answers = [
-            (bench.images[j], bench.labels[j] == bench.labels[bench.target[i]]) for j in best
-        ]
-        return bench.images[bench.reference[i]], bench.texts[i], answers
-
-    return _rankings([row(i, best) for i, best in zip(rows, found, strict=True)], title)
-
-
-def own_retrieval(
-    images: ImageFolder, queries: Triplets, rows: Sequence[int], found: np.ndarray, title: str = ""
-) -> Figure:
-    """The same for a folder of one's own, with pictures at most 192 pixels wide and high."""
-
-    def picture(i: int) -> PIL.Image.Image:
-        return shrunk(images[int(i)], 192)
+    def picture(i: int):
+        image = queries.images[int(i)]
+        large = not isinstance(image, np.ndarray) and max(image.size) > 192
+        return ImageOps.contain(image, (192, 192)) if large else image
 
     def row(i: int, best: np.ndarray) -> tuple:
         answers = [(picture(j), int(j) in queries.targets[i]) for j in best]

@@ -38,9 +38,9 @@ from isa_lite.distill import History
 from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import evaluate
-from isa_lite.retrieval.evaluate import Benchmark
+from isa_lite.retrieval import metrics
 from isa_lite.retrieval.gallery import Gallery
+from isa_lite.retrieval.rendered import Benchmark
 from isa_lite.support.images import ImageFolder, Images
 from isa_lite.world import scenes
 
@@ -297,7 +297,7 @@ def _query_panel(
             message = f"“{escape(words)}”: nobody has said which image is right for these words, so none is marked."
         else:
             mask = torch.from_numpy(np.stack([right, right]))
-            ranks = evaluate.ranks(queries, gallery.embeddings, np.array([j, j]), mask)
+            ranks = metrics.ranks(queries, gallery.embeddings, np.array([j, j]), mask)
             message = (
                 f"“{escape(words)}”: the target is at place {ranks[0]} by ISA and at place {ranks[1]} by image + text, "
                 f"of {len(gallery) - 1} images."

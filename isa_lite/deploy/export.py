@@ -36,7 +36,8 @@ from isa_lite.deploy.onnx_files import to_onnx
 from isa_lite.models.vl_model import VLModel, commit
 from isa_lite.prompt import compose, prompt_ids
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import KS, Benchmark, benchmark_ranks, recall
+from isa_lite.retrieval.metrics import KS, recall
+from isa_lite.retrieval.queries import Queries
 from isa_lite.support.checkpoint import write_bytes, write_text
 from isa_lite.support.parameters import checked, number, path_name
 from isa_lite.support.settings import TEMPLATE, check_template
@@ -253,8 +254,8 @@ def _settings(encoder: QueryEncoder, vl: VLModel, template: str) -> dict:
     }
 
 
-def measured_recall(client: QueryClient, bench: Benchmark, gallery: Tensor) -> dict[str, float]:
-    """Recall@K in percent of an exported query side on rendered queries; gallery: G x E."""
-    queries = torch.from_numpy(client.encode(list(bench.images[bench.reference]), bench.texts))
-    rank = benchmark_ranks(bench, queries, gallery)
+def measured_recall(client: QueryClient, queries: Queries) -> dict[str, float]:
+    """Recall@K in percent of an exported query side; the queries know their gallery."""
+    pictures = [queries.images[i] for i in queries.reference]
+    rank = queries.ranks(torch.from_numpy(client.encode(pictures, queries.texts)))
     return {f"R@{k}": recall(rank, k) for k in KS}

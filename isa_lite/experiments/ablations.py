@@ -17,7 +17,8 @@ import pandas as pd
 
 from isa_lite.mappings import MAPPINGS
 from isa_lite.models.symmetric import LARGE_TOWER
-from isa_lite.retrieval.evaluate import RECALLS, seed_interval
+from isa_lite.retrieval.metrics import seed_interval
+from isa_lite.retrieval.results import RECALLS
 from isa_lite.support.recipes import RECIPES, START_WORDS
 from isa_lite.support.settings import SCENES, WITHOUT_CHANGE
 

@@ -17,13 +17,14 @@ import torch
 from isa_lite.course import figures
 from isa_lite.experiments.compare import TRAINED
 from isa_lite.losses import hardest_other, matching_loss
-from isa_lite.methods.baselines import UNTRAINED, composed
+from isa_lite.methods.baselines import UNTRAINED
+from isa_lite.methods.isa import Isa
 from isa_lite.models.backbones import RECORD
 from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.pretraining.towers import TRAINED_BY, TRAINING, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import KS, benchmark_ranks, group_table, make_benchmark, recall
-from isa_lite.retrieval.gallery import Gallery
+from isa_lite.retrieval.metrics import KS, recall
+from isa_lite.retrieval.rendered import group_table, make_benchmark
 from isa_lite.support.checkpoint import read_json, read_tensors, write_bytes, write_text
 from isa_lite.support.settings import (
     DATA,
@@ -85,12 +86,9 @@ def measure(
     found: dict[str, list[list[float]]] = {}
     by_group = None
     for seed in seeds:
-        bench = make_benchmark(seed=seed, size=vl.image_size)
-        gallery = vl.encode_images(bench.images)
-        queries = {name: method(bench, vl, gallery) for name, method in UNTRAINED.items()}
-        if encoder is not None:
-            queries = {"isa": composed(bench, vl, encoder)} | queries
-        ranks = {name: benchmark_ranks(bench, q, gallery) for name, q in queries.items()}
+        bench = make_benchmark(seed=seed, size=vl.image_size).embedded(vl)
+        methods = ({} if encoder is None else {"isa": Isa(encoder)}) | UNTRAINED
+        ranks = {name: bench.ranks(method(bench)) for name, method in methods.items()}
         for name, rank in ranks.items():
             found.setdefault(name, []).append([recall(rank, k) for k in KS])
         if by_group is None:
@@ -220,12 +218,9 @@ Licence: MIT, like the code.
 
 def example_queries(vl: VLModel, encoder: QueryEncoder, count: int = 4, answers: int = 6) -> bytes:
     """A PNG of the first `count` queries of benchmark seed 0, with their first answers."""
-    bench, rows = make_benchmark(size=vl.image_size), np.arange(count)
-    gallery = Gallery(vl.encode_images(bench.images), [str(i) for i in range(len(bench.images))])
-    found = gallery.search(
-        composed(bench, vl, encoder)[rows], answers, torch.from_numpy(bench.reference[rows])
-    )[1]
-    return figures.png(figures.retrieval(bench, rows, found.numpy()))
+    bench = make_benchmark(size=vl.image_size).embedded(vl)
+    found = bench.search(Isa(encoder)(bench), answers)[:count]
+    return figures.png(figures.retrieval(bench, range(count), found.numpy()))
 
 
 def write_cards(out: Path) -> list[Path]:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from isa_lite.methods.baselines import UNTRAINED, composed
-from isa_lite.methods.fusion import FUSIONS, calibrated, choose_weight
+from isa_lite.methods.baselines import UNTRAINED
+from isa_lite.methods.fusion import FITTED, FUSIONS
 from isa_lite.methods.inversion import (
     Inversion,
+    OneWord,
     lincir_like,
     optimize_words,
     pic2word_like,
@@ -33,15 +34,10 @@ from isa_lite.methods.inversion import (
 )
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import (
-    KS,
-    RECALLS,
-    Benchmark,
-    benchmark_ranks,
-    benchmark_score_ranks,
-    make_benchmark,
-    recall,
-)
+from isa_lite.retrieval.metrics import KS, recall
+from isa_lite.retrieval.queries import Method, Queries
+from isa_lite.retrieval.rendered import Benchmark, make_benchmark
+from isa_lite.retrieval.results import RECALLS
 from isa_lite.support.checkpoint import read_json, write_text
 from isa_lite.support.settings import CompareConfig
 from isa_lite.world import scenes
@@ -66,99 +62,81 @@ COMPARED = {"machine": str, "commit": str, "runs": [RIVALS, ...]}
 CHOSEN_ON = 1000
 
 
-def _recalls(ranks: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {name: {f"R@{k}": round(recall(rank, k), 2) for k in KS} for name, rank in ranks.items()}
+def recalls(queries: Queries, methods: Mapping[str, Method]) -> dict[str, dict[str, float]]:
+    """Recall@K of each method in percent."""
+    found = {}
+    for name, method in methods.items():
+        rank = queries.ranks(method(queries))
+        found[name] = {f"R@{k}": round(recall(rank, k), 2) for k in KS}
+    return found
 
 
-def query_encoders(
-    bench: Benchmark, vl: VLModel, encoders: Mapping[str, QueryEncoder]
-) -> dict[str, dict[str, float]]:
-    """Recall@K in percent of each trained query encoder on the benchmark, by its name."""
-    gallery = vl.encode_images(bench.images)
-    return _recalls(
-        {
-            name: benchmark_ranks(bench, composed(bench, vl, encoder), gallery)
-            for name, encoder in encoders.items()
+def benchmark(vl: VLModel, seed: int, config: CompareConfig) -> Benchmark:
+    """The queries on which every method of a seed is measured."""
+    return make_benchmark(config.queries, config.gallery, seed, vl.image_size).embedded(vl)
+
+
+def _chosen_on(vl: VLModel, seed: int, config: CompareConfig) -> Benchmark:
+    """Other queries, on which a method may choose what it has to choose (`queries.Method`)."""
+    size = config.chosen_queries, config.chosen_gallery
+    return make_benchmark(*size, seed + CHOSEN_ON, vl.image_size).embedded(vl)
+
+
+def trainings(
+    vl: VLModel, seed: int, config: CompareConfig, progress: bool = True
+) -> dict[str, Callable[[], Inversion]]:
+    """The one-word recipes by name, each as it is and with the aids of ISA's encoder. They learn
+    from the same scenes and renderings as notebook 02, here as embeddings of the large tower.
+    """
+    world = scenes.sample_scenes(config.num_images, seed=seed + 1000)
+    rng = np.random.default_rng(seed)
+    jitter = rng.integers(2**31, size=len(world))
+    unlabeled = vl.encode_images(scenes.render_many(world, jitter, vl.image_size))
+    captions = [scenes.caption(scene, rng) for scene in world]
+    some = unlabeled[: config.inverted]
+    fit = {"steps": config.steps, "batch_size": config.batch_size}
+    fit |= {"seed": seed, "progress": progress}
+    start, noise = {"start_words": config.start_words}, {"word_noise": config.word_noise}
+    negatives = {"negatives": config.negatives}
+
+    def searle(of_words: Mapping, of_guess: Mapping) -> Inversion:
+        words = optimize_words(vl, some, seed=seed, progress=progress, **of_words)
+        return searle_like(vl, some, words, **fit, **of_guess)
+
+    found = {}
+    for name, s, n, m in (("", {}, {}, {}), (AIDED, start, noise, negatives)):
+        found |= {
+            f"Pic2Word-like{name}": partial(pic2word_like, vl, unlabeled, **fit, **s, **n, **m),
+            f"SEARLE-like{name}": partial(searle, s | n, s | m),
+            f"LinCIR-like{name}": partial(lincir_like, vl, captions, **fit, **s, **n),
         }
-    )
+    return found
 
 
 def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True) -> dict:
     """Recall@K of every other method on the benchmark of `seed`, in percent, with the seconds that
     each training took.
     """
-    bench = make_benchmark(config.queries, config.gallery, seed, vl.image_size)
-    gallery = vl.encode_images(bench.images)
-    ranks = {
-        name: benchmark_ranks(bench, method(bench, vl, gallery), gallery)
-        for name, method in UNTRAINED.items()
-    }
-
-    image, text = gallery[torch.from_numpy(bench.reference)], vl.encode_text(bench.texts)
-    chosen_on = make_benchmark(
-        config.chosen_queries, config.chosen_gallery, seed + CHOSEN_ON, vl.image_size
-    )
-    chosen_gallery = vl.encode_images(chosen_on.images)
-    weights = {
-        name: choose_weight(fuse, chosen_on, vl, chosen_gallery) for name, fuse in FUSIONS.items()
-    }
-    for name, fuse in FUSIONS.items():
-        ranks[name] = benchmark_score_ranks(bench, fuse(image, text, gallery, weights[name]))
-    corpus = vl.encode_text(chosen_on.texts)
-    ranks["BASIC-like"] = benchmark_score_ranks(bench, calibrated(image, text, gallery, corpus))
-
-    # The same scenes and renderings as notebook 02 trains on, here as embeddings of the large
-    # tower.
-    world = scenes.sample_scenes(config.num_images, seed=seed + 1000)
-    rng = np.random.default_rng(seed)
-    unlabeled = vl.encode_images(
-        scenes.render_many(world, rng.integers(2**31, size=len(world)), vl.image_size)
-    )
-    captions = [scenes.caption(scene, rng) for scene in world]
-    fit = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "seed": seed,
-        "progress": progress,
-    }
-
-    start, noise = {"start_words": config.start_words}, {"word_noise": config.word_noise}
-    negatives = {"negatives": config.negatives}
-
-    def searle(words: Mapping, guess: Mapping) -> Inversion:
-        some = unlabeled[: config.inverted]
-        return searle_like(
-            vl,
-            some,
-            optimize_words(vl, some, seed=seed, progress=progress, **words),
-            **fit,
-            **guess,
-        )
-
-    trainings = {
-        "Pic2Word-like": lambda: pic2word_like(vl, unlabeled, **fit),
-        "SEARLE-like": lambda: searle({}, {}),
-        "LinCIR-like": lambda: lincir_like(vl, captions, **fit),
-        f"Pic2Word-like{AIDED}": lambda: pic2word_like(
-            vl, unlabeled, **fit, **start, **noise, **negatives
-        ),
-        f"SEARLE-like{AIDED}": lambda: searle(start | noise, start | negatives),
-        f"LinCIR-like{AIDED}": lambda: lincir_like(vl, captions, **fit, **start, **noise),
-    }
-    seconds = {}
-    for name, train in trainings.items():
+    bench, chosen_on = benchmark(vl, seed, config), _chosen_on(vl, seed, config)
+    fusions = {name: method.fit(chosen_on) for name, method in FITTED.items()}
+    words, seconds = {}, {}
+    for name, train in trainings(vl, seed, config, progress).items():
         began = time.time()
-        mapping = train()
+        words[name] = OneWord(train())
         seconds[name] = round(time.time() - began, 1)
-        ranks[name] = benchmark_ranks(bench, mapping.compose(vl, image, bench.texts), gallery)
     return {
         "seed": seed,
         "data": "rendered scenes",
         "params": asdict(config),
-        "weights": weights,
+        "weights": {name: fusions[name].weight for name in FUSIONS},
         "training_seconds": seconds,
-        "methods": _recalls(ranks),
+        "methods": recalls(bench, UNTRAINED | fusions | words),
     }
+
+
+def fitted(method: Method, vl: VLModel, seed: int, config: CompareConfig) -> Method:
+    """A method of the user's own, fitted as late fusion is, if it has something to fit."""
+    return method.fit(_chosen_on(vl, seed, config)) if hasattr(method, "fit") else method
 
 
 def encoders_by_seed(

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from torch import Tensor
 
 from isa_lite.analysis.sentences import kept_and_followed
-from isa_lite.retrieval.evaluate import Benchmark, benchmark_ranks
-from isa_lite.retrieval.gallery import Gallery
+from isa_lite.retrieval.rendered import Benchmark
 from isa_lite.world.scenes import KINDS, POSITIONS, Scene
 
 _STYLE = """
@@ -74,17 +72,15 @@ def kind_of(kinds: Sequence[str]) -> str:
     return kinds[0] if len(kinds) == 1 else "two changes"
 
 
-def failures(bench: Benchmark, queries: Tensor, gallery: Tensor, answers: int = 5) -> pd.DataFrame:
+def failures(bench: Benchmark, queries: Tensor, answers: int = 5) -> pd.DataFrame:
     """Every query whose first answer is wrong, worst first: a row a query, indexed by its place in
     the benchmark.
 
-    queries: B x E, gallery: G x E. Columns: kind; rank of the best hit; kept and followed of the
+    queries: B x E, of a benchmark that knows its gallery. Columns: kind; rank of the best hit; kept and followed of the
     first answer (0 to 1); ignored, the half of the query that came off worse ("image", "words" or
     "both alike"); found, the gallery indices of the first answers.
     """
-    ranks = benchmark_ranks(bench, queries, gallery)
-    searched = Gallery(gallery, range(len(gallery)))
-    found = searched.search(queries, answers, torch.from_numpy(bench.reference))[1].numpy()
+    ranks, found = bench.ranks(queries), bench.search(queries, answers).numpy()
     rows = {}
     for q in np.flatnonzero(ranks > 1):
         scene = [bench.scenes[i] for i in (bench.reference[q], bench.target[q], found[q, 0])]

@@ -21,11 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from isa_lite.deploy.measure import side_by_side
-from isa_lite.methods.baselines import composed, composition_ceiling, image_plus_text
+from isa_lite.methods.baselines import composition_ceiling, image_plus_text
+from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.evaluate import KS, Benchmark, make_benchmark, recall, recall_interval
 from isa_lite.retrieval.gallery import Gallery
+from isa_lite.retrieval.metrics import KS, recall, recall_interval
+from isa_lite.retrieval.rendered import Benchmark, make_benchmark
 from isa_lite.support.checkpoint import Between, read_info, read_shard, write_tensors
 from isa_lite.support.settings import GROWTH_SIZES
 from isa_lite.world.scenes import Scene, render_many, sample_scene
@@ -86,7 +88,7 @@ def growth_ranks(
     """Ranks of each method's queries (B x E) in the benchmark's gallery (G x E) with the first
     `sizes` distractors: sizes x B.
 
-    shards: pairs of embeddings and scene keys, in order. As `evaluate.score_ranks`: the best hit
+    shards: pairs of embeddings and scene keys, in order. As `metrics.score_ranks`: the best hit
     counts, ties count against.
     """
     targets = torch.tensor([scene_key(bench.scenes[t]) for t in bench.target])
@@ -138,8 +140,8 @@ def growth(
     progress: bool = True,
 ) -> dict:
     """At every size: Recall@K with 95% Wilson intervals of three methods; search time."""
-    bench = make_benchmark(queries, 4 * queries, seed, vl.image_size)
-    gallery = vl.encode_images(bench.images)
+    bench = make_benchmark(queries, 4 * queries, seed, vl.image_size).embedded(vl)
+    gallery = bench.gallery
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
     # What every shard took when it was made, in this call or an earlier one.
     embedding = sum(
@@ -147,9 +149,9 @@ def growth(
         for start in range(0, max(sizes), SHARD)
     )
     methods = {
-        "isa": composed(bench, vl, encoder),
-        "image + text": image_plus_text(bench, vl, gallery),
-        "composition ceiling": composition_ceiling(bench, vl, gallery),
+        "isa": Isa(encoder)(bench),
+        "image + text": image_plus_text(bench),
+        "composition ceiling": composition_ceiling(bench),
     }
     ranks = growth_ranks(bench, methods, gallery, shards, sizes)
     everything = torch.cat([gallery, *(embeddings.float() for embeddings, _ in shards)])

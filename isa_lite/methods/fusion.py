@@ -1,48 +1,49 @@
-"""Late fusion: a query's image and its modifier are embedded apart and only their scores, or
-embeddings, are joined.
+"""Late fusion: a query's image and its modifier are embedded apart, and only their embeddings, or
+their scores, are joined.
 
-Nothing is trained. Each function takes the two embeddings of the queries (B x E), the gallery (G x
-E), all L2-normalised, and returns scores B x G, higher is better, for
-`evaluate.benchmark_score_ranks`. All of them pay for the large image tower at query time. A weight
-is the modifier's share, 0 to 1; `choose_weight` picks it on queries that are not those of the test.
+Nothing is trained, and all of them pay for the large image tower at query time. A weight is the
+modifier's share, 0 to 1. `Fusion.fit` chooses it on queries that are not those of the test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isa_lite.models.vl_model import VLModel
-from isa_lite.retrieval.evaluate import Benchmark, benchmark_score_ranks, recall
+from isa_lite.retrieval.metrics import recall
+from isa_lite.retrieval.queries import Queries, Scores
+from isa_lite.support.settings import FUSED
+
+#: What `Fusion.fit` chooses from.
+WEIGHTS = tuple(round(float(w), 2) for w in np.linspace(0.05, 0.95, 19))
 
 
-def weighted_sum(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -> Tensor:
-    """Cosine with the weighted mean of the two embeddings; with a half,
+def weighted_sum(image: Tensor, text: Tensor, weight: float = 0.5) -> Tensor:
+    """The weighted mean of two embeddings B x E, L2-normalised; with a half,
     `baselines.image_plus_text`.
     """
-    return F.normalize((1 - weight) * image + weight * text, dim=-1) @ gallery.T
+    return F.normalize((1 - weight) * image + weight * text, dim=-1)
 
 
-def slerp(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -> Tensor:
-    """Cosine with the point that divides the great circle from image to text (Jang et al., ECCV
-    2024, without their tuning).
+def slerp(image: Tensor, text: Tensor, weight: float = 0.5) -> Tensor:
+    """The point that divides the great circle from image to text, B x E (Jang et al., ECCV 2024,
+    without their tuning).
 
     At a half it is the sum's direction. Elsewhere it keeps the promised angle where the sum leans
     to the nearer end.
     """
     # Equal or opposite embeddings leave the circle open: there the angle is held off 0 and pi.
     angle = (image * text).sum(-1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6).acos()  # B x 1
-    point = ((1 - weight) * angle).sin() * image + (weight * angle).sin() * text
-    return F.normalize(point, dim=-1) @ gallery.T
+    return F.normalize(((1 - weight) * angle).sin() * image + (weight * angle).sin() * text, dim=-1)
 
 
 def product(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -> Tensor:
-    """Product of the two similarities, each moved from [-1, 1] to [0, 1] and raised to its weight:
-    both have to agree.
+    """Product of the two similarities with a gallery G x E, B x G: each is moved from [-1, 1] to
+    [0, 1] and raised to its weight, so both have to agree.
     """
     like_image, like_text = ((1 + (x @ gallery.T).clamp(-1, 1)) / 2 for x in (image, text))
     return like_image ** (1 - weight) * like_text**weight
@@ -51,8 +52,8 @@ def product(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -
 def calibrated(
     image: Tensor, text: Tensor, gallery: Tensor, corpus: Tensor, weight: float = 0.1
 ) -> Tensor:
-    """BASIC-like: centred embeddings, calibrated similarities, and a product that punishes
-    disagreement.
+    """BASIC-like scores B x G: centred embeddings, calibrated similarities, and a product that
+    punishes disagreement.
 
     corpus: C x E embeddings of texts of the domain; their mean is what every text has in common,
     and the gallery's mean what every image has. Both are subtracted. Each similarity is then
@@ -75,27 +76,54 @@ def calibrated(
     return a * b - weight * (a + b) ** 2
 
 
-#: Late fusion by the names that tables use, for those that need nothing but the embeddings.
-FUSIONS = {
-    "weighted sum": weighted_sum,
-    "spherical interpolation": slerp,
-    "product of similarities": product,
-}
+@dataclass(frozen=True)
+class Fusion:
+    """A method that joins the two embeddings of a query: `join(image, text, weight)` -> B x E."""
+
+    join: Callable[..., Tensor]
+    weight: float = 0.5
+
+    def __call__(self, queries: Queries) -> Tensor | Scores:
+        known = queries.image_embeddings(), queries.text_embeddings(), queries.gallery
+        return self._answer(*known, self.weight)
+
+    def _answer(
+        self, image: Tensor, text: Tensor, gallery: Tensor, weight: float
+    ) -> Tensor | Scores:
+        return self.join(image, text, weight)
+
+    def recalls(self, queries: Queries, weights: Sequence[float] = WEIGHTS) -> list[float]:
+        """Recall@1 in percent with each of the weights."""
+        known = queries.image_embeddings(), queries.text_embeddings(), queries.gallery
+        return [recall(queries.ranks(self._answer(*known, w)), 1) for w in weights]
+
+    def fit(self, queries: Queries, weights: Sequence[float] = WEIGHTS) -> Fusion:
+        """With the weight of the highest Recall@1 on these queries; ties: the first."""
+        return replace(self, weight=weights[int(np.argmax(self.recalls(queries, weights)))])
 
 
-def choose_weight(
-    fuse: Callable[..., Tensor],
-    bench: Benchmark,
-    vl: VLModel,
-    gallery: Tensor,
-    weights: Sequence[float] = tuple(round(float(w), 2) for w in np.linspace(0.05, 0.95, 19)),
-) -> float:
-    """The weight with the highest Recall@1 on `bench`, which must not be the benchmark that is
-    reported. Ties: the first.
-    """
-    image, text = gallery[torch.from_numpy(bench.reference)], vl.encode_text(bench.texts)
-    found = [
-        recall(benchmark_score_ranks(bench, fuse(image, text, gallery, weight)), 1)
-        for weight in weights
-    ]
-    return weights[int(np.argmax(found))]
+class ScoreFusion(Fusion):
+    """The same for what has no embedding: `join(image, text, gallery, weight)` -> scores B x G."""
+
+    def _answer(self, image: Tensor, text: Tensor, gallery: Tensor, weight: float) -> Scores:
+        return Scores(self.join(image, text, gallery, weight))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """`calibrated` as a method. corpus: C x E; `fit` takes the modifiers of other queries."""
+
+    corpus: Tensor | None = None
+
+    def fit(self, queries: Queries) -> Calibrated:
+        return Calibrated(queries.vl.encode_text(queries.texts))
+
+    def __call__(self, queries: Queries) -> Scores:
+        known = queries.image_embeddings(), queries.text_embeddings(), queries.gallery
+        return Scores(calibrated(*known, self.corpus))
+
+
+#: Late fusion by the names that tables use, for those with a weight.
+FUSIONS = dict(zip(FUSED, (Fusion(weighted_sum), Fusion(slerp), ScoreFusion(product)), strict=True))
+#: All of late fusion.
+FITTED = FUSIONS | {"BASIC-like": Calibrated()}

@@ -26,6 +26,7 @@ are ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
 from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import TEMPLATE, compose, opening, prompt_ids, splice, start_vectors
+from isa_lite.retrieval.queries import Queries
 from isa_lite.support.training import fit
 from isa_lite.token_learner import ToWords
 
@@ -71,6 +73,18 @@ class Inversion(nn.Module):
         """
         device = next(self.parameters()).device
         return compose(vl, self(images.to(device)).unsqueeze(1), modifiers, template)
+
+
+@dataclass(frozen=True)
+class OneWord:
+    """A trained mapping as a method: one pseudo-word for the reference's embedding."""
+
+    mapping: Inversion
+    template: str = TEMPLATE
+
+    def __call__(self, queries: Queries) -> Tensor:
+        image = queries.each(queries.image_embeddings())
+        return queries.joined(self.mapping.compose(queries.vl, image, queries.texts, self.template))
 
 
 def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inversion:
@@ -285,9 +299,11 @@ def keyword_prompt(
     for piece in vl.words.ids(caption):
         word = vl.words.word(piece)
         if word in keep or not any(c.isalnum() for c in word):
-            ids.append(piece), marks.append(False)
+            ids.append(piece)
+            marks.append(False)
         elif not (marks and marks[-1]):
-            ids.append(piece), marks.append(True)
+            ids.append(piece)
+            marks.append(True)
     return ids, marks
 
 

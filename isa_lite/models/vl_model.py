@@ -15,7 +15,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -274,26 +274,22 @@ class VLModel(nn.Module):
     def fingerprint(self) -> str:
         """A key, of caches too, that changes with any weight, activation or preprocessing."""
         tensors = sorted(self.state_dict().items())
-        state = [
-            repr(self.preprocess),
-            any(isinstance(module, QuickGELU) for module in self.modules()),
-            *map(_trace, tensors),
-        ]
+        # which the weights do not show
+        quick = any(isinstance(module, QuickGELU) for module in self.modules())
+        first = repr(self.preprocess) + quick * "QuickGELU"
+        state = [first, *map(_trace, tensors)]
         if self._hashed[0] != state:  # a large model takes seconds
-            self._hashed = state, self._hash(tensors)
+            self._hashed = state, digest(tensors, first.encode())
         return self._hashed[1]
 
-    def _hash(self, tensors: Sequence[tuple[str, Tensor]]) -> str:
-        digest = hashlib.sha256(repr(self.preprocess).encode())
-        # which the weights do not show
-        if any(isinstance(module, QuickGELU) for module in self.modules()):
-            digest.update(b"QuickGELU")
-        for key, value in tensors:
-            digest.update(key.encode())
-            digest.update(
-                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()[:16]
+
+def digest(tensors: Iterable[tuple[str, Tensor]], *first: bytes) -> str:
+    """16 hexadecimal digits that tell these weights, by name, from others; `first` counts, too."""
+    found = hashlib.sha256(b"".join(first))
+    for key, value in tensors:
+        found.update(key.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _trace(named: tuple[str, Tensor]) -> tuple:

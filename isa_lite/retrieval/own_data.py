@@ -23,7 +23,6 @@ import unicodedata
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path, PurePosixPath
@@ -31,10 +30,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from isa_lite.models.vl_model import VLModel
-from isa_lite.retrieval import evaluate
+from isa_lite.retrieval.queries import Queries
 from isa_lite.support.checkpoint import read_json
 from isa_lite.support.images import ImageFolder
 from isa_lite.support.parameters import checked, path_name
@@ -247,35 +245,12 @@ def beside(images: ImageFolder, name: str) -> Path | None:
     )
 
 
-@dataclass
-class Triplets:
-    """Composed queries over the images of a folder: query i is (reference[i], texts[i]), and any of
-    targets[i] is right.
-
-    reference: B gallery indices; targets: for each query the indices of its right answers, without
-    the reference.
-    """
-
-    reference: np.ndarray
-    texts: list[str]
-    targets: list[list[int]] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def ranks(self, queries: Tensor, gallery: Tensor) -> np.ndarray:
-        """The rank of each query's best target among the gallery G x E, with the reference left
-        out; queries B x E.
-        """
-        hits = torch.zeros(len(self), len(gallery), dtype=torch.bool)
-        for row, right in zip(hits, self.targets, strict=True):
-            row[right] = True
-        return evaluate.ranks(queries, gallery, self.reference, hits)
-
-
 @checked(path=path_name())
-def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
-    """Queries with their answers, checked against the folder. Entries count from 1.
+def read_triplets(
+    path: str | Path, images: ImageFolder, captions: Sequence[Sequence[str]] = ()
+) -> Queries:
+    """Queries with their answers, checked against the folder. Entries count from 1. captions: what
+    is said of each image (`read_captions`), for the ceilings.
 
     Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used,
     and what to do.
@@ -294,9 +269,13 @@ def read_triplets(path: str | Path, images: ImageFolder) -> Triplets:
         except ValueError as error:
             problems.append(f"entry {number}: {error}")
             continue
-        reference.append(start), texts.append(words), targets.append(answers)
+        reference.append(start)
+        texts.append(words)
+        targets.append(answers)
     _refuse(path, problems, f"of {len(entries)} entries")
-    return Triplets(np.array(reference), texts, targets)
+    return Queries(
+        images=images, reference=np.array(reference), texts=texts, targets=targets, said=captions
+    )
 
 
 def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:

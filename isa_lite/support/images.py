@@ -153,6 +153,19 @@ class ImageFolder(Sequence):
             return read_image(self.files[i])
 
 
+class ImageFiles(Sequence):
+    """Image files as RGB pictures, each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return read_image(self.files[i])
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Pillow's remarks on odd metadata; a file that cannot be read still raises.

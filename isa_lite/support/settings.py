@@ -59,7 +59,9 @@ SPLITS = {
     "cirr": ("train", "val", "test1"),
     "circo": ("val", "test"),
 }
+#: Ways to compose that the benchmarks know: those of a run that names none, and late fusion.
 METHODS = ("isa", "image + text", "text only", "image only")
+FUSED = ("weighted sum", "spherical interpolation", "product of similarities")
 GALLERIES = ("split", "triplets")
 CAPTIONS = ("both orders", "one order")
 

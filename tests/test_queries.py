@@ -3,6 +3,7 @@ promises.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,19 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from isa_lite.commands import main
-from isa_lite.retrieval import evaluate
-from isa_lite.retrieval.evaluate import (
+from isa_lite.retrieval import metrics, rendered, results
+from isa_lite.retrieval.metrics import (
     KS,
-    RECALLS,
-    benchmark_ranks,
     bootstrap_interval,
-    groups,
-    make_benchmark,
-    metrics,
     paired_interval,
     ranks,
-    read_alike,
     recall,
     recall_difference,
     recall_interval,
     wilson_interval,
 )
+from isa_lite.retrieval.rendered import groups, make_benchmark
+from isa_lite.retrieval.results import RECALLS, of_run, read_alike
 
 BENCH = make_benchmark(queries=60, gallery=300, seed=3, size=16)
 
@@ -150,7 +147,7 @@ def test_a_recall_of_all_or_none_has_an_interval_with_a_width():
     low, high = recall_interval(ranks, 1)
     assert (low, high) == (pytest.approx(93.98, abs=0.01), 100.0)
     assert recall_interval(ranks + 1, 1) == (0.0, pytest.approx(6.02, abs=0.01))
-    table = evaluate.recall_table({"isa": ranks})
+    table = metrics.recall_table({"isa": ranks})
     assert table.loc["isa", "R@1"] == "100.0 [94.0, 100.0]"
 
 
@@ -210,7 +207,7 @@ def test_the_benchmark_is_what_it_says():
         reference, target, *others = b.scenes[4 * q : 4 * q + 4]
         assert len({reference, target, *others}) == 4
         assert b.held_out[q] == any(
-            (o.shape, o.color) in evaluate.scenes.HELD_OUT
+            (o.shape, o.color) in rendered.scenes.HELD_OUT
             for s in (reference, target)
             for o in s.objects
         )
@@ -218,7 +215,7 @@ def test_the_benchmark_is_what_it_says():
     assert (b.labels[b.reference] != b.labels[b.target]).all()
     for i in range(0, 300, 7):
         assert np.array_equal(
-            b.images[i], evaluate.scenes.render(b.scenes[i], int(b.jitter[i]), 16)
+            b.images[i], rendered.scenes.render(b.scenes[i], int(b.jitter[i]), 16)
         )
 
 
@@ -243,8 +240,8 @@ def test_the_target_of_a_query_shows_the_changes_that_its_kinds_name():
 
 
 def test_equal_scenes_have_equal_labels(monkeypatch):
-    few = evaluate.scenes.sample_scenes(5, 0)
-    monkeypatch.setattr(evaluate.scenes, "sample_scene", lambda rng, held_out: few[rng.integers(5)])
+    few = rendered.scenes.sample_scenes(5, 0)
+    monkeypatch.setattr(rendered.scenes, "sample_scene", lambda rng, held_out: few[rng.integers(5)])
     b = make_benchmark(queries=20, gallery=100, size=8)
     i, j = np.triu_indices(100, 1)
     equal = np.array([b.scenes[m] == b.scenes[n] for m, n in zip(i, j, strict=True)])
@@ -268,24 +265,24 @@ def test_a_gallery_must_hold_what_the_queries_bring():
 
 def test_an_equal_scene_is_a_hit_in_the_benchmark():
     gallery = normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert (benchmark_ranks(BENCH, gallery[BENCH.target], gallery) == 1).all()
+    assert (BENCH.ranks(gallery[BENCH.target], gallery) == 1).all()
     labels = BENCH.labels.copy()
     labels[250] = labels[1]  # as if image 250 showed the first target too
-    twin = evaluate.Benchmark(**{**vars(BENCH), "labels": labels})
+    twin = replace(BENCH, labels=labels)
     query = gallery[BENCH.target].clone()
     query[0] = gallery[250]
-    assert benchmark_ranks(twin, query, gallery)[0] == 1 < benchmark_ranks(BENCH, query, gallery)[0]
+    assert twin.ranks(query, gallery)[0] == 1 < BENCH.ranks(query, gallery)[0]
 
 
 def test_groups_divide_the_queries():
     found = groups(BENCH)
-    kinds = [found[k] for k in (*evaluate.KINDS, "two changes")]
+    kinds = [found[k] for k in (*rendered.KINDS, "two changes")]
     assert (
         (np.sum(kinds, 0) == 1).all()
         and (found["seen pairs"] ^ found["held-out pairs"]).all()
         and found["all"].all()
     )
-    for kind in evaluate.KINDS:
+    for kind in rendered.KINDS:
         assert all(BENCH.kinds[i] == (kind,) for i in np.flatnonzero(found[kind]))
     assert all(len(BENCH.kinds[i]) == 2 for i in np.flatnonzero(found["two changes"]))
     assert np.array_equal(found["held-out pairs"], BENCH.held_out)
@@ -294,7 +291,7 @@ def test_groups_divide_the_queries():
 def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
     rng = np.random.default_rng(0)
     methods = {name: rng.integers(1, 20, 60) for name in ("isa", "image only")}
-    table = evaluate.recall_table(methods)
+    table = metrics.recall_table(methods)
     assert list(table.index) == list(methods) and list(table.columns) == ["R@1", "R@5", "R@10"]
     low, high = recall_interval(methods["isa"], 5)
     assert (
@@ -302,7 +299,7 @@ def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
         == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
     )
     found = groups(BENCH)
-    by_group = evaluate.group_table(BENCH, methods, k=5)
+    by_group = rendered.group_table(BENCH, methods, k=5)
     assert list(by_group.index) == [f"{n} ({m.sum()})" for n, m in found.items() if m.any()]
     assert by_group.loc["all (60)", "isa"] == table.loc["isa", "R@5"]
     two = methods["image only"][found["two changes"]]
@@ -318,7 +315,7 @@ def run(tmp_path):
     def write(seed: int, weight: float, shift: int = 0):
         rng = np.random.default_rng((seed, shift))
         methods = {name: rng.integers(1, 20, 60) for name in ("isa", "image only")}
-        record = metrics(BENCH, methods, seed, {"lar_weight": weight})
+        record = of_run(BENCH, methods, seed, {"lar_weight": weight})
         path = tmp_path / f"{seed}-{weight}.json"
         path.write_text(
             json.dumps(record | {"machine": "a laptop", "training_seconds": {"isa": 1.0}})
@@ -366,11 +363,11 @@ def test_metrics_hold_recalls_in_percent_overall_and_by_group(run):
 
 def test_seed_interval_is_students():
     # Mean 4, standard deviation 2, n = 3: 4 +- 4.3027 * 2 / sqrt(3)
-    assert evaluate.seed_interval([2, 4, 6]) == pytest.approx((4 - 4.9683, 4 + 4.9683), abs=1e-3)
+    assert metrics.seed_interval([2, 4, 6]) == pytest.approx((4 - 4.9683, 4 + 4.9683), abs=1e-3)
     values = [51.0, 52.5, 49.9, 53.1, 50.2]
     theirs = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    assert evaluate.seed_interval(values) == pytest.approx(theirs)
-    assert np.isnan(evaluate.seed_interval([2.0])).all()
+    assert metrics.seed_interval(values) == pytest.approx(theirs)
+    assert np.isnan(metrics.seed_interval([2.0])).all()
 
 
 def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
@@ -390,7 +387,7 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     for path, kept in zip(paths, gathered["runs"], strict=True):
         whole = json.loads(Path(path).read_text())
         assert kept == {k: v for k, v in whole.items() if k not in ("machine", "data", "intervals")}
-    table = evaluate.runs_table(gathered["runs"])
+    table = results.runs_table(gathered["runs"])
     assert capsys.readouterr().out == table.to_string() + "\n"
     assert list(table.index) == [
         "isa, lar_weight 0 (2 seeds)",
@@ -400,16 +397,16 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
     values = [
         r["methods"]["isa"]["R@1"] for r in gathered["runs"] if r["params"]["lar_weight"] == 0.1
     ]
-    low, high = evaluate.seed_interval(values)
+    low, high = metrics.seed_interval(values)
     assert low < 0  # of two seeds; a recall is never below 0
     assert (
         table.loc["isa, lar_weight 0.1 (2 seeds)", "R@1"]
         == f"{np.mean(values):.1f} [0.0, {high:.1f}]"
     )
-    assert list(evaluate.runs_table(gathered["runs"], methods=["image only"]).index) == [
+    assert list(results.runs_table(gathered["runs"], methods=["image only"]).index) == [
         "image only (2 seeds)"
     ]
-    change = evaluate.effect(gathered["runs"], k=5)
+    change = results.effect(gathered["runs"], k=5)
     recalls = {
         (r["params"]["lar_weight"], r["seed"]): r["methods"]["isa"]["R@5"] for r in gathered["runs"]
     }
@@ -418,9 +415,9 @@ def test_the_command_prints_a_run_and_gathers_several(run, tmp_path, capsys):
         and change.any()
     )
     with pytest.raises(ValueError, match=r"same seeds"):
-        evaluate.effect(gathered["runs"][:3])
+        results.effect(gathered["runs"][:3])
     Path(paths[0]).write_text(json.dumps(whole | {"machine": "a desktop"}))
-    assert evaluate.gather(map(Path, paths))["machine"] == "a desktop / a laptop"
+    assert results.gather(map(Path, paths))["machine"] == "a desktop / a laptop"
 
 
 def test_the_command_names_a_missing_file(run, tmp_path, capsys):
@@ -438,7 +435,7 @@ def test_the_intervals_of_means_hold_the_truth_as_often_as_they_say():
     true mean is known.
     """
     rng = np.random.default_rng(6)
-    ends = np.array([evaluate.seed_interval(values) for values in rng.normal(80, 3, (1500, 5))])
+    ends = np.array([metrics.seed_interval(values) for values in rng.normal(80, 3, (1500, 5))])
     assert ((ends[:, 0] <= 80) & (80 <= ends[:, 1])).mean() == pytest.approx(0.95, abs=0.02)
     # Method one hits 60%; the other hits where it does, but for a tenth of the queries: the true
     # difference is 6 points.

@@ -1,0 +1,129 @@
+"""A benchmark of rendered scenes: queries, their gallery with hard negatives, groups of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from isa_lite.retrieval.metrics import cell
+from isa_lite.retrieval.queries import Queries
+from isa_lite.support.parameters import checked, scene_count, whole
+from isa_lite.world import scenes
+from isa_lite.world.scenes import KINDS, Scene
+
+
+@dataclass(kw_only=True)
+class Benchmark(Queries):
+    """Composed queries over a gallery of G rendered scenes, of which each image knows what it
+    shows.
+
+    images: G x S x S x 3 uint8; scenes, jitter: what they show, and their rendering seeds; labels:
+    G integers, equal for equal scenes, all of which are right answers. target: of each query, the
+    image that was rendered as its answer. kinds[i] names the one or two changes of query i;
+    held_out[i]: its reference or target shows a shape-colour pair that no training has seen.
+    """
+
+    scenes: list[Scene]
+    jitter: np.ndarray
+    labels: np.ndarray
+    target: np.ndarray
+    kinds: list[tuple[str, ...]]
+    held_out: np.ndarray
+    targets: Sequence[Sequence[int]] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        equal = [np.flatnonzero(self.labels == self.labels[t]) for t in self.target]
+        self.targets = [
+            [t, *found[found != t]] for t, found in zip(self.target, equal, strict=True)
+        ]
+
+    def captions(self, rows: Sequence[int], seed: int = 0) -> list[str]:
+        """A full caption of each of these images, drawn from the seed."""
+        rng = np.random.default_rng((seed, 8))
+        return [scenes.caption(self.scenes[i], rng) for i in rows]
+
+
+def check_gallery(queries: int, gallery: int) -> None:
+    """Raise ValueError where a gallery of so many images has no room for what so many queries bring
+    (`make_benchmark`).
+    """
+    if gallery < 4 * queries:
+        raise ValueError(
+            f"parameter 'gallery' must be at least {4 * queries}, four times 'queries', not"
+            f" {gallery}"
+        )
+
+
+@checked(queries=scene_count(1, each=4), gallery=scene_count(1), seed=whole(0), size=whole(8, 4096))
+def make_benchmark(
+    queries: int = 1000, gallery: int = 5000, seed: int = 0, size: int = scenes.IMAGE_SIZE
+) -> Benchmark:
+    """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs
+    are allowed here).
+
+    The gallery holds, for each query, its reference, its target and two hard negatives (the
+    reference after *other* changes), and is filled up to `gallery` with random scenes. Raises
+    ValueError where that is more than `gallery`.
+    """
+    check_gallery(queries, gallery)
+    rng = np.random.default_rng((seed, 5))
+    shown: list[Scene] = []
+    texts, kinds = [], []
+    for _ in range(queries):
+        base = scenes.sample_scene(rng, held_out=True)
+        wanted, change = scenes.modify(base, rng, held_out=True)
+        others: list[Scene] = []
+        while len(others) < 2:
+            other = scenes.modify(base, rng, held_out=True)[0]
+            if other not in (wanted, *others):
+                others.append(other)
+        texts.append(change.text)
+        kinds.append(change.kinds)
+        shown += [base, wanted, *others]
+    shown += [scenes.sample_scene(rng, held_out=True) for _ in range(gallery - len(shown))]
+    jitter = rng.integers(2**31, size=gallery)
+    number = {scene: i for i, scene in enumerate(dict.fromkeys(shown))}
+    reference = 4 * np.arange(queries)
+    unseen = np.array([scene.held_out for scene in shown])
+    return Benchmark(
+        images=scenes.render_many(shown, jitter, size),
+        reference=reference,
+        texts=texts,
+        scenes=shown,
+        jitter=jitter,
+        labels=np.array([number[scene] for scene in shown]),
+        target=reference + 1,
+        kinds=kinds,
+        held_out=unseen[reference] | unseen[reference + 1],
+    )
+
+
+def groups(bench: Benchmark) -> dict[str, np.ndarray]:
+    """Named subsets of the queries as B bool: all, each kind alone, two changes at once, seen and
+    held-out pairs.
+    """
+    kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in KINDS}
+    two = {"two changes": np.array([len(k) == 2 for k in bench.kinds])}
+    return (
+        {"all": np.ones(len(bench), bool)}
+        | kinds
+        | two
+        | {"seen pairs": ~bench.held_out, "held-out pairs": bench.held_out}
+    )
+
+
+def group_table(bench: Benchmark, methods: Mapping[str, np.ndarray], k: int = 1) -> pd.DataFrame:
+    """Recall@K in percent with its 95% interval: a row a group of queries (with its size), a column
+    a method.
+    """
+    chosen = {f"{name} ({mask.sum()})": mask for name, mask in groups(bench).items() if mask.any()}
+    return pd.DataFrame(
+        {
+            m: {name: cell(rank[mask], k) for name, mask in chosen.items()}
+            for m, rank in methods.items()
+        }
+    )

@@ -54,13 +54,8 @@ _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77d
 
 
 #: What backbone.json holds, beside the weights that `light_backbone` wrote (`checkpoint.misfit`).
-RECORD = {
-    "backbone": str,
-    "image_size": Between(1, 4096),
-    "mean": (Between(-1e6, 1e6),) * 3,
-    "std": (Between(1e-6, 1e6),) * 3,
-    "vl_model": str,
-}
+RECORD = {"backbone": str, "image_size": Between(1, 4096), "vl_model": str}
+RECORD |= {"mean": (Between(-1e6, 1e6),) * 3, "std": (Between(1e-6, 1e6),) * 3}
 
 
 class DataConfig(NamedTuple):
@@ -112,11 +107,9 @@ def start_config(name: str, pretrained: bool, weights: str) -> DataConfig:
     if weights and weights != LITE0:
         record, _ = _learned(weights)
         return DataConfig(record["image_size"], tuple(record["mean"]), tuple(record["std"]))
-    return (
-        data_config(name)
-        if pretrained or weights
-        else DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    )
+    if pretrained or weights:
+        return data_config(name)
+    return DataConfig(96, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def _ready_weights(
@@ -159,26 +152,71 @@ def _create(name: str, image_size: int, **settings) -> nn.Module:
 
 def _getter(name: str, image_size: int, pretrained: bool, layer: int) -> nn.Module:
     """A backbone that gives a list of one map, without the layers behind it ('getter')."""
+    how = {"pretrained": pretrained, "out_indices": (layer,)}
     try:
-        return _create(
-            name, image_size, pretrained=pretrained, feature_cls="getter", out_indices=(layer,)
-        )
+        return _create(name, image_size, feature_cls="getter", **how)
     except TypeError as error:  # HardCoRe-NAS has a feature extractor of its own, which keeps them
         if "feature_cls" not in str(error):
             raise
-        return _create(name, image_size, pretrained=pretrained, out_indices=(layer,))
+        return _create(name, image_size, **how)
 
 
-class _Subsampled(nn.Conv2d):
+class _Subsampled(nn.Module):
     """A 1x1 convolution with a stride, computed as what it is: take every second pixel, then mix
-    the channels.
+    the channels. The weights are the convolution's, under the same names.
 
     In channels_last, PyTorch 2.14's backward pass of such a convolution on 3 channels writes past
     its memory on a CPU. MobileOne and FastViT begin with one.
     """
 
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias, self.stride = conv.weight, conv.bias, conv.stride
+
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
+def _subsample(backbone: nn.Module) -> None:
+    for name, layer in list(backbone.named_modules()):
+        look = (layer.in_channels, layer.kernel_size) if type(layer) is nn.Conv2d else None
+        if look == (3, (1, 1)) and layer.padding == (0, 0):
+            parent, _, leaf = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), leaf, _Subsampled(layer))
+
+
+def _chosen(name: str, image_size: int, stride: int | None) -> tuple[int, int]:
+    """The layer and the stride of the map that is used. Raises ValueError where there is none."""
+    try:
+        info = _create(name, image_size).feature_info
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"backbone {name!r} gives no feature maps at image_size {image_size}: {error}"
+        ) from error
+    # of the layers info.out_indices; a plain transformer names several of one stride
+    strides = info.reduction()
+    stride = default_stride(strides, image_size) if stride is None else stride
+    if stride not in strides:
+        raise ValueError(
+            f"backbone {name!r} has no feature map of stride {stride}; its strides are"
+            f" {sorted(set(strides))}"
+        )
+    layers = zip(info.out_indices, strides, strict=True)
+    return max(index for index, s in layers if s == stride), stride
+
+
+def _start_from(backbone: nn.Module, ready: dict[str, Tensor], weights: str, stride: int) -> None:
+    """Put the tensors that `weights` names into the backbone."""
+    own = backbone.model.state_dict()
+    if missing := set(own) - set(ready):
+        raise ValueError(
+            f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not"
+            " among them; set backbone_weights to '' to start from random ones"
+        )
+    file = f" ({_learned(weights)[1]})" if weights != LITE0 else ""
+    fitting = {key: ready[key] for key in own}
+    check_weights(fitting, own, f"backbone_weights={weights!r}{file}")
+    backbone.model.load_state_dict(fitting)
 
 
 def build_backbone(
@@ -208,47 +246,18 @@ def build_backbone(
         return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
     ready = _ready_weights(name, pretrained, weights, vl)
-    try:
-        info = _create(name, image_size).feature_info
-    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"backbone {name!r} gives no feature maps at image_size {image_size}: {error}"
-        ) from error
-    # of the layers info.out_indices; a plain transformer names several of one stride
-    strides = info.reduction()
-    if stride is None:
-        stride = default_stride(strides, image_size)
-    if stride not in strides:
-        raise ValueError(
-            f"backbone {name!r} has no feature map of stride {stride}; its strides are"
-            f" {sorted(set(strides))}"
-        )
-    layer = max(index for index, s in zip(info.out_indices, strides, strict=True) if s == stride)
-    if pretrained and not timm.get_pretrained_cfg(name).has_weights:
-        raise ValueError(
-            f"timm has no weights for backbone {name!r}; set pretrained to False, or take another"
-            " backbone"
-        )
+    layer, stride = _chosen(name, image_size, stride)
     if pretrained:
+        if not timm.get_pretrained_cfg(name).has_weights:
+            raise ValueError(
+                f"timm has no weights for backbone {name!r}; set pretrained to False, or take"
+                " another backbone"
+            )
         check_backbone_weights(name)
     backbone = _getter(name, image_size, pretrained, layer).eval()
-    for layer in backbone.modules():
-        if type(layer) is nn.Conv2d and (layer.in_channels, layer.kernel_size, layer.padding) == (
-            3,
-            (1, 1),
-            (0, 0),
-        ):
-            layer.__class__ = _Subsampled  # the same weights under the same name
+    _subsample(backbone)
     if ready:
-        if missing := set(backbone.model.state_dict()) - set(ready):
-            raise ValueError(
-                f"backbone_weights={weights!r} end before stride {stride}: {min(missing)} is not"
-                " among them; set backbone_weights to '' to start from random ones"
-            )
-        own = backbone.model.state_dict()
-        file = f" ({_learned(weights)[1]})" if weights != LITE0 else ""
-        check_weights({key: ready[key] for key in own}, own, f"backbone_weights={weights!r}{file}")
-        backbone.model.load_state_dict({key: ready[key] for key in own})
+        _start_from(backbone, ready, weights, stride)
     try:
         with torch.no_grad():
             _, *shape = backbone(torch.zeros(1, 3, image_size, image_size))[0].shape
@@ -264,9 +273,8 @@ def stem(backbone: nn.Module) -> list[nn.Module]:
     """The layers in front of the first block, by timm's names; none for the name "vl"."""
     model = getattr(backbone, "model", None)
     names = ("conv_stem", "conv1", "bn1", "stem", "patch_embed")
-    return [
-        getattr(model, name) for name in names if isinstance(getattr(model, name, None), nn.Module)
-    ]
+    parts = (getattr(model, name, None) for name in names)
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def lite0_weights() -> dict[str, Tensor]:

@@ -32,11 +32,8 @@ class BlipImage(nn.Module):
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.vision_model, self.proj = model.vision_model, model.vision_proj
-        self.image_size, self.image_mean, self.image_std = (
-            model.config.vision_config.image_size,
-            mean,
-            std,
-        )
+        self.image_size = model.config.vision_config.image_size
+        self.image_mean, self.image_std = mean, std
 
     def forward(self, pixels: Tensor) -> Tensor:
         """B x 3 x H x W -> B x E, not normalised."""
@@ -181,14 +178,9 @@ def load_blip(
     mean = tuple(look.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(look.get("std", open_clip.OPENAI_DATASET_STD))
     blip = Blip(model.eval(), mean, std).to(device)
-    size = blip.visual.image_size
-    return (
-        blip,
-        open_clip.image_transform(
-            size, False, mean, std, resize_mode="squash", interpolation="bicubic"
-        ),
-        tokenizer,
-    )
+    how = {"resize_mode": "squash", "interpolation": "bicubic"}
+    look = open_clip.image_transform(blip.visual.image_size, False, mean, std, **how)
+    return blip, look, tokenizer
 
 
 def is_blip(folder: Path) -> bool:

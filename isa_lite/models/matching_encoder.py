@@ -28,22 +28,15 @@ class MatchingEncoder(nn.Module):
         heads: int = 4,
     ):
         super().__init__()
-        self.config = dict(
-            text_width=text_width,
-            patch_width=patch_width,
-            patches=patches,
-            width=width,
-            depth=depth,
-            heads=heads,
-        )
+        self.config = dict(text_width=text_width, patch_width=patch_width, patches=patches)
+        self.config |= dict(width=width, depth=depth, heads=heads)
         self.text_in = nn.Linear(text_width, width)
         self.patch_in = nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, width))
         # about as large as what it is added to
         self.patch_position = nn.Parameter(0.5 * torch.randn(patches, width))
+        how = {"batch_first": True, "norm_first": True}
         self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-            )
+            nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", **how)
             for _ in range(depth)
         )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))

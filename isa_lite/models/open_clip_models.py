@@ -27,14 +27,8 @@ from isa_lite.support.checkpoint import read_json, read_tensors, sound
 from isa_lite.support.hub import nothing_fetched, weights_file
 
 #: What a file of weights raises that is cut off, or of another model, or no such file at all.
-_UNFIT = (
-    RuntimeError,
-    LookupError,
-    EOFError,
-    UnicodeDecodeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
+_UNFIT = (RuntimeError, LookupError, EOFError, UnicodeDecodeError)
+_UNFIT += (pickle.UnpicklingError, SafetensorError)
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
@@ -48,10 +42,10 @@ def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
 #: What a model folder may set, by section. It may come from strangers, and open_clip hands some
 #: settings on: `trust_remote_code` among those of a tokenizer runs their code.
 _HARMLESS = {
-    "model_cfg": {
-        *("embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "custom_text", "quick_gelu"),
-        *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
-    },
+    "model_cfg": set(
+        "embed_dim vision_cfg text_cfg multimodal_cfg custom_text quick_gelu init_logit_scale"
+        " init_logit_bias nonscalar_logit_scale".split()
+    ),
     "vision_cfg": {field.name for field in fields(open_clip.CLIPVisionCfg)},
     "text_cfg": {field.name for field in fields(open_clip.CLIPTextCfg)},
     "multimodal_cfg": {field.name for field in fields(MultimodalCfg)},
@@ -60,11 +54,8 @@ _HARMLESS = {
     "norm_kwargs": {"eps"},
     "preprocess_cfg": {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"},
 }
-_CHOICES = {
-    "mode": ("RGB",),
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
-}
+_CHOICES = {"mode": ("RGB",), "interpolation": ("bicubic", "bilinear", "random")}
+_CHOICES |= {"resize_mode": ("shortest", "longest", "squash")}
 _LARGEST = 10_000_000  # of the numbers; larger ones would only fill the memory
 
 
@@ -106,9 +97,7 @@ def check_preprocessing(path: Path, settings: object) -> None:
             good = good and len(numbers) == 3 and (key == "mean" or min(numbers) > 0)
             good = good and max(map(abs, numbers)) <= 1e6
         elif key == "size":
-            good = (
-                good and len(numbers) in (1, 2) and all(type(n) is int and n > 0 for n in numbers)
-            )
+            good = len(numbers) in (1, 2) and all(type(n) is int and n > 0 for n in numbers)
         elif key in _CHOICES:
             good = value in _CHOICES[key]
         if not good:
@@ -164,6 +153,26 @@ def from_folder(
     not on this machine.
     """
     path = folder / "open_clip_config.json"
+    model = _settings(folder, path)
+    with nullcontext() if name.startswith("hf-hub:") else nothing_fetched(folder):
+        with fitting(path, "holds no settings that work"):
+            text = text_config(model, name)
+            if text.get("hf_model_name"):
+                _check_kind(Path(text["hf_model_name"]) / "config.json")
+            # before the weights: it is small, and may be out of reach
+            tokenizer = load_tokenizer(text, name, folder)
+        changed = {"text_cfg": text} if text.get("hf_model_name") else {}
+        weights = folder / "open_clip_model.safetensors"
+        weights = weights if weights.is_file() else folder  # open_clip knows other names, too
+        with fitting(weights, "holds no weights that fit its open_clip_config.json"):
+            load = open_clip.create_model_from_pretrained
+            clip, preprocess = load(f"local-dir:{folder}", device=device, **changed)
+    check_loaded(weights, clip)
+    return clip, preprocess, tokenizer, _matcher(folder, device)
+
+
+def _settings(folder: Path, path: Path) -> dict:
+    """The settings of a folder's model. Raises ValueError for no model, and for harmful ones."""
     if not path.is_file():
         raise ValueError(
             f"{folder} is a folder without open_clip_config.json, so it holds no model"
@@ -182,40 +191,25 @@ def from_folder(
     if tower is None and (lacking := {"layers", "width"} - set(model["vision_cfg"])):
         # open_clip would build a large tower by its own defaults
         raise ValueError(f"{path}: vision_cfg lacks {min(lacking)!r}")
-    source = f"local-dir:{folder}"
-    with nullcontext() if name.startswith("hf-hub:") else nothing_fetched(folder):
-        with fitting(path, "holds no settings that work"):
-            text = text_config(model, name)
-            if text.get("hf_model_name"):
-                _check_kind(Path(text["hf_model_name"]) / "config.json")
-            # before the weights: it is small, and may be out of reach
-            tokenizer = load_tokenizer(text, name, folder)
-        changed = {"text_cfg": text} if text.get("hf_model_name") else {}
-        weights = folder / "open_clip_model.safetensors"
-        weights = weights if weights.is_file() else folder  # open_clip knows other names, too
-        with fitting(weights, "holds no weights that fit its open_clip_config.json"):
-            clip, preprocess = open_clip.create_model_from_pretrained(
-                source, device=device, **changed
-            )
-    check_loaded(weights, clip)
-    matcher, settings, weights = (
-        None,
-        folder / "matching_encoder.json",
-        folder / "matching_encoder.safetensors",
-    )
-    if settings.is_symlink() or settings.exists() or weights.exists():  # half of it is damage
-        record = read_json(settings, "the settings of a matching encoder")
-        if any(type(value) is not int or not 0 < value <= 100_000 for value in record.values()):
-            raise ValueError(
-                f"{settings}: its settings must be whole numbers above 0, not {str(record)[:200]}"
-            )
-        with fitting(settings, "holds no settings of a matching encoder"):
-            matcher = MatchingEncoder(**record)
-        with fitting(weights, "holds no weights that fit its matching_encoder.json"):
-            matcher.load_state_dict({k: v.float() for k, v in read_tensors(weights)[0].items()})
-        check_loaded(weights, matcher)
-        matcher.to(device)
-    return clip, preprocess, tokenizer, matcher
+    return model
+
+
+def _matcher(folder: Path, device: str) -> MatchingEncoder | None:
+    """Our matching encoder, where one lies beside a model. Raises ValueError for half of one."""
+    settings, weights = (folder / f"matching_encoder.{end}" for end in ("json", "safetensors"))
+    if not (settings.is_symlink() or settings.exists() or weights.exists()):
+        return None
+    record = read_json(settings, "the settings of a matching encoder")
+    if any(type(value) is not int or not 0 < value <= 100_000 for value in record.values()):
+        raise ValueError(
+            f"{settings}: its settings must be whole numbers above 0, not {str(record)[:200]}"
+        )
+    with fitting(settings, "holds no settings of a matching encoder"):
+        matcher = MatchingEncoder(**record)
+    with fitting(weights, "holds no weights that fit its matching_encoder.json"):
+        matcher.load_state_dict({k: v.float() for k, v in read_tensors(weights)[0].items()})
+    check_loaded(weights, matcher)
+    return matcher.to(device)
 
 
 def _check_kind(path: Path) -> None:
@@ -257,11 +251,8 @@ def from_name(
     if not Path(pretrained).is_file():
         # how images are to be prepared goes with the weights
         look = open_clip.get_pretrained_cfg(name, pretrained)
-        more |= {
-            f"image_{key}": look[key]
-            for key in ("mean", "std", "interpolation", "resize_mode")
-            if look.get(key)
-        }
+        ways = ("mean", "std", "interpolation", "resize_mode")
+        more |= {f"image_{key}": look[key] for key in ways if look.get(key)}
         # and so does the activation
         more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}
     file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)

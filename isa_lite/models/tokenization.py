@@ -44,17 +44,11 @@ class Words:
     def __init__(self, tokenizer, name: str = "", reserved: Sequence[int] = ()):
         self.tokenizer, self.context_length = tokenizer, getattr(tokenizer, "context_length", None)
         self._known: dict[tuple[str, str], list[int]] = {}
-        self.inner = (
-            None if hasattr(tokenizer, "eot_token_id") else getattr(tokenizer, "tokenizer", None)
-        )
-        if hasattr(tokenizer, "eot_token_id"):
-            self.special = {tokenizer.sot_token_id, tokenizer.eot_token_id}
-            self.prefix, self.suffix, self.pad, self._tail = (
-                [tokenizer.sot_token_id],
-                [tokenizer.eot_token_id],
-                0,
-                0,
-            )
+        simple = hasattr(tokenizer, "eot_token_id")
+        self.inner = None if simple else getattr(tokenizer, "tokenizer", None)
+        if simple:
+            self.prefix, self.suffix = [tokenizer.sot_token_id], [tokenizer.eot_token_id]
+            self.special, self.pad, self._tail = {*self.prefix, *self.suffix}, 0, 0
             self.room = self.context_length - 2
         elif callable(self.inner) and self.context_length:
             self.special = set(self.inner.all_special_ids) - {self.inner.unk_token_id}
@@ -70,13 +64,9 @@ class Words:
 
     def _read_frame(self, name: str) -> None:
         """Prefix, suffix and pad, from a row with one word and a row with too many."""
-        few, many = (
-            self._encode(ANCHOR),
-            self._encode(" ".join([ANCHOR] * (self.context_length + 2))),
-        )
-        short, full = self.tokenizer(
-            [ANCHOR, " ".join([ANCHOR] * (self.context_length + 2))]
-        ).tolist()
+        too_many = " ".join([ANCHOR] * (self.context_length + 2))
+        few, many = self._encode(ANCHOR), self._encode(too_many)
+        short, full = self.tokenizer([ANCHOR, too_many]).tolist()
         start = next((i for i in range(len(short)) if few and short[i : i + len(few)] == few), None)
         if start is None or short[:start] != full[:start]:
             raise ValueError(
@@ -86,11 +76,8 @@ class Words:
             )
         same = [a == b for a, b in zip(full[start:], many, strict=False)]
         self.room = (same + [False]).index(False)
-        self.prefix, self.suffix, rest = (
-            short[:start],
-            full[start + self.room :],
-            short[start + len(few) :],
-        )
+        self.prefix, rest = short[:start], short[start + len(few) :]
+        self.suffix = full[start + self.room :]
         # how much of the suffix stands before the padding
         for before in range(len(self.suffix), -1, -1):
             behind = self.suffix[before:]
@@ -121,10 +108,8 @@ class Words:
                 text = text.replace(tag, f"{tag[0]} {tag[1:]}")
         ids = self._encode(text) if text else []
         if before and text:  # as the tokenizer writes it within a text, not at its start
-            anchor, whole = (
-                self._encode(ANCHOR),
-                self._encode(ANCHOR + " " * (before == "space") + text),
-            )
+            anchor = self._encode(ANCHOR)
+            whole = self._encode(ANCHOR + " " * (before == "space") + text)
             ids = whole[len(anchor) :] if whole[: len(anchor)] == anchor else ids
         return [i for i in ids if i not in self.special]  # should one have got through all the same
 
@@ -134,9 +119,8 @@ class Words:
         if key not in self._known:
             if len(self._known) >= 10_000:
                 self._known.clear()
-            self._known[key] = (
-                self._wrapped_ids(text, before) if self.inner else self._simple_ids(text)
-            )
+            made = self._wrapped_ids(text, before) if self.inner else self._simple_ids(text)
+            self._known[key] = made
         return list(self._known[key])
 
     def frame(self, ids: Sequence[int]) -> list[int]:
@@ -158,7 +142,8 @@ def hf_tokenizer(folder: Path, **settings) -> open_clip.tokenizer.HFTokenizer:
     made = open_clip.tokenizer.HFTokenizer(
         str(folder), local_files_only=True, trust_remote_code=False, **settings
     )
-    made([ANCHOR]), made.tokenizer(ANCHOR)  # some settings are only looked at now
+    made([ANCHOR])  # some settings are only looked at now
+    made.tokenizer(ANCHOR)
     return made
 
 
@@ -175,16 +160,10 @@ def load_tokenizer(text: dict, name: str, folder: Path | None = None):
     ConnectionError, at once, for a tokenizer that is neither on this machine nor within reach.
     """
     length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    settings = {"context_length": length, **(text.get("tokenizer_kwargs") or {})}
     if not text.get("hf_tokenizer_name"):
-        return _simple(
-            json.dumps({"context_length": length, **(text.get("tokenizer_kwargs") or {})})
-        )
-    own = folder is not None and any(
-        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")
-    )
-    return hf_tokenizer(
-        folder if own else Path(tokenizer_folder(text["hf_tokenizer_name"], name)),
-        context_length=length,
-        tokenizer_mode=text.get("tokenizer_mode"),
-        **(text.get("tokenizer_kwargs") or {}),
-    )
+        return _simple(json.dumps(settings))
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if folder is None or not any((folder / file).is_file() for file in files):
+        folder = tokenizer_folder(text["hf_tokenizer_name"], name)
+    return hf_tokenizer(folder, tokenizer_mode=text.get("tokenizer_mode"), **settings)

@@ -61,28 +61,24 @@ class VLModel(nn.Module):
         name: str = "",
     ):
         super().__init__()
+        called = name or type(clip).__name__
         self.tower = text_tower(clip, name)
-        self.words = Words(tokenizer, name or type(clip).__name__, self.tower.reserved)
+        self.words = Words(tokenizer, called, self.tower.reserved)
         self.context_length: int = self.words.context_length
         if self.tower.context_length not in (0, self.context_length):
             raise ValueError(
-                f"{name or type(clip).__name__}: its tokenizer makes rows of {self.context_length}"
+                f"{called}: its tokenizer makes rows of {self.context_length}"
                 f" ids, and its text tower reads {self.tower.context_length}"
             )
         # transformers guesses what is not there
         if self.words.pad != getattr(self.tower, "pad", self.words.pad):
             raise ValueError(
-                f"{name or type(clip).__name__}: its tokenizer pads with the id {self.words.pad},"
+                f"{called}: its tokenizer pads with the id {self.words.pad},"
                 f" and its text tower knows {self.tower.pad}; are tokenizer.json and"
                 " tokenizer_config.json there, and its own?"
             )
-        self.clip, self.preprocess, self.tokenizer, self.matcher, self.name = (
-            clip,
-            preprocess,
-            tokenizer,
-            matcher,
-            name,
-        )
+        self.clip, self.preprocess, self.tokenizer = clip, preprocess, tokenizer
+        self.matcher, self.name = matcher, name
         #: What the matching encoder reads: word vectors (BLIP's), or contextual tokens (ours).
         self.matcher_reads_words: bool = getattr(clip, "matcher_reads_words", False)
         self._hashed: tuple[list, str] = [], ""  # see `fingerprint`
@@ -264,11 +260,8 @@ class VLModel(nn.Module):
         """
         check_images(images)
         starts = range(0, len(images), batch_size)
-        return self._checked(
-            torch.cat(
-                [self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts]
-            )
-        )
+        parts = [self.encode_pixels(self.pixels(images[s : s + batch_size])).cpu() for s in starts]
+        return self._checked(torch.cat(parts))
 
     @property
     def fingerprint(self) -> str:
@@ -296,13 +289,8 @@ def _trace(named: tuple[str, Tensor]) -> tuple:
     """What shows that a tensor has changed: its place, how often it was written, some values."""
     name, value = named
     some = value.detach().flatten()[:: max(1, value.numel() // 64)].tolist()
-    return (
-        name,
-        value.data_ptr(),
-        0 if value.is_inference() else value._version,
-        value.dtype,
-        str(some),
-    )
+    version = 0 if value.is_inference() else value._version
+    return name, value.data_ptr(), version, value.dtype, str(some)
 
 
 @checked(name=path_name(), pretrained=optional(text()), device=text())
@@ -368,14 +356,9 @@ def machine() -> str:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next(
-            (
-                line.split(":")[1].strip()
-                for line in info.read_text(encoding="utf-8").splitlines()
-                if line.startswith("model name")
-            ),
-            cpu,
-        )
+        lines = info.read_text(encoding="utf-8").splitlines()
+        named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        cpu = next(named, cpu)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}"
 

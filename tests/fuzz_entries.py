@@ -832,7 +832,6 @@ def function_entries() -> list[Entry]:
         wrong,
         files=files,
         cache="cache",
-        shard=4,
         num_workers=0,
         dtype="float32",
         **k4,

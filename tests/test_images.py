@@ -79,7 +79,7 @@ def test_a_gallery_keeps_every_copy_and_counts_them(tmp_path, picture, vl):
     files[1].write_bytes(files[0].read_bytes())
     for _ in range(2):  # computed, and from the cache
         with pytest.warns(UserWarning, match=r"1 of 3 files.*b\.png.*a\.png"):
-            found = embed_files(files, vl, tmp_path / "cache", shard=1, progress=False)
+            found = embed_files(files, vl, tmp_path / "cache", progress=False)
         assert (
             len(found) == 3
             and np.allclose(found[0], found[1], atol=1e-6)

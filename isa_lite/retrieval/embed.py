@@ -29,6 +29,7 @@ from isa_lite.support.images import file_bytes, quiet, read_image
 from isa_lite.support.parameters import checked, optional, path_name, whole
 
 In, Out = TypeVar("In"), TypeVar("Out")
+SHARD = 4096  # images of a shard
 SHOWN = 5  # broken files that a message lists
 
 
@@ -53,69 +54,100 @@ def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> I
             pool.shutdown(cancel_futures=True)
 
 
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-
-
-@checked(
-    batch_size=whole(1),
-    shard=whole(1),
-    num_workers=optional(whole(0, 256)),
-    cache=optional(path_name()),
-)
+@checked(batch_size=whole(1), num_workers=optional(whole(0, 256)), cache=optional(path_name()))
 def embed_files(
     files: Sequence[str | Path],
     vl: VLModel,
     cache: str | Path | None = None,
     batch_size: int = 128,
-    shard: int = 4096,
     num_workers: int | None = None,
     dtype: str = "float32",
-    draft: bool = False,
     progress: bool = True,
 ) -> Tensor:
     """Image files -> L2-normalised embeddings, N x E float32 on the CPU, by the large image tower.
 
-    cache: a folder; a finished shard of `shard` images is kept there, filed under the model, its
+    cache: a folder; a finished shard of `SHARD` images is kept there, filed under the model, its
     preprocessing, the dtype, and the path, size and time of change of each of its files.
     num_workers: threads that read ahead; by default two for a model on a GPU, and none on a CPU,
     where they take from the model what they give (`python -m isa_lite bench embed`). dtype: float32
     or bfloat16, of the matrix products.
-    draft: decode JPEGs much larger than the model's input at a fraction of their size, at least
-    twice that input: much faster for photographs of several megapixels, with slightly other
-    embeddings (filed apart).
 
     Every file keeps its row. Files with the same bytes are counted in a warning: with equal
     embeddings, they rank side by side. Raises FileNotFoundError with the count and the first of the
     files that are missing, and ValueError with the count and the first of those that cannot be
-    read: behind the first of them, files are read but not embedded. Finished shards are kept.
+    read: after the first of them, files are read but not embedded. Finished shards are kept.
     """
+    files = _checked_files(files, cache)
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
+    model = f"{vl.fingerprint} {vl.preprocess} {dtype} draft=False with digests" if cache else ""
+    tower = _Tower(vl, batch_size, num_workers, dtype)
+    bar = tqdm(
+        total=len(files), desc="embedding images", unit="image", mininterval=1, disable=not progress
+    )
+    parts: list[dict[str, Tensor]] = []
+    with bar, quiet():
+        for start in range(0, len(files), SHARD):
+            group = files[start : start + SHARD]
+            stored = _filed(Path(cache), model, group) if cache else None
+            part = read_shard(stored) if stored else None
+            if part is not None and _fits(part, len(group)):
+                bar.update(len(group))
+            elif part := tower.embed(group, bar):
+                if stored:
+                    write_tensors(stored, part)
+            parts += [part] if part else []
+    if tower.broken:
+        raise ValueError(_told(tower.broken, files))
+    if len({part["embeddings"].shape[1] for part in parts}) > 1:
+        raise ValueError(
+            f"the shards in {cache} have embeddings of different widths; delete that folder"
+        )
+    _count_copies(files, [bytes(d) for part in parts for d in part["digests"].tolist()])
+    return torch.cat([part["embeddings"] for part in parts])
+
+
+def _checked_files(files: object, cache: str | Path | None) -> list[Path]:
     listed = hasattr(files, "__getitem__") and not isinstance(files, (str, bytes, Mapping))
     if not listed or not all(isinstance(f, (str, os.PathLike)) for f in files):
         raise ValueError(
             "files must be a list of paths; isa_lite.support.images.ImageFolder(FOLDER).files lists"
             " those of a folder"
         )
-    files = [Path(f) for f in files]
-    num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     if not files:
         raise ValueError("there are no files to embed")
     if cache and Path(cache).is_file():
         raise ValueError(f"cache= names a folder for the shards, and {cache} is a file")
-    missing = [f for f in files if not f.is_file()]
-    if missing:
+    files = [Path(f) for f in files]
+    if missing := [f for f in files if not f.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} of {len(files)} image files are missing, the first: {missing[0]}"
         )
-    model = f"{vl.fingerprint} {vl.preprocess} {dtype} draft={draft} with digests" if cache else ""
-    at_least = 2 * vl.image_size if draft else 0
+    return files
 
-    broken: dict[Path, str] = {}
 
-    def pixels(batch: list[Path]) -> tuple[Tensor, list[bytes]] | None:
+def _filed(cache: Path, model: str, group: Sequence[Path]) -> Path:
+    """Where the shard of these files is kept."""
+
+    def stamp(path: Path) -> str:
+        status = path.stat()
+        return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+    # A name on disk need not be UTF-8; Python then keeps its bytes as what UTF-8 would refuse.
+    said = "\n".join([model, *map(stamp, group)]).encode(errors="surrogatepass")
+    return cache / f"{hashlib.sha256(said).hexdigest()[:24]}.safetensors"
+
+
+class _Tower:
+    """The large image tower, with what it needs to read files, and those that it could not read."""
+
+    def __init__(self, vl: VLModel, batch_size: int, num_workers: int, dtype: str):
+        self.vl, self.batch_size, self.num_workers = vl, batch_size, num_workers
+        self.half = dtype == "bfloat16"
+        self.broken: dict[Path, str] = {}
+
+    def read(self, batch: Sequence[Path]) -> tuple[Tensor, list[bytes]] | None:
         """b x 3 x H x W, and a digest of the bytes of each file; None once a file was broken: then
         it only looks for others.
         """
@@ -123,77 +155,35 @@ def embed_files(
         for path in batch:
             try:
                 data = _contents(path)
-                picture = read_image(path, data, at_least)
+                picture = read_image(path, data)
             except ValueError as error:
-                broken[path] = str(error)
-            if not broken:
-                (
-                    pictures.append(picture),
-                    digests.append(hashlib.blake2b(data, digest_size=16).digest()),
-                )
-        return None if broken else (vl.pixels(pictures), digests)
+                self.broken[path] = str(error)
+            if not self.broken:
+                pictures.append(picture)
+                digests.append(hashlib.blake2b(data, digest_size=16).digest())
+        return None if self.broken else (self.vl.pixels(pictures), digests)
 
-    def embed(group: list[Path]) -> dict[str, Tensor] | None:
+    def embed(self, group: Sequence[Path], bar: tqdm) -> dict[str, Tensor] | None:
+        """A shard of these files; None if one of them is broken."""
         done, digests = [], []
-        batches = [group[s : s + batch_size] for s in range(0, len(group), batch_size)]
-        for batch, read in zip(batches, ahead(pixels, batches, num_workers), strict=True):
+        batches = [group[s : s + self.batch_size] for s in range(0, len(group), self.batch_size)]
+        half = torch.autocast(self.vl.device.type, torch.bfloat16, enabled=self.half)
+        for batch, read in zip(batches, ahead(self.read, batches, self.num_workers), strict=True):
             bar.update(len(batch))
             if read is not None:
-                with (
-                    torch.no_grad(),
-                    torch.autocast(vl.device.type, torch.bfloat16, enabled=dtype == "bfloat16"),
-                ):
-                    done.append(vl.encode_pixels(read[0]).float().cpu())
-                digests += read[1]
+                with torch.no_grad(), half:
+                    done.append(self.vl.encode_pixels(read[0]).float().cpu())
+                digests += [list(digest) for digest in read[1]]
         if len(digests) < len(group):
             return None
-        return {
-            "embeddings": torch.cat(done),
-            "digests": torch.tensor([list(d) for d in digests], dtype=torch.uint8),
-        }
+        return {"embeddings": torch.cat(done), "digests": torch.tensor(digests, dtype=torch.uint8)}
 
-    parts, digests = [], []
-    bar = tqdm(
-        total=len(files), desc="embedding images", unit="image", mininterval=1, disable=not progress
-    )
-    with bar, quiet():
-        for start in range(0, len(files), shard):
-            group = files[start : start + shard]
-            stored = None
-            if cache:
-                # A name on disk need not be UTF-8; Python then keeps its bytes as what UTF-8 would
-                # refuse.
-                key = hashlib.sha256(
-                    "\n".join([model, *map(_stamp, group)]).encode(errors="surrogatepass")
-                ).hexdigest()[:24]
-                stored = Path(cache) / f"{key}.safetensors"
-            part = read_shard(stored) if stored else None
-            if part is not None and _fits(part, len(group)):
-                bar.update(len(group))
-            else:
-                part = embed(group)
-                if part is None:
-                    continue
-                if stored:
-                    write_tensors(stored, part)
-            parts.append(part["embeddings"])
-            digests += [bytes(d) for d in part["digests"].tolist()]
-    if broken:
-        # in order: threads read them as they like
-        said = [broken[path] for path in files if path in broken]
-        more = f" ... and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
-        many = (
-            f"{len(said)} of {len(files)} files are to be replaced or taken away: "
-            if len(said) > 1
-            else ""
-        )
-        raise ValueError(many + "; ".join(said[:SHOWN]) + more)
-    _count_copies(files, digests)
-    if len({p.shape[1] for p in parts}) > 1:
-        raise ValueError(
-            f"the shards in {cache} have embeddings of different widths; delete that folder"
-        )
-    return torch.cat(parts)
+
+def _told(broken: Mapping[Path, str], files: Sequence[Path]) -> str:
+    said = [broken[path] for path in files if path in broken]  # in order: threads read as they like
+    more = f" ... and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
+    replace = f"{len(said)} of {len(files)} files are to be replaced or taken away: "
+    return (replace if len(said) > 1 else "") + "; ".join(said[:SHOWN]) + more
 
 
 def _contents(path: Path) -> bytes:

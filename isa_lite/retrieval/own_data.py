@@ -164,21 +164,9 @@ def plain(caption: str) -> str:
     return " ".join(caption.replace("<end_of_text>", "< end_of_text>").split())
 
 
-@checked(path=path_name())
-def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
-    """The captions of each image of the folder, in the table's order; an empty list for an image
-    that has none.
-
-    The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored.
-    Any Unicode is a caption, an image may have several, and a row that is there twice counts once.
-    The captions of a copy that was left out go to the image that it is a copy of. Rows count like a
-    spreadsheet's: the header is 1. Raises FileNotFoundError, or ValueError naming the file, the
-    first rows that cannot be used, and what to do.
-    """
-    path, names = Path(path), _Names(images)
-    content = _text_of(path, "captions")
+def _rows(path: Path, content: str) -> np.ndarray:
+    """The columns image and caption of a table, without the header: R x 2 texts."""
     head = next(iter(content.splitlines()), "")
-    columns: list[str] = []
     for delimiter in DELIMITERS:
         try:
             columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
@@ -197,24 +185,32 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
             f"{path}: the first row names a column twice ({head[:80]!r}); several captions are"
             " several rows"
         )
-    # without a header for pandas, which would take the first column for an index where a row is too
-    # long
+    # with its header, pandas would take the first column for an index where a row is too long
+    plain = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
     try:
-        table = pd.read_csv(
-            io.StringIO(content),
-            sep=delimiter,
-            header=None,
-            dtype=str,
-            keep_default_na=False,
-            skip_blank_lines=False,
-        )
+        table = pd.read_csv(io.StringIO(content), sep=delimiter, **plain)
     except pd.errors.ParserError as error:
         detail = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise ValueError(
             f"{path}: {detail}; put a text that contains {delimiter!r} or a line break in double"
             " quotes"
         ) from None
-    rows = table.fillna("")[[columns.index("image"), columns.index("caption")]].to_numpy()[1:]
+    return table.fillna("")[[columns.index("image"), columns.index("caption")]].to_numpy()[1:]
+
+
+@checked(path=path_name())
+def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
+    """The captions of each image of the folder, in the table's order; an empty list for an image
+    that has none.
+
+    The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored.
+    Any Unicode is a caption, an image may have several, and a row that is there twice counts once.
+    The captions of a copy that was left out go to the image that it is a copy of. Rows count like a
+    spreadsheet's: the header is 1. Raises FileNotFoundError, or ValueError naming the file, the
+    first rows that cannot be used, and what to do.
+    """
+    path, names = Path(path), _Names(images)
+    rows = _rows(path, _text_of(path, "captions"))
     captions: list[list[str]] = [[] for _ in images.files]
     problems = []
     for number, (image, caption) in enumerate(rows, 2):

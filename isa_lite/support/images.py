@@ -179,12 +179,9 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
+def decode(source: bytes | Image.Image) -> Image.Image:
     """The bytes of an image file, or a PIL image that somebody opened or made, -> an upright RGB
     picture.
-
-    at_least: a large JPEG may be decoded at a half, a quarter or an eighth of its size, with no
-    side below this (0: whole).
 
     Pictures are turned upright (EXIF), transparent ones are laid on white, palettes and CMYK become
     RGB, the first frame of an animation is taken, 16-bit grey is scaled to 8. Raises what Pillow
@@ -209,8 +206,6 @@ def decode(source: bytes | Image.Image, at_least: int = 0) -> Image.Image:
         raise ValueError(f"{image.format} is not read here; save it as PNG or JPEG")
     if max(image.size) > LONGEST * min(image.size):
         raise ValueError(f"{count} pixels is more than {LONGEST} times as long as wide; crop it")
-    if at_least:
-        image.draft(None, (at_least, at_least))  # only the JPEG decoder listens
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit or floating-point grey
         # no data: black
@@ -243,14 +238,13 @@ def file_bytes(path: str | Path) -> bytes:
 
 
 @checked(path=path_name())
-def read_image(path: str | Path, data: bytes | None = None, at_least: int = 0) -> Image.Image:
-    """An image file as an upright RGB picture. data: its bytes, where they are known; at_least: see
-    `decode`.
+def read_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+    """An image file as an upright RGB picture (`decode`). data: its bytes, where they are known.
 
     Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
     """
     try:
-        return decode(file_bytes(path) if data is None else data, at_least)
+        return decode(file_bytes(path) if data is None else data)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a decoder throws at a broken file

@@ -127,15 +127,15 @@ def _checked_files(files: object, cache: str | Path | None) -> list[Path]:
     return files
 
 
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
 def _filed(cache: Path, model: str, group: Sequence[Path]) -> Path:
     """Where the shard of these files is kept."""
-
-    def stamp(path: Path) -> str:
-        status = path.stat()
-        return f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-
     # A name on disk need not be UTF-8; Python then keeps its bytes as what UTF-8 would refuse.
-    said = "\n".join([model, *map(stamp, group)]).encode(errors="surrogatepass")
+    said = "\n".join([model, *map(_stamp, group)]).encode(errors="surrogatepass")
     return cache / f"{hashlib.sha256(said).hexdigest()[:24]}.safetensors"
 
 

@@ -9,19 +9,13 @@ open_clip's local-dir layout, for `load_vl_model` or open_clip itself.
 
 from __future__ import annotations
 
-import json
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import open_clip
-import torch
 from tqdm.auto import tqdm
 
-from isa_lite.models.vl_model import VLModel, commit, load_vl_model, machine
+from isa_lite.models.vl_model import VLModel, commit, load_vl_model
 from isa_lite.pretraining.folder_batches import (
     CHANGES,
     LOSSES,
@@ -30,9 +24,8 @@ from isa_lite.pretraining.folder_batches import (
     split,
     words_of,
 )
-from isa_lite.pretraining.towers import export, train_matcher, train_towers
+from isa_lite.pretraining.towers import export, train_matcher, train_towers, write_record
 from isa_lite.retrieval.own_data import fingerprint
-from isa_lite.support.checkpoint import write_text
 from isa_lite.support.images import ImageFolder
 from isa_lite.support.precision import with_dtype
 from isa_lite.support.runs import MINUTES
@@ -43,19 +36,10 @@ FEWEST = 8  # different captions, below which there is nothing to contrast
 
 def _may_say(texts: Sequence[str], config: FolderConfig) -> list[str]:
     """Everything that a batch may say, piece by piece: the words whose vectors are trained."""
-    phrases = (
-        [p.format(a="", b="", old="") for p in (*CHANGES, *LOSSES)]
-        if config.change > 0 and config.related > 0
-        else []
-    )
-    prompt = [PROMPT.format("")] if config.prompted > 0 else []
-    return [
-        *texts,
-        *(f"{t}," for t in texts),
-        *(" ".join(words_of(t)) for t in texts),
-        *phrases,
-        *prompt,
-    ]
+    said = [*texts, *(f"{t}," for t in texts), *(" ".join(words_of(t)) for t in texts)]
+    if config.change > 0 and config.related > 0:
+        said += [p.format(a="", b="", old="") for p in (*CHANGES, *LOSSES)]
+    return said + [PROMPT.format("")] * (config.prompted > 0)
 
 
 def pretrain_folder(
@@ -88,10 +72,9 @@ def pretrain_folder(
     towers = run / "towers.safetensors" if run else None
     config = with_dtype(config, towers)
     config.data = fingerprint(images, captions)
-    vl, seconds = train_towers(
-        config, towers, log, batches.source, _may_say(batches.texts, config), checkpoint_minutes
-    )
-    minutes = {"towers": round(seconds / 60, 1)}
+    said = _may_say(batches.texts, config)
+    vl, took = train_towers(config, towers, log, batches.source, said, checkpoint_minutes)
+    seconds = {"towers": took}
     cut = sum(int(ids[-1]) != 0 for ids in vl.tokenize(batches.texts))
     if cut:
         warnings.warn(
@@ -101,26 +84,16 @@ def pretrain_folder(
         )
     if config.matching_steps:
         matching = run / "matching_encoder.safetensors" if run else None
-        vl.matcher, seconds = train_matcher(
-            vl, config, matching, log, batches.source, checkpoint_minutes
-        )
-        minutes["matching encoder"] = round(seconds / 60, 1)
+        how = log, batches.source, checkpoint_minutes
+        vl.matcher, seconds["matching encoder"] = train_matcher(vl, config, matching, *how)
     export(vl, config, out)
-    record = {
-        "commit": commit(),
-        "config": asdict(config),
-        "data": {
-            "images": len(images),
-            "captioned": len(rows) + len(unseen),
-            "held out": len(unseen),
-            "captions": len(batches.texts),
-            "captions with a relative": sum(map(bool, batches.relatives.places)),
-            "captions that were cut": cut,
-        },
-        "minutes": minutes,
-        "machine": machine(),
-        "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
-        "date": time.strftime("%Y-%m-%d"),
+    data = {
+        "images": len(images),
+        "captioned": len(rows) + len(unseen),
+        "held out": len(unseen),
+        "captions": len(batches.texts),
+        "captions with a relative": sum(map(bool, batches.relatives.places)),
+        "captions that were cut": cut,
     }
-    write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
+    write_record(out, config, seconds, commit=commit(), data=data)
     return load_vl_model(str(out), device=config.device)

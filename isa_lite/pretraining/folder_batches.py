@@ -31,29 +31,12 @@ from isa_lite.support.settings import FolderConfig
 
 #: How a caption {a}, and the words {b} in the place of its words {old}, describe another image; in
 #: another language, write yours.
-CHANGES = (
-    "{a}, but {b}",
-    "{a}, but a {b}",
-    "{a}, now {b}",
-    "{a}, {b} instead",
-    "{a}, with {b}",
-    "{a}, with a {b}",
-    "{a}, as a {b}",
-    "{a}, on {b}",
-    "{a}, in {b}",
-    "{a}, make it {b}",
-    "{a}, change it to {b}",
-    "{a}, {b} instead of {old}",
-    "{a}, {b} and not {old}",
-)
+CHANGES = ("{a}, but {b}", "{a}, but a {b}", "{a}, now {b}", "{a}, {b} instead", "{a}, with {b}")
+CHANGES += ("{a}, with a {b}", "{a}, as a {b}", "{a}, on {b}", "{a}, in {b}", "{a}, make it {b}")
+CHANGES += ("{a}, change it to {b}", "{a}, {b} instead of {old}", "{a}, {b} and not {old}")
 #: The same where nothing takes the place of {old}.
-LOSSES = (
-    "{a}, but without {old}",
-    "{a}, without the {old}",
-    "{a}, but no {old}",
-    "{a}, not {old}",
-    "{a}, remove the {old}",
-)
+LOSSES = ("{a}, but without {old}", "{a}, without the {old}", "{a}, but no {old}")
+LOSSES += ("{a}, not {old}", "{a}, remove the {old}")
 PROMPT = "a photo of {}"  # queries begin with it, so captions must know it
 _AROUND = string.punctuation + "…“”‘’«»、。，：；！？（）"
 LONGEST = 3  # words that relatives may differ in
@@ -142,9 +125,8 @@ class Relatives:
             return None
         key, start, stop = self.places[i][rng.integers(len(self.places[i]))]
         own = self.words[i][start:stop]
-        others = [
-            (j, self.words[j][s:e]) for j, s, e in self.frames[key] if self.words[j][s:e] != own
-        ]
+        others = [(j, self.words[j][s:e]) for j, s, e in self.frames[key]]
+        others = [(j, theirs) for j, theirs in others if theirs != own]
         j, theirs = others[rng.integers(len(others))]
         return j, " ".join(own), " ".join(theirs)
 
@@ -163,10 +145,8 @@ def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndar
     """uint8 images B x S x S x 3, each scaled and shifted by up to the part `zoom`."""
     if zoom == 0:
         return images
-    scale, shift = (
-        1 + rng.uniform(-zoom, zoom, len(images)),
-        rng.uniform(-zoom, zoom, (len(images), 2)),
-    )
+    count = len(images)
+    scale, shift = 1 + rng.uniform(-zoom, zoom, count), rng.uniform(-zoom, zoom, (count, 2))
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(scale)
     theta[:, :, 2] = torch.from_numpy(shift)
@@ -201,12 +181,8 @@ class FolderBatches(Dataset):
         for number, image in enumerate(self.owner):
             self.said[image].append(number)
         self.relatives = Relatives(self.texts)
-        self.squared = T.Compose(
-            [
-                T.Resize(config.image_size, T.InterpolationMode.BICUBIC),
-                T.CenterCrop(config.image_size),
-            ]
-        )
+        size, how = config.image_size, T.InterpolationMode.BICUBIC
+        self.squared = T.Compose([T.Resize(size, how), T.CenterCrop(size)])
         self.kept: dict[int, np.ndarray] = {}
         self.purpose = self.start = self.stop = 0
 
@@ -222,11 +198,8 @@ class FolderBatches(Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, list[str], list[int]]:
         shown, texts, owner = self.chosen(self.start + i)
         rng = np.random.default_rng((self.config.seed, self.purpose, self.start + i, 2))
-        return (
-            jitter(np.stack([self.square(j) for j in shown]), self.config.zoom, rng),
-            texts,
-            owner,
-        )
+        squares = np.stack([self.square(j) for j in shown])
+        return jitter(squares, self.config.zoom, rng), texts, owner
 
     def square(self, i: int) -> np.ndarray:
         """Picture i at the model's size, S x S x 3, resized and cropped as open_clip does."""

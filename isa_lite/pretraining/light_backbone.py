@@ -92,24 +92,15 @@ def _learn_features(
     mean, std, losses = mean.to(config.device), std.to(config.device), []
 
     def batches(start: int) -> Iterable:
-        rows = Batches(
-            np.arange(len(images)),
-            config.batch_size,
-            config.seed,
-            start,
-            config.steps,
-            in_order=True,
-        )
-        return zip(
-            rows, batch_loader(images, rows, encoder.pixels, config.num_workers), strict=True
-        )
+        which = np.arange(len(images)), config.batch_size, config.seed, start, config.steps
+        rows = Batches(*which, in_order=True)
+        pixels = batch_loader(images, rows, encoder.pixels, config.num_workers)
+        return zip(rows, pixels, strict=True)
 
     def loss_of(batch: tuple[np.ndarray, Tensor], step: int) -> Tensor:
         rows, pixels = batch
-        # B x c x h x w
-        features = modules["backbone"](pixels.to(config.device, memory_format=torch.channels_last))[
-            0
-        ]
+        pixels = pixels.to(config.device, memory_format=torch.channels_last)
+        features = modules["backbone"](pixels)[0]  # B x c x h x w
         patches = torch.from_numpy(known[rows].astype(np.float32)).to(config.device)  # B x P x C
         loss = feature_loss(modules["head"](features), patches, mean, std)
         losses.append(loss.item())
@@ -126,19 +117,8 @@ def _learn_features(
             bar.set_postfix({"loss": f"{np.mean(losses[-100:]):.3f}"})
 
     identity = {"config": asdict(config), "images": images_key(images), "vl_model": vl.fingerprint}
-    kept = {"identity": identity, "state": lambda seconds: {"losses": losses}, "restore": restore}
-    rate = partial(learning_rate, config=config)
-    seconds = fit(
-        "light backbone",
-        config.steps,
-        loss_of,
-        batches,
-        modules,
-        optimizer,
-        rate,
-        keeper,
-        after=after,
-        **kept,
-    )
+    how = {"rate": partial(learning_rate, config=config), "keeper": keeper, "after": after}
+    how |= {"identity": identity, "state": lambda seconds: {"losses": losses}, "restore": restore}
+    seconds = fit("light backbone", config.steps, loss_of, batches, modules, optimizer, **how)
     encoder.backbone.eval()
     return float(np.mean(losses[-100:])), seconds

@@ -45,40 +45,19 @@ POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
 #: What training.json says of the shipped model, and its shape (`checkpoint.misfit`).
 TRAINED_BY = "what pretrain says of its model"
-_SIZES = (
-    "image_size",
-    "embed_dim",
-    "text_width",
-    "text_layers",
-    "steps",
-    "matching_steps",
-    "families",
-    "singles",
-    "seed",
-)
-TRAINING = {
-    "command": str,
-    "commit": str,
-    "machine": str,
-    "date": str,
+_SIZES = ("image_size", "embed_dim", "text_width", "text_layers", "steps", "matching_steps")
+_SIZES += ("families", "singles", "seed")
+TRAINING = dict.fromkeys(("command", "commit", "machine", "date"), str) | {
     "minutes": dict.fromkeys(("towers", "matching encoder"), float),
     "versions": dict.fromkeys(("torch", "open_clip", "numpy"), str),
+    "config": dict.fromkeys(_SIZES, int),
 }
-TRAINING |= {"config": dict.fromkeys(_SIZES, int)}
-PREPROCESS_CFG = {
-    "mean": [0.5] * 3,
-    "std": [0.5] * 3,
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-}
+PREPROCESS_CFG = {"mean": [0.5] * 3, "std": [0.5] * 3}
+PREPROCESS_CFG |= {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 # -------------------------------------------------------------------------------------------------
 # data
-
-
-def _pick(rng: np.random.Generator, items: Sequence):
-    return items[rng.integers(len(items))]
 
 
 def _kinds(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, ...] | None:
@@ -108,16 +87,15 @@ class SceneBatches(Dataset):
             base = scenes.sample_scene(rng)
             family = {base: None}
             while len(family) < 4:
-                edited, change = scenes.modify(
-                    base, rng, _kinds(base, rng) if len(family) > 1 else ("move",)
-                )
+                kinds = _kinds(base, rng) if len(family) > 1 else ("move",)
+                edited, change = scenes.modify(base, rng, kinds)
                 family.setdefault(edited, change)
-            family.setdefault(scenes.confuse(_pick(rng, list(family)), rng), None)
+            family.setdefault(scenes.confuse(scenes.pick(rng, list(family)), rng), None)
             for scene, change in family.items():
                 texts.append(scenes.caption(scene, rng))
                 owner.append(len(images))
                 if change is not None and (c.change == 1 or rng.random() < c.change):
-                    joiner = _pick(rng, (", ", ", ", " ", ", but ", ". "))
+                    joiner = scenes.pick(rng, (", ", ", ", " ", ", but ", ". "))
                     texts.append(scenes.caption(base, rng) + joiner + change.text)
                     owner.append(len(images))
                 images.append(scene)
@@ -126,11 +104,8 @@ class SceneBatches(Dataset):
             texts.append(scenes.caption(scene, rng, full=rng.random() >= c.partial))
             owner.append(len(images))
             images.append(scene)
-        return (
-            scenes.render_many(images, rng.integers(2**31, size=len(images)), c.image_size),
-            texts,
-            owner,
-        )
+        jitter = rng.integers(2**31, size=len(images))
+        return scenes.render_many(images, jitter, c.image_size), texts, owner
 
 
 def scene_texts(seed: int) -> list[str]:
@@ -139,23 +114,14 @@ def scene_texts(seed: int) -> list[str]:
     texts = []
     for _ in range(4000):
         scene = scenes.sample_scene(rng)
-        texts += [
-            scenes.caption(scene, rng),
-            scenes.caption(scene, rng, False),
-            scenes.modify(scene, rng)[1].text + ", but .",
-        ]
+        texts += [scenes.caption(scene, rng), scenes.caption(scene, rng, False)]
+        texts.append(scenes.modify(scene, rng)[1].text + ", but .")
     return texts
 
 
 #: Where batches come from: purpose, start and stop give a dataset that yields what `SceneBatches`
 #: yields.
 Source = Callable[[int, int, int], Dataset]
-
-
-def _stream(data: Dataset, num_workers: int) -> DataLoader:
-    return DataLoader(
-        data, batch_size=None, num_workers=num_workers, prefetch_factor=4 if num_workers else None
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,11 +138,8 @@ class _WordTable(torch.nn.Module):
     def __init__(self, vl: VLModel, texts: Sequence[str]):
         super().__init__()
         table = vl._text.token_embedding.weight
-        used = torch.unique(
-            torch.cat(
-                [vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]
-            )
-        )
+        parts = [vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]
+        used = torch.unique(torch.cat(parts))
         self.row = torch.zeros(table.shape[0], dtype=torch.long)
         self.row[used] = torch.arange(len(used))
         self.used, self.rows = used, torch.nn.Parameter(table[used].clone())
@@ -211,20 +174,14 @@ def contrastive_loss(images: Tensor, texts: Tensor, owner: Tensor, scale: Tensor
     text_to_image = F.cross_entropy(logits, owner)
     same = owner[:, None] == owner[None]  # M x M: captions of one image
     other = same & ~torch.eye(len(owner), dtype=torch.bool, device=owner.device)
-    image_to_text = F.cross_entropy(
-        logits.T[owner].masked_fill(other, float("-inf")),
-        torch.arange(len(owner), device=owner.device),
-    )
+    own = torch.arange(len(owner), device=owner.device)
+    image_to_text = F.cross_entropy(logits.T[owner].masked_fill(other, float("-inf")), own)
     return (text_to_image + image_to_text) / 2
 
 
 def _lr(step: int, steps: int, config: PretrainConfig) -> float:
-    return (
-        float(config.lr)
-        * min(1.0, (step + 1) / config.warmup)
-        * (0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-        + 1e-6
-    )
+    rise = float(config.lr) * min(1.0, (step + 1) / config.warmup)
+    return rise * (0.5 + 0.5 * float(np.cos(np.pi * step / steps))) + 1e-6
 
 
 def _optimizer(
@@ -232,17 +189,12 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices but not on vectors, embeddings or position codes."""
     named = [(n, p) for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
-    decayed = [
-        p
-        for n, p in named
-        if p.ndim > 1 and "embedding" not in n and n not in ("rows", "patch_position")
-    ]
+    apart = ("rows", "patch_position")
+    decayed = [p for n, p in named if p.ndim > 1 and "embedding" not in n and n not in apart]
     kept = {id(p) for p in decayed}
     others = [p for _, p in named if id(p) not in kept]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups.append({"params": others, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
 
 
@@ -255,17 +207,15 @@ def fresh_model(config: PretrainConfig) -> VLModel:
     # what an image shows, and hardly where.
     torch.nn.init.normal_(clip.visual.attnpool.positional_embedding, std=POSITION_STD)
     clip.visual.image_mean = clip.visual.image_std = tuple(PREPROCESS_CFG["mean"])
-    return VLModel(
-        clip, None, SimpleTokenizer(context_length=config.context_length), name="in training"
-    )
+    tokenizer = SimpleTokenizer(context_length=config.context_length)
+    return VLModel(clip, None, tokenizer, name="in training")
 
 
 def _train(
     name: str,
     modules: dict[str, torch.nn.Module],
     loss_of: Callable[[tuple], tuple[Tensor, Tensor]],
-    source: Source,
-    purpose: int,
+    source: Callable[[int, int], Dataset],
     steps: int,
     config: PretrainConfig,
     checkpoint: Path | None,
@@ -278,10 +228,8 @@ def _train(
     Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for
     one of other settings.
     """
-    settings = json.loads(json.dumps(asdict(config) | {"steps": steps}))
-    settings = {
-        k: v for k, v in settings.items() if k not in ("device", "num_workers", "matching_steps")
-    }
+    settings, aside = asdict(config), ("device", "num_workers", "matching_steps")
+    settings = {k: v for k, v in settings.items() if k not in aside} | {"steps": steps}
     found: list[tuple[Tensor, Tensor]] = []  # of the step: loss, and share of right answers
 
     def loss_alone(batch: tuple, step: int) -> Tensor:
@@ -294,21 +242,14 @@ def _train(
             log(f"{name}, step {done}: loss {loss.item():.3f}, right {100 * right:.0f}%")
 
     def batches(start: int) -> DataLoader:
-        return _stream(source(purpose, start, steps), config.num_workers)
+        workers = config.num_workers
+        ahead = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
+        return DataLoader(source(start, steps), batch_size=None, **ahead)
 
     with Keeper(checkpoint, checkpoint_minutes) as keeper:
         how = {"rate": lambda step: _lr(step, steps, config), "after": after, "clip": 1.0}
-        return fit(
-            name,
-            steps,
-            loss_alone,
-            batches,
-            modules,
-            _optimizer(modules, config),
-            keeper=keeper,
-            identity=settings,
-            **how,
-        )
+        how |= {"keeper": keeper, "identity": settings}
+        return fit(name, steps, loss_alone, batches, modules, _optimizer(modules, config), **how)
 
 
 def train_towers(
@@ -324,10 +265,8 @@ def train_towers(
 
     source: batches of other images than scenes; texts: then all that their captions may say.
     """
-    source, texts = (
-        source or partial(SceneBatches, config),
-        scene_texts(config.seed) if texts is None else texts,
-    )
+    source = source or partial(SceneBatches, config)
+    texts = scene_texts(config.seed) if texts is None else texts
     config = with_dtype(config, checkpoint)
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)
@@ -349,18 +288,8 @@ def train_towers(
         right = ((text @ image.T).argmax(1) == owner).float().mean()
         return contrastive_loss(image, text, owner, scale.exp()), right
 
-    seconds = _train(
-        "towers",
-        modules,
-        loss_of,
-        source,
-        1,
-        config.steps,
-        config,
-        checkpoint,
-        log,
-        checkpoint_minutes,
-    )
+    run = config, checkpoint, log, checkpoint_minutes
+    seconds = _train("towers", modules, loss_of, partial(source, 1), config.steps, *run)
     modules["table"].store(vl)
     return vl.eval().requires_grad_(False), seconds
 
@@ -401,9 +330,8 @@ def candidates_loss(
     odds = logits.diff(dim=1).view(1 + k, batch).T  # B x (1 + K)
     match = (torch.arange(len(shown), device=others.device) < batch).long()
     two_class = F.cross_entropy(logits, match, weight=logits.new_tensor([1.0, k]))
-    return two_class + F.cross_entropy(odds, torch.zeros_like(own)), (
-        odds.argmax(1) == 0
-    ).float().mean()
+    right = (odds.argmax(1) == 0).float().mean()
+    return two_class + F.cross_entropy(odds, torch.zeros_like(own)), right
 
 
 def train_matcher(
@@ -420,9 +348,8 @@ def train_matcher(
     torch.manual_seed(config.seed)
     with mixed(config.device, config.dtype):
         tokens, _, patches, _ = matching_inputs(vl, *source(3, 0, 1)[0])
-    matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1]).to(
-        config.device
-    )
+    matcher = MatchingEncoder(tokens.shape[-1], patches.shape[-1], patches.shape[1])
+    matcher.to(config.device)
 
     def loss_of(batch: tuple) -> tuple[Tensor, Tensor]:
         with mixed(config.device, config.dtype):
@@ -431,19 +358,9 @@ def train_matcher(
             others = similarity.float().fill_diagonal_(float("-inf")).topk(3, dim=1).indices
             return candidates_loss(matcher, tokens, mask, patches, others)
 
-    modules, steps = {"matcher": matcher}, config.matching_steps
-    seconds = _train(
-        "matching encoder",
-        modules,
-        loss_of,
-        source,
-        3,
-        steps,
-        config,
-        checkpoint,
-        log,
-        checkpoint_minutes,
-    )
+    run = config, checkpoint, log, checkpoint_minutes
+    modules, own = {"matcher": matcher}, partial(source, 3)
+    seconds = _train("matching encoder", modules, loss_of, own, config.matching_steps, *run)
     return matcher.eval().requires_grad_(False), seconds
 
 
@@ -459,25 +376,29 @@ def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
     is cut off leaves no half.
     """
     settings = folder / "open_clip_config.json"
-    for old in (
-        settings,
-        folder / "matching_encoder.json",
-        folder / "matching_encoder.safetensors",
-    ):
+    matching = {end: folder / f"matching_encoder.{end}" for end in ("json", "safetensors")}
+    for old in (settings, *matching.values()):
         old.unlink(missing_ok=True)  # nor may a matching encoder of an earlier model stay
     half = {k: v.half() if v.is_floating_point() else v for k, v in vl.clip.state_dict().items()}
     write_tensors(folder / "open_clip_model.safetensors", half)
     if vl.matcher is not None:
-        write_tensors(
-            folder / "matching_encoder.safetensors",
-            {k: v.half() for k, v in vl.matcher.state_dict().items()},
-        )
-        write_text(folder / "matching_encoder.json", json.dumps(vl.matcher.config, indent=1) + "\n")
-    write_text(
-        settings,
-        json.dumps({"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}, indent=1)
-        + "\n",
-    )
+        half = {k: v.half() for k, v in vl.matcher.state_dict().items()}
+        write_tensors(matching["safetensors"], half)
+        write_text(matching["json"], json.dumps(vl.matcher.config, indent=1) + "\n")
+    model = {"model_cfg": config.model_cfg(), "preprocess_cfg": PREPROCESS_CFG}
+    write_text(settings, json.dumps(model, indent=1) + "\n")
+
+
+def write_record(folder: Path, config: PretrainConfig, seconds: dict[str, float], **more) -> None:
+    """training.json: what a training was, and where it ran. seconds: of each part."""
+    record = more | {
+        "config": asdict(config),
+        "minutes": {part: round(took / 60, 1) for part, took in seconds.items()},
+        "machine": machine(),
+        "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
 
 
 def pretrain(
@@ -485,20 +406,10 @@ def pretrain(
 ) -> None:
     """Both trainings, with checkpoints in `run`; the model and its record go into `folder`."""
     made_by, config = commit(), with_dtype(config, run / "towers.safetensors")
-    vl, towers = train_towers(
-        config, run / "towers.safetensors", checkpoint_minutes=checkpoint_minutes
-    )
-    vl.matcher, matching = train_matcher(
-        vl, config, run / "matching_encoder.safetensors", checkpoint_minutes=checkpoint_minutes
-    )
+    minutes = {"checkpoint_minutes": checkpoint_minutes}
+    vl, towers = train_towers(config, run / "towers.safetensors", **minutes)
+    matching = run / "matching_encoder.safetensors"
+    vl.matcher, took = train_matcher(vl, config, matching, **minutes)
     export(vl, config, folder)
-    record = {
-        "command": command_line("pretrain", config),
-        "commit": made_by,
-        "config": asdict(config),
-        "minutes": {"towers": round(towers / 60, 1), "matching encoder": round(matching / 60, 1)},
-        "machine": machine(),
-        "versions": {m.__name__: m.__version__ for m in (torch, open_clip, np)},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    seconds, line = {"towers": towers, "matching encoder": took}, command_line("pretrain", config)
+    write_record(folder, config, seconds, command=line, commit=made_by)

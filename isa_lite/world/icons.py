@@ -16,7 +16,7 @@ import pandas as pd
 from isa_lite.support.checkpoint import write_text
 from isa_lite.support.parameters import checked, path_name, whole
 from isa_lite.world import scenes
-from isa_lite.world.scenes import HELD_OUT, Object, Scene
+from isa_lite.world.scenes import HELD_OUT, Object, Scene, pick
 
 #: What every figure and table of this set has to say.
 LABEL = "rendered icons, an example set"
@@ -34,13 +34,7 @@ REQUESTS = {
     "background": ("on {}", "with a {} background"),
     "style": ("in {} style", "now {}"),
 }
-_VALUES = {
-    "shape": SHAPES,
-    "color": COLORS,
-    "size": SIZES,
-    "background": BACKGROUNDS,
-    "style": STYLES,
-}
+_VALUES = dict(zip(REQUESTS, (SHAPES, COLORS, SIZES, BACKGROUNDS, STYLES), strict=True))
 
 
 def _caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -50,7 +44,7 @@ def _caption(scene: Scene, rng: np.random.Generator) -> str:
         f"{thing}, {scene.style}, on {scene.background}",
         f"a {thing} on {scene.background}, {scene.style} style",
     )
-    return phrasings[rng.integers(2)]
+    return pick(rng, phrasings)
 
 
 def _changed(scene: Scene, part: str, value: str) -> Scene:
@@ -82,31 +76,24 @@ def write_icons(
     icons: dict[str, Scene] = {}
     rows = []
     for i in range(count):
-        (shape, color), icon_size = pairs[rng.integers(len(pairs))], SIZES[rng.integers(len(SIZES))]
-        scene = Scene(
-            (Object(4, shape, color, icon_size),),
-            BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
-            STYLES[rng.integers(len(STYLES))],
-        )
+        (shape, color), icon_size = pick(rng, pairs), pick(rng, SIZES)
+        icon = Object(4, shape, color, icon_size)
+        scene = Scene((icon,), pick(rng, BACKGROUNDS), pick(rng, STYLES))
         name = f"icon_{i:04d}.png"
         scenes.render(scene, int(rng.integers(2**31)), size).save(folder / "images" / name)
         icons[name] = scene
         rows += [(name, _caption(scene, rng)) for _ in range(2 if i % 10 == 0 else 1)]
-    write_text(
-        folder / "captions.csv",
-        pd.DataFrame(rows, columns=["image", "caption"]).to_csv(index=False),
-    )
+    table = pd.DataFrame(rows, columns=["image", "caption"])
+    write_text(folder / "captions.csv", table.to_csv(index=False))
     names, triplets = list(icons), []
     while len(triplets) < queries:
-        reference = names[rng.integers(count)]
-        part = list(REQUESTS)[rng.integers(len(REQUESTS))]
-        value = _VALUES[part][rng.integers(len(_VALUES[part]))]
+        reference = pick(rng, names)
+        part = pick(rng, list(REQUESTS))
+        value = pick(rng, _VALUES[part])
         wanted = _changed(icons[reference], part, value)
         targets = [name for name, scene in icons.items() if scene == wanted]
         if wanted != icons[reference] and targets:
-            request = REQUESTS[part][rng.integers(len(REQUESTS[part]))]
-            triplets.append(
-                {"reference": reference, "modifier": request.format(value), "targets": targets}
-            )
+            modifier = pick(rng, REQUESTS[part]).format(value)
+            triplets.append({"reference": reference, "modifier": modifier, "targets": targets})
     write_text(folder / "triplets.json", json.dumps(triplets, indent=1) + "\n")
     return folder

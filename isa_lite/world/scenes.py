@@ -13,7 +13,6 @@ drawn at rendering time and does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -35,17 +34,8 @@ COLORS = {
     "pink": (245, 140, 190),
 }
 SIZES = {"small": 0.27, "large": 0.43}  # half width as a part of a cell
-POSITIONS = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+POSITIONS = ("top left", "top", "top right", "left", "center", "right")
+POSITIONS += ("bottom left", "bottom", "bottom right")
 BACKGROUNDS = ("white", "gray", "black", "sand", "dotted", "checkered")
 STYLES = ("flat", "outline", "shaded", "striped")
 KINDS = ("color", "size", "move", "add", "remove", "background", "style")
@@ -54,14 +44,11 @@ KINDS = ("color", "size", "move", "add", "remove", "background", "style")
 #: in evaluation. Each of these shapes and colours is seen in every other pair, so nothing but the
 #: combination is new.
 HELD_OUT = frozenset(
-    {
-        ("circle", "purple"),
-        ("square", "pink"),
-        ("triangle", "green"),
-        ("star", "red"),
-        ("heart", "blue"),
-        ("cross", "cyan"),
-    }
+    zip(
+        ("circle", "square", "triangle", "star", "heart", "cross"),
+        ("purple", "pink", "green", "red", "blue", "cyan"),
+        strict=True,
+    )
 )
 
 
@@ -89,7 +76,8 @@ class Scene:
         return any((o.shape, o.color) in HELD_OUT for o in self.objects)
 
 
-def _pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items):
+    """One of the items."""
     # not rng.choice, which is ten times slower on short tuples
     return items[rng.integers(len(items))]
 
@@ -97,16 +85,16 @@ def _pick(rng: np.random.Generator, items):
 def sample_object(rng: np.random.Generator, cell: int, held_out: bool = False) -> Object:
     """A random object in `cell`; a held-out shape-colour pair only if `held_out` is true."""
     while True:
-        shape, color = _pick(rng, SHAPES), _pick(rng, tuple(COLORS))
+        shape, color = pick(rng, SHAPES), pick(rng, tuple(COLORS))
         if held_out or (shape, color) not in HELD_OUT:
-            return Object(cell, shape, color, _pick(rng, tuple(SIZES)))
+            return Object(cell, shape, color, pick(rng, tuple(SIZES)))
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     """A random scene; with held-out shape-colour pairs only if `held_out` is true."""
     cells = rng.permutation(9)[: rng.integers(1, 4)]
     objects = tuple(sorted(sample_object(rng, int(c), held_out) for c in cells))
-    return Scene(objects, _pick(rng, BACKGROUNDS), _pick(rng, STYLES))
+    return Scene(objects, pick(rng, BACKGROUNDS), pick(rng, STYLES))
 
 
 @checked(n=scene_count(0), seed=whole(0))
@@ -131,46 +119,26 @@ def _outline(shape: str) -> np.ndarray:
         points = np.array([(0, -0.98), (1, 0.82), (-1, 0.82)])
     elif shape == "star":
         angle = np.arange(10) * math.pi / 5 - math.pi / 2
-        points = (
-            np.stack([np.cos(angle), np.sin(angle)], 1)
-            * np.where(np.arange(10) % 2, 0.44, 1.08)[:, None]
-        )
+        radius = np.where(np.arange(10) % 2, 0.44, 1.08)[:, None]
+        points = np.stack([np.cos(angle), np.sin(angle)], 1) * radius
     elif shape == "heart":
-        x, y = (
-            16 * np.sin(t) ** 3,
-            13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t),
-        )
+        y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        x = 16 * np.sin(t) ** 3
         points = np.stack([x / 17, -y / 16 - 0.1], 1)
     elif shape == "cross":
         a, b = 0.34, 0.98
-        points = np.array(
-            [
-                (-a, -b),
-                (a, -b),
-                (a, -a),
-                (b, -a),
-                (b, a),
-                (a, a),
-                (a, b),
-                (-a, b),
-                (-a, a),
-                (-b, a),
-                (-b, -a),
-                (-a, -a),
-            ]
-        )
+        arm, points = np.array([(-a, -b), (a, -b), (a, -a)]), []
+        for _ in range(4):
+            points, arm = [*points, *arm], arm @ [[0, 1], [-1, 0]]  # a quarter turn
+        points = np.array(points)
     elif shape == "moon":
         outer = np.linspace(math.radians(50), math.radians(310), 20)
         tip = np.array([math.cos(outer[0]), math.sin(outer[0])])
         center = np.array([0.62, 0.0])  # of the circle that bites the crescent out
         bite, end = float(np.hypot(*(tip - center))), math.atan2(tip[1], tip[0] - 0.62)
         inner = np.linspace(2 * math.pi - end, end, 16)
-        points = np.concatenate(
-            [
-                np.stack([np.cos(outer), np.sin(outer)], 1),
-                center + bite * np.stack([np.cos(inner), np.sin(inner)], 1),
-            ]
-        ) + [0.2, 0]
+        inside = center + bite * np.stack([np.cos(inner), np.sin(inner)], 1)
+        points = np.concatenate([np.stack([np.cos(outer), np.sin(outer)], 1), inside]) + [0.2, 0]
     else:
         raise ValueError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
     return points
@@ -229,9 +197,8 @@ def _geometry(scene: Scene, seed: int, pixels: int):
     for o in scene.objects:
         half = SIZES[o.size] * grow[o.cell] * cell
         slack = max(0.0, 0.49 - half / cell * 1.08)  # jitter never leaves the cell
-        where = (
-            np.array([o.cell % 3, o.cell // 3]) + 0.5 + np.clip(shift[o.cell], -slack, slack)
-        ) * cell
+        place = np.array([o.cell % 3, o.cell // 3]) + 0.5
+        where = (place + np.clip(shift[o.cell], -slack, slack)) * cell
         color = tuple(int(c) for c in np.clip(np.array(COLORS[o.color]) + tint[o.cell], 0, 255))
         yield o, where, half, color
 
@@ -286,32 +253,20 @@ def render(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> Image.Image:
         else:  # shaded: dark rim, body, soft light from the upper left, all within the silhouette
             ball = Image.new("RGB", (pixels, pixels), _mix(color, (0, 0, 0), 0.5))
             brush = ImageDraw.Draw(ball)
-            for radius, light in (
-                (1.25, 0.25),
-                (1.02, 0.0),
-                (0.72, -0.22),
-                (0.4, -0.5),
-                (0.18, -0.8),
-            ):
-                shade = (
-                    _mix(color, (0, 0, 0), light)
-                    if light >= 0
-                    else _mix(color, (255, 255, 255), -light)
-                )
-                x, y = where - half * 0.3
-                brush.ellipse(
-                    (x - half * radius, y - half * radius, x + half * radius, y + half * radius),
-                    fill=shade,
-                )
+            lights = ((1.25, 0.25), (1.02, 0.0), (0.72, -0.22), (0.4, -0.5), (0.18, -0.8))
+            x, y = where - half * 0.3
+            for radius, light in lights:
+                shade = _mix(color, (0, 0, 0) if light >= 0 else (255, 255, 255), abs(light))
+                reach = half * radius
+                brush.ellipse((x - reach, y - reach, x + reach, y + reach), fill=shade)
             image.paste(ball, mask=mask)
     return image.reduce(2)
 
 
 def render_many(scenes: list[Scene], seeds, size: int = IMAGE_SIZE) -> np.ndarray:
     """Scenes as one uint8 array of N x size x size x 3; `seeds` gives one jitter seed a scene."""
-    return np.stack(
-        [np.asarray(render(s, int(seed), size)) for s, seed in zip(scenes, seeds, strict=True)]
-    )
+    pairs = zip(scenes, seeds, strict=True)
+    return np.stack([np.asarray(render(s, int(seed), size)) for s, seed in pairs])
 
 
 def object_masks(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndarray:
@@ -336,6 +291,7 @@ def object_masks(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndar
 # language
 
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+_MORE = {"small": "smaller", "large": "bigger"}
 _STYLE_WORDS = {
     "flat": ("flat style", "flat colors"),
     "outline": ("outline style", "outline drawing"),
@@ -344,22 +300,16 @@ _STYLE_WORDS = {
 }
 
 
-def _describe(
-    o: Object,
-    rng: np.random.Generator,
-    size: bool = True,
-    color: bool = True,
-    position: bool = True,
-) -> str:
+def _describe(o: Object, rng: np.random.Generator, size=True, color=True, position=True) -> str:
     words = []
     if size:
-        words.append(_pick(rng, _SIZE_WORDS[o.size]))
+        words.append(pick(rng, _SIZE_WORDS[o.size]))
     if color:
         words.append(o.color)
     words.append(o.shape)
     text = " ".join(words)
     if position:
-        text = f"{text} {_pick(rng, ('', 'at ', 'at the '))}{POSITIONS[o.cell]}"
+        text = f"{text} {pick(rng, ('', 'at ', 'at the '))}{POSITIONS[o.cell]}"
     return text
 
 
@@ -371,23 +321,19 @@ def caption(scene: Scene, rng: np.random.Generator, full: bool = True) -> str:
         ground, style = True, True
     else:
         objects = objects[: rng.integers(1, len(objects) + 1)]
-        said = [
-            _describe(o, rng, rng.random() < 0.6, rng.random() < 0.85, rng.random() < 0.6)
-            for o in objects
-        ]
+        said = [_describe(o, rng, *(rng.random() < p for p in (0.6, 0.85, 0.6))) for o in objects]
         ground, style = rng.random() < 0.4, rng.random() < 0.4
-    article, joiner = _pick(rng, ("", "", "a ")), _pick(rng, (", ", ", ", " and "))
+    article, joiner = pick(rng, ("", "", "a ")), pick(rng, (", ", ", ", " and "))
     parts = [joiner.join(article + text for text in said)]
     tail = []
     if ground:
-        tail.append(
-            f"{_pick(rng, ('on ', 'on a '))}{scene.background}{_pick(rng, ('', ' background'))}"
-        )
+        on, behind = pick(rng, ("on ", "on a ")), pick(rng, ("", " background"))
+        tail.append(f"{on}{scene.background}{behind}")
     if style:
-        tail.append(f"{_pick(rng, ('in ', ''))}{_pick(rng, _STYLE_WORDS[scene.style])}")
+        tail.append(f"{pick(rng, ('in ', ''))}{pick(rng, _STYLE_WORDS[scene.style])}")
     if len(tail) == 2 and rng.random() < 0.3:
         tail.reverse()
-    return _pick(rng, ("", "a photo of ", "a picture of ")) + ", ".join(parts + tail)
+    return pick(rng, ("", "a photo of ", "a picture of ")) + ", ".join(parts + tail)
 
 
 # ----------------------------------------------------------------------------------------
@@ -405,31 +351,17 @@ class Modification:
 def _refer(o: Object, scene: Scene, rng: np.random.Generator) -> str:
     """Words that pick out `o` among the scene's objects: one of the unambiguous ways."""
     ways = []
-    for size, color, position in (
-        (0, 0, 0),
-        (0, 1, 0),
-        (1, 0, 0),
-        (1, 1, 0),
-        (0, 0, 1),
-        (0, 1, 1),
-        (1, 1, 1),
-    ):
-        same = [
-            p
-            for p in scene.objects
-            if p.shape == o.shape
-            and (not size or p.size == o.size)
-            and (not color or p.color == o.color)
-            and (not position or p.cell == o.cell)
-        ]
-        if len(same) == 1:
-            ways.append((bool(size), bool(color), bool(position)))
+    for way in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)):
+
+        def told(p: Object, way=way) -> tuple:
+            parts = zip((p.size, p.color, p.cell), way, strict=True)
+            return p.shape, *(part for part, said in parts if said)
+
+        if [told(p) for p in scene.objects].count(told(o)) == 1:
+            ways.append(tuple(map(bool, way)))
     # Colour and shape is what people say first; the other ways keep the language varied.
-    choice = (
-        (False, True, False)
-        if (False, True, False) in ways and rng.random() < 0.5
-        else _pick(rng, ways)
-    )
+    usual = (False, True, False)
+    choice = usual if usual in ways and rng.random() < 0.5 else pick(rng, ways)
     return _describe(o, rng, *choice)
 
 
@@ -440,97 +372,54 @@ def _with(scene: Scene, old: Object | None, new: Object | None) -> Scene:
 
 def _free_cell(scene: Scene, rng: np.random.Generator) -> int:
     taken = {o.cell for o in scene.objects}
-    return _pick(rng, [c for c in range(9) if c not in taken])
+    return pick(rng, [c for c in range(9) if c not in taken])
 
 
-def _color(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    o = _pick(rng, scene.objects)
-    colors = [c for c in COLORS if c != o.color and (held_out or (o.shape, c) not in HELD_OUT)]
-    new, who = _pick(rng, colors), _refer(o, scene, rng)
-    text = _pick(
-        rng,
-        (
-            f"make the {who} {new}",
-            f"change the color of the {who} to {new}",
-            f"the {who} is now {new}",
-        ),
-    )
-    return _with(scene, o, replace(o, color=new)), text
-
-
-def _size(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    o, who = None, None
-    o = _pick(rng, scene.objects)
-    who = _refer(o, scene, rng)
-    new = "small" if o.size == "large" else "large"
-    word, more = _pick(rng, _SIZE_WORDS[new]), "smaller" if new == "small" else "bigger"
-    text = _pick(
-        rng, (f"make the {who} {more}", f"make the {who} {word}", f"the {who} is now {word}")
-    )
-    return _with(scene, o, replace(o, size=new)), text
-
-
-def _move(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    o = _pick(rng, scene.objects)
-    cell, who = _free_cell(scene, rng), _refer(o, scene, rng)
-    place = POSITIONS[cell]
-    text = _pick(
-        rng,
-        (
-            f"move the {who} to the {place}",
-            f"put the {who} at the {place}",
-            f"the {who} is now at the {place}",
-        ),
-    )
-    return _with(scene, o, replace(o, cell=cell)), text
-
-
-def _add(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    new = sample_object(rng, _free_cell(scene, rng), held_out)
-    what = _describe(new, rng)
-    return _with(scene, None, new), _pick(
-        rng, (f"add a {what}", f"with a {what} added", f"there is also a {what}")
-    )
-
-
-def _remove(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    o = _pick(rng, scene.objects)
-    who = _refer(o, scene, rng)
-    return _with(scene, o, None), _pick(
-        rng, (f"remove the {who}", f"without the {who}", f"take away the {who}")
-    )
-
-
-def _ground(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    new = _pick(rng, [b for b in BACKGROUNDS if b != scene.background])
-    text = _pick(
-        rng,
-        (
-            f"change the background to {new}",
-            f"make the background {new}",
-            f"on a {new} background instead",
-        ),
-    )
-    return replace(scene, background=new), text
-
-
-def _restyle(scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
-    new = _pick(rng, [s for s in STYLES if s != scene.style])
-    words = _pick(rng, _STYLE_WORDS[new])
-    return replace(scene, style=new), _pick(
-        rng, (f"change it to {words}", f"now in {words}", f"in {words} instead")
-    )
-
-
-_EDITS: dict[str, Callable[[Scene, np.random.Generator, bool], tuple[Scene, str]]] = {
-    "color": _color,
-    "size": _size,
-    "move": _move,
-    "add": _add,
-    "remove": _remove,
-    "background": _ground,
-    "style": _restyle,
+#: Ways to ask for each kind of edit.
+_PHRASES = {
+    "color": ("make the {who} {new}", "change the color of the {who} to {new}"),
+    "size": ("make the {who} {more}", "make the {who} {new}", "the {who} is now {new}"),
+    "move": ("move the {who} to the {new}", "put the {who} at the {new}"),
+    "add": ("add a {new}", "with a {new} added", "there is also a {new}"),
+    "remove": ("remove the {who}", "without the {who}", "take away the {who}"),
+    "background": ("change the background to {new}", "make the background {new}"),
+    "style": ("change it to {new}", "now in {new}", "in {new} instead"),
 }
+_PHRASES["color"] += ("the {who} is now {new}",)
+_PHRASES["move"] += ("the {who} is now at the {new}",)
+_PHRASES["background"] += ("on a {new} background instead",)
+
+
+def _edited(kind: str, scene: Scene, rng: np.random.Generator, held_out: bool) -> tuple[Scene, str]:
+    """The scene after one edit, and the words that ask for it."""
+    words: dict[str, str] = {}
+    if kind in ("color", "size", "move", "remove"):
+        o = pick(rng, scene.objects)
+    if kind == "color":
+        colors = [c for c in COLORS if c != o.color and (held_out or (o.shape, c) not in HELD_OUT)]
+        words["new"] = pick(rng, colors)
+        new = _with(scene, o, replace(o, color=words["new"]))
+    elif kind == "move":
+        cell = _free_cell(scene, rng)
+        words["new"], new = POSITIONS[cell], _with(scene, o, replace(o, cell=cell))
+    elif kind == "remove":
+        new = _with(scene, o, None)
+    elif kind == "add":
+        added = sample_object(rng, _free_cell(scene, rng), held_out)
+        words["new"], new = _describe(added, rng), _with(scene, None, added)
+    elif kind == "background":
+        words["new"] = pick(rng, [b for b in BACKGROUNDS if b != scene.background])
+        new = replace(scene, background=words["new"])
+    elif kind == "style":
+        style = pick(rng, [s for s in STYLES if s != scene.style])
+        words["new"], new = pick(rng, _STYLE_WORDS[style]), replace(scene, style=style)
+    if kind in ("color", "size", "move", "remove"):
+        words["who"] = _refer(o, scene, rng)
+    if kind == "size":
+        size = "small" if o.size == "large" else "large"
+        words["new"], words["more"] = pick(rng, _SIZE_WORDS[size]), _MORE[size]
+        new = _with(scene, o, replace(o, size=size))
+    return new, pick(rng, _PHRASES[kind]).format(**words)
 
 
 def modify(
@@ -568,7 +457,7 @@ def modify(
         # last.
         new, texts = scene, []
         for kind in sorted(kinds, key=lambda k: k in ("add", "remove")):
-            new, text = _EDITS[kind](new, rng, held_out)
+            new, text = _edited(kind, new, rng, held_out)
             texts.append(text)
         if new != scene and (len(kinds) == 1 or len(_changes(scene, new)) >= len(kinds)):
             return new, Modification(" and ".join(texts), tuple(kinds))
@@ -584,15 +473,13 @@ def confuse(scene: Scene, rng: np.random.Generator) -> Scene:
     while True:
         objects = list(scene.objects)
         i, j = rng.integers(len(objects)), rng.integers(len(objects))
-        field = _pick(rng, ("cell", "color", "shape"))
+        field = pick(rng, ("cell", "color", "shape"))
         if i == j or rng.random() < 0.3:
-            objects[i] = replace(objects[i], shape=_pick(rng, SHAPES))
+            objects[i] = replace(objects[i], shape=pick(rng, SHAPES))
         else:
             a, b = objects[i], objects[j]
-            objects[i], objects[j] = (
-                replace(a, **{field: getattr(b, field)}),
-                replace(b, **{field: getattr(a, field)}),
-            )
+            objects[i] = replace(a, **{field: getattr(b, field)})
+            objects[j] = replace(b, **{field: getattr(a, field)})
         new = replace(scene, objects=tuple(sorted(objects)))
         if new != scene and not new.held_out:
             return new

@@ -112,12 +112,12 @@ def test_an_aid_changes_what_is_learned_and_zero_leaves_it_out(vl, images, aid):
 def test_further_negatives_are_other_images_than_the_batchs(images):
     rows = images.new_tensor(range(64))[:, None]
     batch = torch.tensor([3, 60, 7])
-    found = inversion._others(rows, batch, 50, 0, 0).flatten().tolist()
-    assert len(set(found)) == 50 and not set(found) & {3, 60, 7}
-    assert (
-        len(inversion._others(rows, batch, 1000, 0, 0)) == 61
-        and len(inversion._others(rows, batch, 0, 0, 0)) == 0
+    found, every, none = (
+        inversion.Training(negatives=n).others(rows, batch, 0).flatten().tolist()
+        for n in (50, 1000, 0)
     )
+    assert len(set(found)) == 50 and not set(found) & {3, 60, 7}
+    assert len(every) == 61 and none == []
 
 
 def test_a_seed_gives_a_mapping(vl, images):

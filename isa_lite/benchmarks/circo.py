@@ -4,21 +4,6 @@ photographs of COCO 2017.
 Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_unlabeled2017.json`,
 `COCO2017_unlabeled/unlabeled2017/*.jpg`.
 
-    >>> from isa_lite.benchmarks import circo, tiny
-    >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.methods.baselines import image_plus_text
-    >>> from isa_lite.retrieval.embed import embed_files
-    >>> from isa_lite.models.vl_model import load_vl_model
-    >>> root = tiny.write_tiny("circo", "runs/tiny/circo", queries=3)  # or the folder of your copy
-    >>> vl = load_vl_model()
-    >>> rankings = []
-    >>> for task in (tasks := circo.load(root, "val")):
-    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     found = image_plus_text(task.embedded(vl, gallery))
-    ...     rankings.append(rank(task, found, gallery))
-    >>> list(circo.score(tasks, rankings))[:5]
-    ['mAP@5', 'mAP@10', 'mAP@25', 'mAP@50', 'Recall@5']
-
 The gallery is every image of the info file, the reference included. mAP counts all right answers,
 Recall only the first annotated one. Adding `shared_concept` to the modifier tells the model what
 the two images have in common, which changes the numbers a lot: it is off unless asked for, and

@@ -5,21 +5,6 @@ Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{spli
 image's name and its path; those of the split val lie in `dev/`), the images below the same root,
 its `img_raw/` or its `images/`.
 
-    >>> from isa_lite.benchmarks import cirr, tiny
-    >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.methods.baselines import image_plus_text
-    >>> from isa_lite.retrieval.embed import embed_files
-    >>> from isa_lite.models.vl_model import load_vl_model
-    >>> root = tiny.write_tiny("cirr", "runs/tiny/cirr", queries=3)  # or the folder of your copy
-    >>> vl = load_vl_model()
-    >>> rankings = []
-    >>> for task in (tasks := cirr.load(root, "val")):
-    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     found = image_plus_text(task.embedded(vl, gallery))
-    ...     rankings.append(rank(task, found, gallery))
-    >>> list(cirr.score(tasks, rankings))
-    ['R@1', 'R@5', 'R@10', 'R@50', 'Recall_subset@1', 'Recall_subset@2', 'Recall_subset@3']
-
 The reference is removed from each ranking. The subset metrics rank the five members of `img_set`
 that are not the reference. The target is `target_hard`; `target_soft` plays no part. The answers of
 test1 are with the test server.

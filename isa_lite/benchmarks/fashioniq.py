@@ -4,21 +4,6 @@ galleries in use.
 Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`,
 `images/{name}.png` or `.jpg` (`.webp` and other usual endings as well), or in `images/{category}/`.
 
-    >>> from isa_lite.benchmarks import fashioniq, tiny
-    >>> from isa_lite.benchmarks.common import rank
-    >>> from isa_lite.methods.baselines import image_plus_text
-    >>> from isa_lite.retrieval.embed import embed_files
-    >>> from isa_lite.models.vl_model import load_vl_model
-    >>> root = tiny.write_tiny("fashioniq", "runs/tiny/fashioniq", queries=3)  # or your copy
-    >>> vl = load_vl_model()
-    >>> rankings = []
-    >>> for task in (tasks := fashioniq.load(root, "val", gallery="split")):
-    ...     gallery = embed_files(list(task.files.values()), vl, progress=False)
-    ...     found = image_plus_text(task.embedded(vl, gallery))
-    ...     rankings.append(rank(task, found, gallery))
-    >>> list(fashioniq.score(tasks, rankings))[:2]
-    ['dress R@10', 'dress R@50']
-
 Two things change the numbers and are named in `Task.protocol`. The gallery is either the category's
 *split* file, or only the images of its *triplets* (also called the VAL split), about half as many:
 recalls of the two do not compare. And the two captions are joined in both orders, whose embeddings

@@ -15,12 +15,11 @@ caption's own key words.
 "Like" means: our own short version, with the differences named in the docstring; no figure of
 theirs is to be expected of it.
 
-With the defaults of its arguments each function is the recipe alone, with norm-matched words. The
-other aids of ISA's own encoder (`recipes`) it takes where it has a place for them: `start_words`, a
-text whose first word the pseudo-word is before training (all three); `word_noise`, noise on words
-on their way to the text tower (all three); `negatives`, images outside the batch (the two that
-contrast). The backbone's learned start has no place here: the large tower is the backbone. All aids
-are ours.
+With the defaults of `Training` each is the recipe alone, with norm-matched words. The other aids of
+ISA's own encoder (`recipes`) it takes where it has a place for them: `start_words`, a text whose
+first word the pseudo-word is before training (all three); `word_noise`, noise on words on their way
+to the text tower (all three); `negatives`, images outside the batch (the two that contrast). The
+backbone's learned start has no place here: the large tower is the backbone. All aids are ours.
 """
 
 from __future__ import annotations
@@ -87,28 +86,6 @@ class OneWord:
         return queries.joined(self.mapping.compose(queries.vl, image, queries.texts, self.template))
 
 
-def _fresh(vl: VLModel, embeddings: Tensor, seed: int, start_words: str) -> Inversion:
-    if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(
-            "at least two embeddings, N x E, are needed to contrast with one another, not"
-            f" {tuple(embeddings.shape)}"
-        )
-    torch.manual_seed(seed)
-    mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
-    if start_words:
-        mapping.to_word.start_from(start_vectors(vl, start_words))
-    return mapping.to(vl.device)
-
-
-def _others(embeddings: Tensor, batch: Tensor, negatives: int, step: int, seed: int) -> Tensor:
-    """Rows of `embeddings` outside a batch of B indices, up to `negatives` x E, drawn from the seed
-    and the step.
-    """
-    return embeddings[
-        torch.from_numpy(other_indices(len(embeddings), batch.numpy(), negatives, step, seed))
-    ]
-
-
 def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
     """Pseudo-words B x D alone in the prompt -> text embeddings B x E."""
     ids, places = (x.expand(len(words), -1) for x in prompt_ids(vl, 1, [""], template))
@@ -117,81 +94,99 @@ def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
     )
 
 
-def _fit(
-    name: str,
-    mapping: Inversion,
-    loss_of: Callable[[Tensor, int], Tensor],
-    count: int,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    progress: bool,
-) -> Inversion:
-    """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn epoch by
-    epoch) and the step. Returns the mapping.
+@dataclass(frozen=True)
+class Training:
+    """What the three recipes are trained with. start_words, word_noise, negatives: aids of ISA's
+    encoder (`recipes`), off unless asked for.
     """
-    if steps < 1 or batch_size < 2:
-        raise ValueError(
-            f"steps must be at least 1 and batch_size at least 2, not {steps} and {batch_size}"
-        )
-    optimizer = torch.optim.AdamW(mapping.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    def batches(start: int) -> Iterator[Tensor]:
-        generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
-        for _ in range(start, steps):
-            if len(order) < min(batch_size, count):
-                order = torch.randperm(count, generator=generator)
-            batch, order = order[:batch_size], order[batch_size:]
-            yield batch
+    steps: int = 600
+    batch_size: int = 128
+    lr: float = 1e-3
+    start_words: str = ""
+    word_noise: float = 0.0
+    negatives: int = 0
+    seed: int = 0
+    progress: bool = True
 
-    fit(
-        name,
-        steps,
-        loss_of,
-        batches,
-        {"mapping": mapping},
-        optimizer,
-        after=lambda *_: schedule.step(),
-        progress=progress,
-    )
-    return mapping.eval()
+    def __post_init__(self):
+        if self.steps < 1 or self.batch_size < 2:
+            raise ValueError(
+                f"steps must be at least 1 and batch_size at least 2, not {self.steps} and"
+                f" {self.batch_size}"
+            )
+
+    def mapping(self, vl: VLModel, embeddings: Tensor) -> Inversion:
+        """An untrained mapping for embeddings N x E. Raises ValueError for less than two."""
+        if embeddings.ndim != 2 or len(embeddings) < 2:
+            raise ValueError(
+                "at least two embeddings, N x E, are needed to contrast with one another, not"
+                f" {tuple(embeddings.shape)}"
+            )
+        torch.manual_seed(self.seed)
+        mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
+        if self.start_words:
+            mapping.to_word.start_from(start_vectors(vl, self.start_words))
+        return mapping.to(vl.device)
+
+    def noisy(self, words: Tensor, step: int) -> Tensor:
+        """Words on their way to the text tower."""
+        return blur(words, self.word_noise, step, self.seed)
+
+    def others(self, rows: Tensor, batch: Tensor, step: int) -> Tensor:
+        """Rows outside a batch of B indices, up to `negatives` of them, drawn from the seed and the
+        step.
+        """
+        found = other_indices(len(rows), batch.numpy(), self.negatives, step, self.seed)
+        return rows[torch.from_numpy(found)]
+
+    def fit(
+        self, name: str, mapping: Inversion, loss_of: Callable[[Tensor, int], Tensor], count: int
+    ) -> Inversion:
+        """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn
+        epoch by epoch) and the step. Returns the mapping.
+        """
+        optimizer = torch.optim.AdamW(mapping.parameters(), lr=self.lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+
+        def batches(start: int) -> Iterator[Tensor]:
+            generator = torch.Generator().manual_seed(self.seed)
+            order = torch.empty(0, dtype=torch.long)
+            for _ in range(start, self.steps):
+                if len(order) < min(self.batch_size, count):
+                    order = torch.randperm(count, generator=generator)
+                batch, order = order[: self.batch_size], order[self.batch_size :]
+                yield batch
+
+        how = {"after": lambda *_: schedule.step(), "progress": self.progress}
+        fit(name, self.steps, loss_of, batches, {"mapping": mapping}, optimizer, **how)
+        return mapping.eval()
 
 
 def pic2word_like(
     vl: VLModel,
     images: Tensor,
-    steps: int = 600,
-    batch_size: int = 128,
-    lr: float = 1e-3,
     temperature: float = 0.05,
     template: str = TEMPLATE,
-    start_words: str = "",
-    word_noise: float = 0.0,
-    negatives: int = 0,
-    seed: int = 0,
-    progress: bool = True,
+    **settings,
 ) -> Inversion:
     """Contrastive inversion from unlabeled images, given as embeddings N x E of the large tower.
+    settings: fields of `Training`.
 
     The prompt with an image's word must be nearer to that image than to the batch's others, and the
     other way round. Differs from Pic2Word in: temperature (a constant, CLIP's learned one there),
-    two hidden layers, norm-matched words, rendered scenes for three million web images. Aids, none
-    of them Pic2Word's: start_words, word_noise, negatives.
+    two hidden layers, norm-matched words, rendered scenes for three million web images.
     """
-    mapping = _fresh(vl, images, seed, start_words)
+    training = Training(**settings)
+    mapping = training.mapping(vl, images)
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
         image = images[batch].to(vl.device)
-        query = _prompt(vl, blur(mapping(image), word_noise, step, seed), template)
-        return gcd_loss(
-            query, image, temperature, _others(images, batch, negatives, step, seed).to(vl.device)
-        )
+        query = _prompt(vl, training.noisy(mapping(image), step), template)
+        others = training.others(images, batch, step).to(vl.device)
+        return gcd_loss(query, image, temperature, others)
 
-    return _fit(
-        "Pic2Word-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress
-    )
+    return training.fit("Pic2Word-like", mapping, loss_of, len(images))
 
 
 def optimize_words(
@@ -244,45 +239,37 @@ def optimize_words(
 
 
 def searle_like(
-    vl: VLModel,
-    images: Tensor,
-    words: Tensor | None = None,
-    steps: int = 600,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    temperature: float = 0.25,
-    start_words: str = "",
-    word_noise: float = 0.0,
-    negatives: int = 0,
-    seed: int = 0,
-    progress: bool = True,
+    vl: VLModel, images: Tensor, words: Tensor | None = None, temperature: float = 0.25, **settings
 ) -> Inversion:
     """A mapping that guesses, in one pass, the word that `optimize_words` finds for an image.
 
-    images: N x E, words: N x D (made with `optimize_words` where not given). The guess must be
-    nearer, by cosine, to its own image's word than to the others of the batch, and the other way
-    round. Differs from SEARLE in: the pull is towards words instead of GPT's phrases, in
-    `optimize_words` alone; norm-matched words; no dropout. Aids, none of them SEARLE's: start_words
-    (of the words and of the mapping), word_noise (of the words, which alone are read by the text
-    tower), negatives (other images' words).
+    images: N x E, words: N x D (made with `optimize_words` where not given). settings: fields of
+    `Training`. The guess must be nearer, by cosine, to its own image's word than to the others of
+    the batch, and the other way round. Differs from SEARLE in: the pull is towards words instead of
+    GPT's phrases, in `optimize_words` alone; norm-matched words; no dropout. Of the aids,
+    start_words concern the words and the mapping, word_noise the words, which alone are read by the
+    text tower, and negatives are other images' words.
     """
-    mapping = _fresh(vl, images, seed, start_words)
+    training = Training(**settings)
+    mapping = training.mapping(vl, images)
     if words is None:
-        words = optimize_words(
-            vl, images, start_words=start_words, word_noise=word_noise, seed=seed, progress=progress
-        )
+        aids = {n: getattr(training, n) for n in ("start_words", "word_noise", "seed", "progress")}
+        words = optimize_words(vl, images, **aids)
     if len(words) != len(images):
         raise ValueError(f"{len(images)} images but {len(words)} words")
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
-        others = _others(words, batch, negatives, step, seed)
         guess, word, others = (
             F.normalize(x.to(vl.device), dim=-1)
-            for x in (mapping(images[batch].to(vl.device)), words[batch], others)
+            for x in (
+                mapping(images[batch].to(vl.device)),
+                words[batch],
+                training.others(words, batch, step),
+            )
         )
         return gcd_loss(guess, word, temperature, others)
 
-    return _fit("SEARLE-like", mapping, loss_of, len(images), steps, batch_size, lr, seed, progress)
+    return training.fit("SEARLE-like", mapping, loss_of, len(images))
 
 
 def keyword_prompt(
@@ -307,30 +294,19 @@ def keyword_prompt(
     return ids, marks
 
 
-def lincir_like(
-    vl: VLModel,
-    captions: Sequence[str],
-    steps: int = 600,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    noise: float = 0.5,
-    start_words: str = "",
-    word_noise: float = 0.0,
-    seed: int = 0,
-    progress: bool = True,
-) -> Inversion:
-    """Self-masking projection from texts alone: no image is seen in training.
+def lincir_like(vl: VLModel, captions: Sequence[str], noise: float = 0.5, **settings) -> Inversion:
+    """Self-masking projection from texts alone: no image is seen in training. settings: fields of
+    `Training`; nothing is contrasted, so negatives do nothing.
 
     A caption's embedding, plus noise, is mapped to a word; that word takes the place of the
     caption's key words, and the text tower must give the embedding of the whole caption. The noise
     (normal, its length up to `noise` times the embedding's, drawn evenly) bridges the gap between
     text and image embeddings. Differs from LinCIR in: key words are all but a list of function
     words, there nouns and adjectives; the loss is one minus the cosine, there the squared error.
-    Aids, neither of them LinCIR's: start_words, and word_noise on the word itself. Its loss
-    contrasts nothing, so no negatives.
     """
+    training = Training(**settings)
     embedded = vl.encode_text(captions)
-    mapping = _fresh(vl, embedded, seed, start_words)
+    mapping = training.mapping(vl, embedded)
     start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
     prompts = [keyword_prompt(vl, caption) for caption in captions]
     without = next(
@@ -344,7 +320,7 @@ def lincir_like(
         tokens, marks = tokens[: vl.context_length - 2], marks[: vl.context_length - 2]
         ids[row, : len(tokens) + 2] = torch.tensor([start, *tokens, end])
         places[row, 1 : len(tokens) + 1] = torch.tensor(marks)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(training.seed + 1)
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
         latent = embedded[batch]
@@ -354,13 +330,11 @@ def lincir_like(
         )
         rows = vl.cut(ids[batch].to(vl.device))
         marks = places[batch, : rows.shape[1]].to(vl.device)
-        words = blur(mapping(latent.to(vl.device)), word_noise, step, seed)
+        words = training.noisy(mapping(latent.to(vl.device)), step)
         words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
         vectors = splice(vl, words, rows, marks)
         return (
             1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)
         ).mean()
 
-    return _fit(
-        "LinCIR-like", mapping, loss_of, len(captions), steps, batch_size, lr, seed, progress
-    )
+    return training.fit("LinCIR-like", mapping, loss_of, len(captions))

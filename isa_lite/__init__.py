@@ -18,6 +18,7 @@ _HOME = {
     "QueryEncoder": "query_encoder",
     "compose": "prompt",
     "Gallery": "retrieval.gallery",
+    "Queries": "retrieval.queries",
     "embed_files": "retrieval.embed",
     "DistillConfig": "support.settings",
     "QueryEncoderConfig": "support.settings",

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from isa_lite.support.parameters import short
+
 if TYPE_CHECKING:  # many commands write text alone, and need not wait for torch
     import torch
     from torch import Tensor, nn
@@ -64,11 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | Non
     """
     from safetensors.torch import save
 
-    content = save(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        {"info": json.dumps(info or {})},
-    )
-    write_bytes(path, content)
+    held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_bytes(path, save(held, {"info": json.dumps(info or {})}))
 
 
 class Between(NamedTuple):
@@ -93,56 +92,40 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
             for name in [key] if key is not str else sorted(set(found) - set(shape)):
                 if name not in found:
                     return f"{where} has no {name!r}"
-                if fault := misfit(
-                    found[name], inner, name if where == "it" else f"{where}.{name}"
-                ):
+                inside = name if where == "it" else f"{where}.{name}"
+                if fault := misfit(found[name], inner, inside):
                     return fault
         return ""
     if isinstance(shape, (list, tuple)) and not isinstance(shape, Between):
-        if not isinstance(found, list) or isinstance(shape, tuple) and len(found) != len(shape):
-            return f"{where} is {_told(found)}, no list" + (
-                f" of {len(shape)}" if isinstance(shape, tuple) else ""
-            )
+        fixed = isinstance(shape, tuple)
+        if not isinstance(found, list) or fixed and len(found) != len(shape):
+            return f"{where} is {_told(found)}, no list" + f" of {len(shape)}" * fixed
         if len(found) < len(shape) - 1:
             return f"{where} is empty"
-        inner = shape if isinstance(shape, tuple) else shape[:1] * len(found)
+        inner = shape if fixed else shape[:1] * len(found)
         faults = (
             misfit(value, kind, f"{where}[{i}]")
             for i, (value, kind) in enumerate(zip(found, inner, strict=True))
         )
         return next(filter(None, faults), "")
     if isinstance(shape, Between) or shape in (int, float):
-        least, most = (
-            shape
-            if isinstance(shape, Between)
-            else (-(2.0**63), 2.0**63)
-            if shape is int
-            else (-1e300, 1e300)
-        )
-        if (
-            isinstance(found, bool)
-            or not isinstance(found, int if shape is int else (int, float))
-            or not least <= found <= most
-        ):
-            bound = f" from {least:g} to {most:g}" if isinstance(shape, Between) else ""
+        least, most = (-(2.0**63), 2.0**63) if shape is int else (-1e300, 1e300)
+        bound = ""
+        if isinstance(shape, Between):
+            (least, most), bound = shape, f" from {shape.least:g} to {shape.most:g}"
+        number = isinstance(found, int if shape is int else (int, float))
+        if not number or isinstance(found, bool) or not least <= found <= most:
             return f"{where} is {_told(found)}, no {'whole ' if shape is int else ''}number{bound}"
         return ""
     if shape is object or type(found) is shape:
         return ""
-    return (
-        f"{where} is {_told(found)}, no"
-        f" { {dict: 'object', list: 'list', str: 'text', bool: 'true or false'}[shape] }"
-    )
+    words = {dict: "object", list: "list", str: "text", bool: "true or false"}
+    return f"{where} is {_told(found)}, no {words[shape]}"
 
 
 def _told(found: object) -> str:
-    return (
-        "an object"
-        if isinstance(found, dict)
-        else "a list"
-        if isinstance(found, list)
-        else json.dumps(found)[:60]
-    )
+    words = {dict: "an object", list: "a list"}
+    return words.get(type(found)) or json.dumps(found)[:60]
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -194,9 +177,8 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
             # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that
             # is.
-            tensors = (
-                {key: file.get_tensor(key).clone() for key in file.keys()} if with_tensors else {}
-            )
+            names = file.keys() if with_tensors else ()
+            tensors = {key: file.get_tensor(key).clone() for key in names}
     except (SafetensorError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     if not isinstance(info, dict):
@@ -213,18 +195,13 @@ def sound(value: Tensor) -> bool:
 def check_weights(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """Raises ValueError, naming `what` and the tensor, unless all of `wanted` are there, alike."""
     if strange := sorted(set(wanted) ^ set(tensors)):
-        raise ValueError(
-            f"{what} holds other weights: {strange[0]} is"
-            f" {'missing' if strange[0] in wanted else 'unknown'}"
-        )
+        how = "missing" if strange[0] in wanted else "unknown"
+        raise ValueError(f"{what} holds other weights: {strange[0]} is {how}")
     for key, value in tensors.items():
-        if (
-            value.shape != wanted[key].shape
-            or value.is_floating_point() != wanted[key].is_floating_point()
-        ):
+        other, floats = wanted[key], value.is_floating_point()
+        if value.shape != other.shape or floats != other.is_floating_point():
             there, here = (
-                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}"
-                for t in (value, wanted[key])
+                f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (value, other)
             )
             raise ValueError(f"{what} holds other weights: {key} is {there}, not {here}")
         if not sound(value):
@@ -254,15 +231,11 @@ def save_run(
     """Modules by name, their optimizer's moments, and `info` (identity, step, history so far)."""
     import torch
 
-    tensors = {
-        f"{name}.{key}": value
-        for name, m in modules.items()
-        for key, value in m.state_dict().items()
-    }
-    tensors |= {
-        key: torch.as_tensor(optimizer.state[p][slot])
-        for key, p, slot in _optimizer_tensors(modules, optimizer)
-    }
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for key, parameter, slot in _optimizer_tensors(modules, optimizer):
+        tensors[key] = torch.as_tensor(optimizer.state[parameter][slot])
     write_tensors(path, tensors, {"threads": torch.get_num_threads()} | dict(info))
 
 
@@ -301,10 +274,10 @@ def resume_run(
         module.load_state_dict(state[name])
     for parameter, slots in moments.items():
         # In the parameter's own order of memory: AdamW's fused step reads both as they lie.
-        like = {
-            k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in slots.items()
-        }
-        optimizer.state[parameter] = like
+        for slot, value in slots.items():
+            if slot != "step":
+                slots[slot] = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter] = slots
     if (threads := info.get("threads")) != torch.get_num_threads():
         now = torch.get_num_threads()
         warnings.warn(
@@ -325,16 +298,10 @@ def _differences(found: object, wanted: object, name: str = "") -> Iterable[str]
     """Where two sets of settings differ, as "name: theirs there, ours here"."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in dict.fromkeys((*wanted, *found)):
-            yield from _differences(
-                found.get(key), wanted.get(key), f"{name}.{key}" if name else key
-            )
+            inside = f"{name}.{key}" if name else key
+            yield from _differences(found.get(key), wanted.get(key), inside)
     elif found != wanted:
-        yield f"{name}: {_short(found)} there, {_short(wanted)} here"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        yield f"{name}: {short(found)} there, {short(wanted)} here"
 
 
 def _sorted_out(

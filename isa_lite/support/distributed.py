@@ -26,11 +26,8 @@ Value = TypeVar("Value")
 
 def count() -> int:
     """How many processes there are: 1, unless torchrun started more."""
-    return (
-        distributed.get_world_size()
-        if distributed.is_available() and distributed.is_initialized()
-        else 1
-    )
+    started = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if started else 1
 
 
 def rank() -> int:
@@ -98,9 +95,13 @@ def add_gradients(module: nn.Module) -> None:
     if count() == 1:
         return
     known = [p.grad for p in module.parameters() if p.grad is not None]
-    summed = total(torch.cat([g.flatten() for g in known]))
-    for grad, new in zip(known, summed.split([g.numel() for g in known]), strict=True):
-        grad.copy_(new.view_as(grad))
+    _put(known, total(torch.cat([g.flatten() for g in known])))
+
+
+def _put(tensors: list[Tensor], flat: Tensor) -> None:
+    """One long row of numbers back into the tensors that it was made of."""
+    for tensor, new in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(new.view_as(tensor))
 
 
 def agree(tensors: Iterable[Tensor]) -> None:
@@ -114,9 +115,7 @@ def average(tensors: Iterable[Tensor]) -> None:
     known = list(tensors) if count() > 1 else []
     if known:
         # one exchange for all of them
-        mean = total(torch.cat([t.flatten() for t in known])) / count()
-        for tensor, new in zip(known, mean.split([t.numel() for t in known]), strict=True):
-            tensor.copy_(new.view_as(tensor))
+        _put(known, total(torch.cat([t.flatten() for t in known])) / count())
 
 
 def same(value: object, what: str) -> None:
@@ -142,9 +141,8 @@ def anywhere(*flags: bool) -> tuple[bool, ...]:
     """For each flag, whether any process has it set."""
     if count() == 1:
         return flags
-    found = torch.tensor(
-        flags, dtype=torch.uint8, device="cuda" if distributed.get_backend() == "nccl" else "cpu"
-    )
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(flags, dtype=torch.uint8, device=device)
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return tuple(map(bool, found.tolist()))
 

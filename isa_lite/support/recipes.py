@@ -39,10 +39,8 @@ class Recipe:
     @property
     def encoder(self) -> dict:
         """Settings for `QueryEncoder.for_model`."""
-        return {
-            name: getattr(self, name)
-            for name in ("start_words", "norm_matching", "backbone_weights")
-        }
+        names = ("start_words", "norm_matching", "backbone_weights")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def distillation(self) -> dict:
@@ -52,14 +50,7 @@ class Recipe:
 
 RECIPES = {
     "core": Recipe(),
-    "default": Recipe(
-        START_WORDS,
-        norm_matching=True,
-        backbone_weights="scenes",
-        word_noise=1.0,
-        negatives=8192,
-        lar_share=0.25,
-    ),
+    "default": Recipe(START_WORDS, True, "scenes", word_noise=1.0, negatives=8192, lar_share=0.25),
 }
 
 
@@ -85,7 +76,4 @@ def recipe(
 def complete(settings: Mapping) -> dict:
     """Settings, and the recipe's value where an aid's setting is None."""
     chosen = asdict(recipe(settings["recipe"], settings["vl_model"], settings["backbone"]))
-    return {
-        **settings,
-        **{name: value for name, value in chosen.items() if settings.get(name) is None},
-    }
+    return {**settings, **{n: value for n, value in chosen.items() if settings.get(n) is None}}

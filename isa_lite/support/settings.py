@@ -68,10 +68,8 @@ CAPTIONS = ("both orders", "one order")
 
 def check_template(template: str) -> None:
     """Raises ValueError for a template without its two fields."""
-    if not isinstance(template, str) or sorted(re.findall(r"\{(\w*)\}", template)) != [
-        "modifier",
-        "sentence",
-    ]:
+    parts = re.findall(r"\{(\w*)\}", template) if isinstance(template, str) else []
+    if sorted(parts) != ["modifier", "sentence"]:
         raise ValueError(
             "a template holds {sentence} and {modifier} once each; this one does not:"
             f" {template!r}"
@@ -99,23 +97,14 @@ def setting(default: Any, meaning: str) -> Any:
 
 
 #: What the settings of all trainings must be, and those of the two pre-trainings.
-_LEARNING: dict[str, Rule] = {
-    "steps": whole(1),
-    "lr": number(0, above=True),
-    "weight_decay": number(0),
-    "seed": whole(0),
-}
-_LEARNING |= {"device": device_name(), "num_workers": whole(0, 256)}
+_LEARNING: dict[str, Rule] = {"steps": whole(1), "seed": whole(0), "device": device_name()}
+_LEARNING |= {"lr": number(0, above=True), "weight_decay": number(0), "num_workers": whole(0, 256)}
 _TRAINING = _LEARNING | {"batch_size": whole(2), "warmup": whole(0)}
 _PRETRAINING = _LEARNING | {"matching_steps": whole(0), "warmup": whole(1), "dtype": text(*DTYPES)}
-# the image tower halves five times
+# the image tower halves five times; the text tower is cut in heads
 _PRETRAINING |= {"image_size": whole(32, 4096, multiple=32), "embed_dim": whole(1, 2**14)}
-# by heads
-_PRETRAINING |= {
-    "vision_width": whole(2, 2**12, multiple=2),
-    "text_width": whole(32, 2**14, multiple=32),
-}
-_PRETRAINING |= {"text_layers": whole(1, 128), "context_length": whole(8, 4096)}
+_PRETRAINING |= {"vision_width": whole(2, 2**12, multiple=2), "text_layers": whole(1, 128)}
+_PRETRAINING |= {"text_width": whole(32, 2**14, multiple=32), "context_length": whole(8, 4096)}
 
 
 @dataclass
@@ -223,23 +212,12 @@ class DistillConfig:
         for name, value in recipe(self.recipe).distillation.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_settings(
-            self,
-            **_TRAINING,
-            dtype=text(*DTYPES),
-            validation=whole(2),
-            validate_every=whole(1),
-            negatives=whole(0),
-        )
-        weights = dict.fromkeys(("gcd_weight", "lar_weight", "word_noise"), number(0))
-        lar_share = number(0, above=True, most=1)  # LAR is switched off by its weight
-        check_settings(
-            self,
-            temperature=number(0, above=True),
-            lar_share=lar_share,
-            freeze_stem=flag(),
-            **weights,
-        )
+        rules = _TRAINING | {"dtype": text(*DTYPES), "freeze_stem": flag()}
+        rules |= {"validation": whole(2), "validate_every": whole(1), "negatives": whole(0)}
+        rules |= dict.fromkeys(("gcd_weight", "lar_weight", "word_noise"), number(0))
+        # LAR is switched off by its weight
+        rules |= {"temperature": number(0, above=True), "lar_share": number(0, above=True, most=1)}
+        check_settings(self, **rules)
         check_template(self.template)
 
 
@@ -317,20 +295,13 @@ class PretrainConfig:
 
     def model_cfg(self) -> dict:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""
+        vision = {"image_size": self.image_size, "layers": list(self.vision_layers)}
+        text = {"context_length": self.context_length, "vocab_size": 49408}
+        text |= {"width": self.text_width, "heads": self.text_width // 32}
         return {
             "embed_dim": self.embed_dim,
-            "vision_cfg": {
-                "image_size": self.image_size,
-                "layers": list(self.vision_layers),
-                "width": self.vision_width,
-            },
-            "text_cfg": {
-                "context_length": self.context_length,
-                "vocab_size": 49408,
-                "width": self.text_width,
-                "heads": self.text_width // 32,
-                "layers": self.text_layers,
-            },
+            "vision_cfg": vision | {"width": self.vision_width},
+            "text_cfg": text | {"layers": self.text_layers},
         }
 
 

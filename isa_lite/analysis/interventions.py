@@ -47,12 +47,8 @@ def sentences_changed(
     was_training = encoder.training
     encoder.eval()
     starts = range(0, len(images), batch_size)
-    x = torch.cat(
-        [
-            learner.placed(encoder.features(encoder.pixels(images[s : s + batch_size])))
-            for s in starts
-        ]
-    )
+    pixels = (encoder.pixels(images[s : s + batch_size]) for s in starts)
+    x = torch.cat([learner.placed(encoder.features(some)) for some in pixels])
     memory = x.flatten(2).transpose(1, 2)  # B x HW x width
     maps = learner.attend(x).flatten(2).softmax(-1)  # B x L x HW
     even = torch.full_like(maps, 1 / maps.shape[-1])
@@ -63,9 +59,8 @@ def sentences_changed(
         tokens = maps @ memory + learner.identity
         for block in learner.blocks:
             if keys is not None:
-                tokens = (
-                    tokens + block.cross(block.norm1(tokens), keys, memory, need_weights=False)[0]
-                )
+                asked = block.norm1(tokens), keys, memory
+                tokens = tokens + block.cross(*asked, need_weights=False)[0]
             tokens = block.think(tokens)
         return learner.to_word(learner.norm(tokens)).cpu()
 
@@ -95,20 +90,13 @@ def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
     if len(images) != len(regions):
         raise ValueError(f"regions: {len(regions)} maps for {len(images)} images")
     count, height, width = images.shape[:3]
-    order = (
-        F.interpolate(regions.unsqueeze(1).double(), (height, width), mode="bilinear")
-        .flatten(1)
-        .argsort(1, descending=True)
-    )
-    painted, flat = images.copy(), images.reshape(count, -1, 3)
+    maps = F.interpolate(regions.unsqueeze(1).double(), (height, width), mode="bilinear")
+    order = maps.flatten(1).argsort(1, descending=True)
+    painted = images.reshape(count, -1, 3).copy()
     named = order[:, : round(share * height * width)].numpy()  # B x the covered pixels
-    np.put_along_axis(
-        painted.reshape(count, -1, 3),
-        named[..., None],
-        flat.mean(1, keepdims=True).round().astype(np.uint8),
-        1,
-    )
-    return painted
+    mean = painted.mean(1, keepdims=True).round().astype(np.uint8)
+    np.put_along_axis(painted, named[..., None], mean, 1)
+    return painted.reshape(images.shape)
 
 
 def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, Tensor]:
@@ -157,9 +145,7 @@ def cover_curves(
     """
 
     def at(maps: Tensor, share: float) -> np.ndarray:
-        return np.asarray(
-            score(compose(vl, encoder.sentences(covered(images, maps, share)).tokens, modifiers)),
-            float,
-        )
+        tokens = encoder.sentences(covered(images, maps, share)).tokens
+        return np.asarray(score(compose(vl, tokens, modifiers)), float)
 
     return {name: np.stack([at(maps, share) for share in shares]) for name, maps in regions.items()}

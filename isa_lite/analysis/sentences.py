@@ -107,12 +107,10 @@ def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
 
     The first with three filled objects on white: that shows well under a map.
     """
-    world = enumerate(sample_scenes(images, seed))
-    return next(
-        (i, s)
-        for i, s in world
-        if len(s.objects) == 3 and (s.style, s.background) == ("flat", "white")
-    )
+    for i, scene in enumerate(sample_scenes(images, seed)):
+        if len(scene.objects) == 3 and (scene.style, scene.background) == ("flat", "white"):
+            return i, scene
+    raise ValueError(f"none of {images} scenes of seed {seed} has three filled objects on white")
 
 
 def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[str, float]]]:
@@ -120,10 +118,8 @@ def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[st
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach().float().cpu()
     # words without training keep the zero vector in our own models
     met = (table.norm(dim=1) > 0).nonzero().flatten()
-    likeness = (
-        F.normalize(tokens.reshape(-1, tokens.shape[-1]).float().cpu(), dim=1)
-        @ F.normalize(table[met], dim=1).T
-    )
+    own, known = tokens.reshape(-1, tokens.shape[-1]).float().cpu(), table[met]
+    likeness = F.normalize(own, dim=1) @ F.normalize(known, dim=1).T
     found = likeness.topk(k)
     return [
         [(vl.words.word(met[i]), float(c)) for i, c in zip(row, cosines, strict=True)]
@@ -134,17 +130,9 @@ def nearest_words(vl: VLModel, tokens: Tensor, k: int = 3) -> list[list[tuple[st
 # "top left" is two words
 _PLACES = sorted({word for position in POSITIONS for word in position.split()})
 #: What a word of a scene caption names. Words of size, and pieces of words, are "other".
-WORD_KINDS = {
-    w: kind
-    for kind, words in (
-        ("background", BACKGROUNDS),
-        ("style", STYLES),
-        ("color", COLORS),
-        ("shape", SHAPES),
-        ("place", _PLACES),
-    )
-    for w in words
-}
+WORD_KINDS = dict.fromkeys(BACKGROUNDS, "background") | dict.fromkeys(STYLES, "style")
+WORD_KINDS |= dict.fromkeys(COLORS, "color") | dict.fromkeys(SHAPES, "shape")
+WORD_KINDS |= dict.fromkeys(_PLACES, "place")
 
 
 def _pieces(vl: VLModel, word: str) -> list[str]:
@@ -167,10 +155,8 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
     found = [pieces.get(words[0][0], "other") for words in nearest_words(vl, tokens, 1)]
     count, length = tokens.shape[:2]
     grid = np.array(found).reshape(count, length)
-    return pd.DataFrame(
-        {kind: 100 * (grid == kind).mean(0) for kind in kinds},
-        index=[f"token {i + 1}" for i in range(length)],
-    )
+    names = [f"token {i + 1}" for i in range(length)]
+    return pd.DataFrame({kind: 100 * (grid == kind).mean(0) for kind in kinds}, index=names)
 
 
 def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFrame:
@@ -192,20 +178,16 @@ def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFr
     words = [word[0][0] for word in nearest_words(vl, tokens, 1)]
     own = [said for said in map(shown, world) for _ in range(tokens.shape[1])]
     other = own[tokens.shape[1] :] + own[: tokens.shape[1]]
-    table = pd.DataFrame(
-        {
-            "kind": [kind_of.get(word, "other") for word in words],
-            "true, %": [100 * (word in scene) for word, scene in zip(words, own, strict=True)],
-            "true of the next image, %": [
-                100 * (word in scene) for word, scene in zip(words, other, strict=True)
-            ],
-        }
-    ).groupby("kind")
+    true, chance = (
+        [100 * (word in scene) for word, scene in zip(words, said, strict=True)]
+        for said in (own, other)
+    )
+    names = ["true, %", "true of the next image, %"]
+    table = pd.DataFrame(dict(zip(names, (true, chance), strict=True)))
+    table = table.groupby(pd.Series([kind_of.get(word, "other") for word in words], name="kind"))
     kinds = list(dict.fromkeys(WORD_KINDS.values()))
     found = table.mean().assign(words=table.size()).reindex(kinds)
-    return found.fillna({"words": 0}).astype({"words": int})[
-        ["words", "true, %", "true of the next image, %"]
-    ]
+    return found.fillna({"words": 0}).astype({"words": int})[["words", *names]]
 
 
 def ranks_rearranged(
@@ -238,9 +220,7 @@ def ranks_without(
     length = tokens.shape[1]
     if length < 2:
         raise ValueError("a sentence of one token has none to spare")
-    kept = {-1: list(range(length))} | {
-        i: [j for j in range(length) if j != i] for i in range(length)
-    }
+    kept = {i: [j for j in range(length) if j != i] for i in range(-1, length)}
     return ranks_rearranged(queries, tokens, kept, template)
 
 
@@ -251,12 +231,9 @@ def moved(length: int, token: int) -> list[int]:
 
 
 def _facts(scene: Scene) -> set[tuple]:
-    objects = {
-        ("object", o.cell, name, getattr(o, name))
-        for o in scene.objects
-        for name in ("shape", "color", "size")
-    }
-    return objects | {("background", scene.background), ("style", scene.style)}
+    parts = [(o, name) for o in scene.objects for name in ("shape", "color", "size")]
+    facts = {("object", o.cell, name, getattr(o, name)) for o, name in parts}
+    return facts | {("background", scene.background), ("style", scene.style)}
 
 
 def kept_and_followed(reference: Scene, target: Scene, answer: Scene) -> tuple[float, float]:

@@ -44,9 +44,9 @@ def project(
     if method == "pca":
         points = PCA(2, random_state=seed).fit_transform(everything)
     else:
-        points = TSNE(
-            perplexity=min(30, (len(everything) - 1) / 3), init="pca", random_state=seed
-        ).fit_transform(everything)
+        perplexity = min(30, (len(everything) - 1) / 3)
+        points = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+        points = points.fit_transform(everything)
     edges = np.cumsum([len(v) for v in groups.values()])[:-1]
     return dict(zip(groups, np.split(points, edges), strict=True))
 
@@ -96,11 +96,7 @@ def probes(
             warnings.filterwarnings("ignore", "The least populated class")
             return 100 * cross_val_score(probe, x, y, cv=folds).mean()
 
-    rows = {
-        name: {fact: accuracy(x, y) for fact, y in answers.items()} for name, x in inputs.items()
-    }
-    rows["guessing"] = {
-        fact: 100 * np.unique(y, return_counts=True)[1].max() / len(y)
-        for fact, y in answers.items()
-    }
+    rows = {n: {fact: accuracy(x, y) for fact, y in answers.items()} for n, x in inputs.items()}
+    commonest = {fact: np.unique(y, return_counts=True)[1].max() for fact, y in answers.items()}
+    rows["guessing"] = {fact: 100 * n / len(scenes) for fact, n in commonest.items()}
     return pd.DataFrame.from_dict(rows, "index")

@@ -6,6 +6,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,16 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
+
+
+def _taken_up(
+    path: Path | None, modules: Mapping, optimizer: Optimizer, identity: Mapping | None, steps: int
+) -> dict | None:
+    """What `resume_run` finds, with its seconds. Raises what it raises."""
+    info = resume_run(path, modules, optimizer, identity or {}, steps) if path else None
+    if info and misfit(info.get("seconds"), float):
+        raise damaged(path, "its seconds are no number")
+    return info
 
 
 def fit(
@@ -64,11 +75,9 @@ def fit(
     """
     keep_freed_memory()
     keeper, began, start = keeper or Keeper(None), time.perf_counter() - spent, 0
-    if keeper.path and (info := resume_run(keeper.path, modules, optimizer, identity or {}, steps)):
-        if misfit(seconds := info.get("seconds"), float):
-            raise damaged(keeper.path, "its seconds are no number")
+    if info := _taken_up(keeper.path, modules, optimizer, identity, steps):
         restore(info)
-        start, began = info["step"], began - seconds
+        start, began = info["step"], began - info["seconds"]
     distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
     parameters = [p for module in modules.values() for p in module.parameters()]
 

@@ -176,6 +176,25 @@ def test_no_modules_import_one_another_in_a_circle():
     assert not left, f"a circle among {sorted(left)}"
 
 
+#: Modules that still hold a longer function, or statements joined by commas.
+UNDONE = {"distill", "targets", "token_learner", "benchmarks.run"}
+
+
+def test_a_function_fits_on_a_screen_and_a_line_holds_one_statement():
+    """At most 60 lines, docstring included; `a(), b()` is no statement."""
+    checked = 0
+    for name, tree in modules().items():
+        for node in ast.walk(tree) if name not in UNDONE else ():
+            assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple)), (
+                f"isa_lite/{name}, line {node.lineno}: two statements, joined by a comma"
+            )
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                checked += 1
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60, f"isa_lite/{name}: {node.name} has {length} lines"
+    assert checked > 500
+
+
 def test_public_names_are_those_of_their_modules_and_hide_none():
     for name in isa_lite.__all__:
         assert getattr(isa_lite, name).__name__ == name

@@ -43,6 +43,17 @@ def _taken_up(
     return info
 
 
+def _descend(loss: Tensor, modules: Mapping, optimizer: Optimizer, clip: float | None) -> None:
+    """One step of the optimizer, the same in all processes."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for module in modules.values():
+        distributed.add_gradients(module)
+    if clip:
+        clip_grad_norm_([p for module in modules.values() for p in module.parameters()], clip)
+    optimizer.step()
+
+
 def fit(
     name: str,
     steps: int,
@@ -64,9 +75,8 @@ def fit(
     of them took, and `spent`.
 
     loss_of: a batch and its step -> the loss that is to fall; batches: those from a step on; rate:
-    of a step, the learning rate
-    (None: the optimizer's); clip: the largest norm of all gradients together; after: called with
-    the number of steps done.
+    of a step, the learning rate (None: the optimizer's); clip: the largest norm of all gradients
+    together; after: called with the number of steps done.
 
     keeper: of the file that the run is saved in and taken up from; identity: what tells one run
     from another; state: of the seconds so far, what else to save; restore: takes it back, and
@@ -79,7 +89,6 @@ def fit(
         restore(info)
         start, began = info["step"], began - info["seconds"]
     distributed.same(start, f"the step that they go on from, by what they see of {keeper.path}")
-    parameters = [p for module in modules.values() for p in module.parameters()]
 
     def save(step: int) -> None:
         seconds = time.perf_counter() - began
@@ -96,14 +105,7 @@ def fit(
     for step, batch in enumerate(bar, start):
         for group in optimizer.param_groups if rate else ():
             group["lr"] = rate(step)
-        loss = loss_of(batch, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for module in modules.values():
-            distributed.add_gradients(module)
-        if clip:
-            clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        _descend(loss_of(batch, step), modules, optimizer, clip)
         after(step + 1, bar)
         keeper.after(step + 1, last=step + 1 == steps)
     return time.perf_counter() - began

@@ -1,8 +1,6 @@
-"""What a sentence depends on: change how its tokens read the image, or cover parts of the image,
-and see what follows. Ours.
+"""What a sentence depends on: change its reads or cover parts of the image, and see. Ours.
 
-A map of attention says where weight goes, and not what would be lost without it. An intervention
-says that.
+Attention says where weight goes, and not what would be lost without it. An intervention does.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from isa_lite.token_learner import AdaptiveTokenLearner
 def sentences_changed(
     encoder: QueryEncoder, images: np.ndarray | Sequence, batch_size: int = 128
 ) -> dict[str, Tensor]:
-    """The sentences of B images, B x L x D on the CPU, as the encoder writes them and with its
-    reads of the image changed.
+    """B sentences, B x L x D on the CPU, as they are and with the reads of the image changed.
 
     The first read is that of the maps, the second that of the blocks' cross-attention. "even maps":
     every position counts alike, so that a token still sees what is in the image, but not where it
@@ -78,8 +75,7 @@ def sentences_changed(
 
 
 def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
-    """Images B x H x W x 3 with a share of their pixels painted over, in the mean colour of each
-    image.
+    """Images B x H x W x 3 with a share of their pixels painted over, in each image's mean colour.
 
     regions: B x h x w maps, stretched over the image as figures show them; the pixels with the
     highest values are covered. Raises ValueError for a share outside 0 to 1 or another number of
@@ -100,8 +96,7 @@ def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
 
 
 def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """What the reads of B images, B x N x L x h x w (`Sentence.reads`), name as regions, B x h x w
-    each: means over tokens.
+    """The reads of B images, B x N x L x h x w, as regions B x h x w each: means over tokens.
 
     "first read", "second read" (the mean over the blocks, so N must be at least 2: else
     ValueError), "both reads" (their mean), and three controls: "random cells"; the first read of
@@ -135,8 +130,7 @@ def cover_curves(
     shares: Sequence[float],
     score: Callable[[Tensor], np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """What covering the regions that maps name costs: for each kind of region, shares x B values,
-    one per query.
+    """What covering the regions that maps name costs: for each kind, shares x B values.
 
     The light encoder sees the covered images, B x H x W x 3; the text tower composes each sentence
     with its modifier ("": the sentence alone); `score` turns the query embeddings, B x E, into B

@@ -1,5 +1,4 @@
-"""What a sentence holds: how its tokens read an image, which words they are near, what follows when
-one goes or moves. Ours.
+"""What a sentence holds: its reads, the words it is near, and what follows a change. Ours.
 
 Attention says where the weight of a read goes. What the sentence depends on is another question:
 see `interventions`.
@@ -33,8 +32,7 @@ from isa_lite.world.scenes import (
 
 
 def object_attention(maps: Tensor, masks: np.ndarray | Tensor) -> Tensor:
-    """How much of each token's attention falls on each object of one image: L x N, shares between 0
-    and 1.
+    """The share of each token's attention on each object of one image: L x N, between 0 and 1.
 
     maps: L x h x w attention maps, each with sum 1; masks: N x H x W, true where object n is. A
     cell of a map spreads its attention evenly over the pixels it covers; H and W must be multiples
@@ -76,8 +74,7 @@ def grounding(maps: Tensor, masks: Sequence[np.ndarray]) -> tuple[Tensor, Tensor
 
 
 def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) -> dict[str, dict]:
-    """Several encoders over the same rendered scenes, by their number of tokens: the weights of
-    their `maps`, in plain lists.
+    """Several encoders over the same rendered scenes, by their number of tokens: their `maps`.
 
     maps: L x h x w, on one scene (`look_scene`); grounding: of each token with its best object,
     over all the scenes; elsewhere: the same with each image's maps laid over another image's
@@ -145,8 +142,7 @@ def _piece_kinds(vl: VLModel) -> dict[str, str]:
 
 
 def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
-    """What each token's nearest word names, over many sentences B x L x D: a row a token, a column
-    a kind, shares in percent.
+    """What each token's nearest word names, over B x L x D: a row a token, shares in percent.
 
     A word that the tokenizer splits ("checkered", "cyan") counts by any of its pieces.
     """
@@ -160,8 +156,7 @@ def word_kinds(vl: VLModel, tokens: Tensor) -> pd.DataFrame:
 
 
 def word_truth(vl: VLModel, tokens: Tensor, world: Sequence[Scene]) -> pd.DataFrame:
-    """Whether the tokens' nearest words are true: sentences B x L x D and the scene of each; a row
-    a kind of `WORD_KINDS`.
+    """Whether the tokens' nearest words are true: B x L x D and its scenes; a row a word kind.
 
     "words": how many of the B x L nearest words name something of this kind; "true, %": of these,
     the share that names what the own scene has (any of its objects); "true of the next image, %":
@@ -196,11 +191,9 @@ def ranks_rearranged(
     orders: Mapping[Hashable, Sequence[int]],
     template: str = TEMPLATE,
 ) -> dict[Hashable, np.ndarray]:
-    """The ranks of queries with every sentence's tokens (B x L x D, of the references) in each
-    of the given orders.
+    """Ranks with every sentence's tokens (B x L x D, of the references) in each given order.
 
-    An order lists places of the sentence; one that is left out is deleted. Raises IndexError for a
-    place that is not there.
+    An order lists places; one left out is deleted. Raises IndexError for none such.
     """
     return {
         name: queries.ranks(compose(queries.vl, tokens[:, list(order)], queries.texts, template))
@@ -211,11 +204,9 @@ def ranks_rearranged(
 def ranks_without(
     queries: Queries, tokens: Tensor, template: str = TEMPLATE
 ) -> dict[Hashable, np.ndarray]:
-    """The ranks of queries with the whole sentences (key -1), and with token i deleted from every
-    one of them (key i).
+    """Ranks with the whole sentences (key -1), and with token i deleted from each (key i).
 
-    tokens: B x L x D, the sentences of the references. Raises ValueError for sentences of a single
-    token.
+    tokens: B x L x D, of the references. Raises ValueError for sentences of a single token.
     """
     length = tokens.shape[1]
     if length < 2:
@@ -237,8 +228,7 @@ def _facts(scene: Scene) -> set[tuple]:
 
 
 def kept_and_followed(reference: Scene, target: Scene, answer: Scene) -> tuple[float, float]:
-    """What an answer did with a query: the share of the reference that it keeps, and of the
-    modifier that it follows.
+    """What an answer did with a query: the share it keeps of the image, and follows of the words.
 
     A scene is a set of facts: background, style, and shape, colour and size at each place. Kept: of
     the facts that reference and target share, those that the answer has. Followed: of the facts

@@ -19,8 +19,7 @@ from isa_lite.world.scenes import Scene
 
 
 def modality_gap(a: Tensor, b: Tensor) -> float:
-    """The distance between the centres of two sets of L2-normalised embeddings, N x E and M x E;
-    between 0 and 2.
+    """Distance of the centres of L2-normalised embeddings, N x E and M x E; between 0 and 2.
 
     As Liang et al. define it ("Mind the gap", NeurIPS 2022).
     """
@@ -69,8 +68,7 @@ def probes(
     facts: Sequence[str] = tuple(FACTS),
     together: bool = True,
 ) -> pd.DataFrame:
-    """How well a linear probe reads each fact off each single token: accuracy in percent,
-    cross-validated.
+    """How well a linear probe reads each fact off each token: accuracy in percent, cross-validated.
 
     tokens: B x L x D sentences of scenes with one object each (with several, "the colour" is not
     defined: ValueError). A row a token, a column a fact; the last two rows are all tokens together

@@ -40,8 +40,7 @@ def one_number(answer: object, asked: str = "") -> float:
 
 
 def same_as(name: str, right: Callable[..., float], mine: Callable, cases: Iterable[tuple]) -> None:
-    """Compares an exercise's function, which returns one number, with `name`, the package's own, on
-    `cases` of arguments.
+    """Compares an exercise's function with the package's own `name` on `cases` of arguments.
 
     The last word of a check, behind the hints for answers that are wrong in a known way. Raises
     NotAnAnswer for the first case where the two differ (by more than half precision would), or

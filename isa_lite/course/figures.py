@@ -1,8 +1,6 @@
-"""Figures. Each function returns a matplotlib figure; `show` puts one into a notebook with caption
-and alt text.
+"""Figures. Each function returns a matplotlib figure; `show` puts one into a notebook.
 
-Colours are Okabe and Ito's, safe for colour-blind readers; what a colour says is also said by a
-mark or a word.
+Colours are Okabe and Ito's; what a colour says is also said by a mark or a word.
 """
 
 from __future__ import annotations
@@ -181,8 +179,7 @@ def recall_bars(
     emphasis: str = "isa",
     pairs: bool = False,
 ) -> Figure:
-    """Recall@K of every method as bars with 95% Wilson intervals; the ceilings are hatched,
-    `emphasis` is coloured.
+    """Recall@K of every method as bars with 95% Wilson intervals; ceilings are hatched.
 
     `pairs`: every two bars are one method in two settings; they stand together, the second paler.
     """
@@ -315,8 +312,7 @@ def growth_curves(found: Mapping, k: int = 1) -> Figure:
 
 @_styled
 def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
-    """Recall@K of a sweep's record (`ablations.gather`), a panel an ablation: numbers become a
-    curve, names become bars.
+    """Recall@K of a sweep's record, a panel an ablation: numbers are a curve, names are bars.
 
     only: the ablations to show, in this order, those of them that the record has; all, in its own
     order, where there are none.
@@ -516,8 +512,7 @@ def curves(histories: Mapping[str, History], window: int = 20, step: int | None 
 def attention(
     image, maps: np.ndarray, titles: Sequence[str] = (), columns: int = 7, side: float = 1.6
 ) -> Figure:
-    """An image (`side` inches), and beside it the weights with which each token reads it, brighter
-    where they are higher.
+    """An image (`side` inches) and the weights with which each token reads it, brighter is more.
 
     maps: L x h x w, those of one read, token by token; or N x L x h x w, all N reads
     (`Sentence.reads`): then each token has a column of N pictures, and each band of tokens begins
@@ -551,8 +546,7 @@ def attention(
 def cover_curves(
     values: Mapping[str, np.ndarray], shares: Sequence[float], ylabel: str, title: str = ""
 ) -> Figure:
-    """What covering a growing share of the images does: the mean over queries by kind of region,
-    with its 95% interval.
+    """What covering a growing share of the images does: means over queries with 95% intervals.
 
     values: by region, shares x B (`interventions.cover_curves`). A curve that falls early names
     what the sentence depends on.

@@ -311,8 +311,7 @@ def _query_panel(
 def compose_panel(
     bench: Benchmark, vl: VLModel, encoder: QueryEncoder, gallery_embeddings: Tensor
 ) -> Panel:
-    """Pick a query of the benchmark, keep or change its words, and see the ten best images of ISA
-    and of image + text.
+    """Pick a query of the benchmark, change its words, and see the ten best images of two methods.
 
     The target is marked only for the query's own words. Suggested beside them: a change of each
     kind that the reference can take. Controls: reference (a query's number), another, modifier,
@@ -355,8 +354,7 @@ def _place(attention: Tensor) -> str:
 
 
 def token_panel(pictures: Images, vl: VLModel, encoders: Mapping[str, QueryEncoder]) -> Panel:
-    """Choose an image and one token of its sentence: how it reads the image, and the real words
-    nearest to it.
+    """Choose an image and a token of its sentence: how it reads the image, and its nearest words.
 
     encoders: by name; with several, of different numbers of tokens L, a slider goes through them,
     shortest sentence first.

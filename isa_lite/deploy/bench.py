@@ -32,8 +32,7 @@ from isa_lite.world.scenes import render_many, sample_scenes
 def embedding(
     vl: VLModel, images: int = 1024, batch: int = 128, side: int = 0, rounds: int = 5
 ) -> pd.DataFrame:
-    """Images a second of `embed_files` on JPEG files, beside the bare image tower on ready tensors
-    of the same images.
+    """Images a second of `embed_files` on JPEG files, beside the bare tower on ready tensors.
 
     side: of the files, in pixels (0: the model's own). They take turns, `rounds` times; medians.
     """
@@ -61,8 +60,7 @@ def embedding(
 def backbones(
     vl: VLModel, image_size: int, names: Sequence[str] = tuple(LIGHT.values()), rounds: int = 10
 ) -> pd.DataFrame:
-    """Light backbones up to the map that a query encoder would use, beside the VL image tower, one
-    image at a time.
+    """Light backbones up to their map, beside the VL image tower, one image at a time.
 
     Columns: parameters and multiply-adds in millions; the map's stride, in pixels, and its C x H x
     W; milliseconds; and how many times more the VL image tower (at its own size) takes. Random

@@ -87,8 +87,7 @@ class SentenceToQuery(nn.Module):
 
 
 def tokenizer_of(vl: VLModel) -> Tokenizer:
-    """open_clip's tokenizer as one of the `tokenizers` library, which needs no PyTorch and exists
-    in other languages too.
+    """open_clip's tokenizer as one of the `tokenizers` library, which needs no PyTorch.
 
     It does not repair text (ftfy, HTML entities) as open_clip does; a client does that before.
     Raises ValueError for a tokenizer that cleans text in another way than by lower-casing.
@@ -177,8 +176,7 @@ def export(
     template: str = TEMPLATE,
     tolerance: float = 1e-3,
 ) -> float:
-    """Write the query side into `folder`, try it there against PyTorch, and return the largest
-    difference found.
+    """Write the query side into `folder`, try it there, and return the largest difference found.
 
     What was in the folder before is replaced only after that. Raises ValueError for an encoder of
     another VL model, a template without its fields, a tokenizer that a client cannot have, or a

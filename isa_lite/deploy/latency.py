@@ -1,5 +1,4 @@
-"""Where the time of one query goes (`query_timing.PARTS`): light and symmetric, in PyTorch and in
-onnxruntime.
+"""Where the time of one query goes (`query_timing.PARTS`), in PyTorch and in onnxruntime.
 
 The symmetric query side runs the large image tower on the reference and the text tower on the
 modifier, as late fusion does. All calls take turns in one run, so their ratios can be compared;
@@ -96,8 +95,7 @@ def onnx_steps(
     search: Callable[[np.ndarray], object],
     cut: bool = True,
 ) -> dict[str, Steps]:
-    """A query in onnxruntime, "light" and "symmetric", as `sentence_steps` and `fusion_steps` are
-    in PyTorch.
+    """A query in onnxruntime, "light" and "symmetric", as the steps are in PyTorch.
 
     run: what `export_pieces` wrote, as sessions. cut: False for prompts of the text tower's full
     length. Only the last layer is then still computed at the pooled position alone, as the exported
@@ -169,8 +167,7 @@ def end_to_end_onnx(
     rounds: int = 30,
     gallery: int = GALLERY,
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """`query_timing.end_to_end` with every network in onnxruntime: median ms, a row a part, a
-    column a system; and ratios.
+    """`query_timing.end_to_end` with every network in onnxruntime: median ms, and ratios.
 
     Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large
     tower's size.
@@ -189,8 +186,7 @@ def end_to_end_onnx(
 def search_times(
     galleries: dict[str, Gallery], queries: Tensor, k: int = 10, threads: int = 1, rounds: int = 30
 ) -> dict[str, float]:
-    """Median ms of one search for one query, a number a gallery. They take turns, in this order and
-    in the reverse one.
+    """Median ms of one search for one query, a number a gallery, in turns and in two orders.
 
     A search after one of the whole gallery finds nothing of its own in the processor's cache; the
     better of two orders counts. PyTorch keeps `threads` threads for this time only.

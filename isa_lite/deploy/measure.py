@@ -1,7 +1,6 @@
 """What one call costs: its time, its multiply-adds, and the memory that it needs.
 
-Every time that matters is one side of a ratio, so calls are timed side by side, in one run on one
-machine. Ours.
+Every time that matters is one side of a ratio, so calls are timed side by side. Ours.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def peak_activations(call: Callable[[], object]) -> float:
     """The most memory in MiB that one call's intermediate and final tensors hold at once; weights
     and inputs are not among them.
 
-    Counted, not measured: it does not depend on the machine, and knows nothing of a kernel's own
-    scratch memory.
+    Counted, not measured: it knows neither the machine nor a kernel's own scratch memory.
     """
     with torch.no_grad(), _Held() as held:
         call()

@@ -48,8 +48,7 @@ def to_onnx(
     dynamic: Mapping[str, Mapping],
     path: str | Path,
 ) -> None:
-    """Trace `module` on example `inputs` (by name, in the order of its arguments) and write it as
-    one ONNX file.
+    """Trace `module` on example `inputs`, by its arguments' names, and write it as one ONNX file.
 
     dynamic: of each input, its axes of free length, as `torch.export.Dim`s. Raises RuntimeError
     with what the exporter says.
@@ -72,8 +71,7 @@ def to_onnx(
 
 
 def quantize(folder: str | Path, out: str | Path) -> Path:
-    """An exported query side again, into `out`, with 8 bits a weight: the word table and every
-    matrix, each with one scale.
+    """An exported query side again, into `out`, with 8 bits a weight and one scale a matrix.
 
     onnxruntime's dynamic quantisation: what a matrix is multiplied with is rounded to 8 bits too,
     by a scale of its own each time; convolutions stay as they are. What it costs is to be measured:

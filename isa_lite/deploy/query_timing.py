@@ -1,5 +1,4 @@
-"""What one query costs, part by part and as a whole: by a sentence (light or with the large tower),
-and by late fusion.
+"""What one query costs, by a sentence (light or with the large tower), and by late fusion.
 
 Every table of a query's time in this package is made of the steps that are defined here. Ours.
 """
@@ -74,8 +73,7 @@ def fusion_steps(
     search: Callable[[Tensor], object],
     cut: bool = True,
 ) -> Steps:
-    """A query by late fusion: the large image tower on the pictures, the text tower on the
-    modifiers, their sum.
+    """A query by late fusion: the large image tower on pictures, the text tower on modifiers.
 
     cut: False for open_clip's own `encode_text`, which reads all positions.
     """
@@ -221,8 +219,7 @@ def ratios(ms: pd.DataFrame, others: Sequence[str] = ("symmetric",)) -> pd.Serie
 def end_to_end(
     vl: VLModel, encoder: QueryEncoder, rounds: int = 30, gallery: int = GALLERY
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """Milliseconds of one query and its parts (batch 1), a column a system; and ratios of the
-    whole, symmetric / light.
+    """Milliseconds of one query and its parts (batch 1), a column a system; and ratios.
 
     light: by a sentence; symmetric: by late fusion with the large image tower; symmetric ISA: by a
     sentence of that tower.

@@ -1,5 +1,4 @@
-"""What one step of distillation costs, part by part: GFLOP, seconds, and seconds as products of
-this machine.
+"""What one step of distillation costs, part by part: GFLOP, seconds, seconds as products.
 
 A step is cut at the tensors that its parts hand on (feature map, pseudo-words, sentence
 embeddings), so that the forward and the backward pass of each part can be timed alone. *Seconds x

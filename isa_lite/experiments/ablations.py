@@ -1,8 +1,6 @@
-"""What the ablations vary, and what came out: the plan of a sweep, its runs as one record, and that
-record as a table. Ours.
+"""What the ablations vary, and what came out: plan, record and table of a sweep. Ours.
 
-`sweep` runs them. Everything is notebook 02 with one thing changed; the defaults are the notebook's
-own.
+`sweep` runs them. Everything is notebook 02 with one thing changed, at the notebook's defaults.
 """
 
 from __future__ import annotations
@@ -96,11 +94,9 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
 
 
 def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> list[dict]:
-    """The runs: `parameters`, and under `shows` the pairs (ablation, label) that it stands for. The
-    default run comes first.
+    """The runs: `parameters`, and `shows`, the (ablation, label) it stands for; the default first.
 
-    Two values that come to the same parameters are one run. Raises ValueError for an ablation that
-    is not there.
+    Two values of the same parameters are one run. Raises ValueError for no such ablation.
     """
     everything = ablations(defaults)
     unknown = sorted(set(only) - set(everything))
@@ -165,11 +161,9 @@ def changed(parameters: Mapping, defaults: Mapping) -> dict:
 
 
 def table(record: Mapping) -> pd.DataFrame:
-    """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the composition
-    ceiling.
+    """A row a value of an ablation: Recall@1 and @10 in percent, and relative to the ceiling.
 
-    The default, which belongs to all ablations, has one row, the first. With several seeds: means
-    with their 95% interval.
+    The default has one row, the first. With several seeds: means with 95% intervals.
     """
     rows: dict[tuple[str, str], list[Mapping]] = {}
     names = list(dict.fromkeys(entry["ablation"] for entry in record["runs"]))

@@ -50,8 +50,7 @@ _BACKBONE |= {"config": dict.fromkeys(("num_images", "seed", "steps", "batch_siz
 def matching_accuracy(
     vl: VLModel, batches: int = 20, families: bool = True, seed: int = 1
 ) -> float:
-    """How often, in percent, the matching encoder puts a caption's own image above the hardest
-    other of its batch of 128.
+    """Percent of captions whose own image the matching encoder puts above the hardest other.
 
     families: with families of edits in the batch (most hardest others differ in one thing), or
     unrelated scenes.

@@ -1,5 +1,4 @@
-"""Where retrieval goes wrong, to be looked at: `python -m isa_lite failures` writes one HTML page
-that needs no network.
+"""Where retrieval goes wrong, on one HTML page: `python -m isa_lite failures`.
 
 For every kind of change the worst first answers, each with two numbers: what it kept of the
 reference, and what it followed of the words (`sentences.kept_and_followed`). The lower one says
@@ -73,8 +72,7 @@ def kind_of(kinds: Sequence[str]) -> str:
 
 
 def failures(bench: Benchmark, queries: Tensor, answers: int = 5) -> pd.DataFrame:
-    """Every query whose first answer is wrong, worst first: a row a query, indexed by its place in
-    the benchmark.
+    """Queries whose first answer is wrong, worst first: a row each, by its place in the benchmark.
 
     queries: B x E, of a benchmark that knows its gallery. Columns: kind; rank of the best hit; kept and followed of the
     first answer (0 to 1); ignored, the half of the query that came off worse ("image", "words" or

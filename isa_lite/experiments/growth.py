@@ -1,5 +1,4 @@
-"""Recall and search time as the gallery grows: `python -m isa_lite growth` (a reviewer's question
-on the paper).
+"""Recall and search time as the gallery grows: `python -m isa_lite growth`.
 
 Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may
 happen to show the very scene that a query asks for; then it is a hit, as everywhere in this
@@ -85,8 +84,7 @@ def growth_ranks(
     shards: Sequence,
     sizes: Sequence[int],
 ) -> dict[str, np.ndarray]:
-    """Ranks of each method's queries (B x E) in the benchmark's gallery (G x E) with the first
-    `sizes` distractors: sizes x B.
+    """Ranks of queries (B x E) in a gallery (G x E) with `sizes` distractors: sizes x B.
 
     shards: pairs of embeddings and scene keys, in order. As `metrics.score_ranks`: the best hit
     counts, ties count against.

@@ -98,11 +98,9 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
 def execute_all(
     notebook: Path, waiting: Sequence[Mapping], folder: Path, jobs: int = 1
 ) -> Iterator[tuple[Mapping, object]]:
-    """Runs with their results, or with the error that stopped the notebook, as they end; `jobs` of
-    them at a time.
+    """Runs with their results, or with the error that stopped them, as they end; `jobs` at a time.
 
-    Each is a process of its own. Several share the cores evenly: small models gain little from a
-    second thread.
+    Each is a process of its own. Several share the cores evenly.
     """
 
     def one(run: Mapping) -> tuple[Mapping, object]:
@@ -273,8 +271,7 @@ def _print_plan(
 def _attention(
     runs: Sequence[Mapping], results: Mapping, folder: Path, seed: int, stored: Mapping
 ) -> dict:
-    """What the encoders of one seed that differ in their number of tokens look at
-    (`sentences.look`), by that number.
+    """What one seed's encoders of several lengths look at (`sentences.look`), by their length.
 
     stored: the same from an earlier record, for encoders that are gone.
     """

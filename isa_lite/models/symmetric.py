@@ -1,5 +1,4 @@
-"""Symmetric ISA: the large image tower on the query side too, for what the light encoder is
-measured against.
+"""Symmetric ISA: the large image tower on the query side too, to measure the light encoder by.
 
 The asymmetric query side pays a light backbone. The symmetric one pays the tower that embedded the
 gallery; its local features feed the same token learner, trained by the same distillation. What
@@ -20,8 +19,7 @@ LARGE_TOWER = "vl"
 
 
 class LargeTower(nn.Module):
-    """The frozen image tower of `vl` as a backbone: pixels B x 3 x H x W -> a list of one feature
-    map, B x C x h x w.
+    """The frozen image tower of `vl` as a backbone: B x 3 x H x W -> a list of one B x C x h x w.
 
     The map is the last layer's local features; a vision transformer's patch tokens are laid out on
     their grid. The tower belongs to `vl`: it is not among this module's parameters, is neither

@@ -1,5 +1,4 @@
-"""A model's tokenizer as a prompt needs it: the ids of a piece of text, and the frame around all
-the pieces.
+"""A model's tokenizer as a prompt needs it: the ids of a piece of text, and the frame around.
 
 open_clip has two kinds of tokenizers: its own (`SimpleTokenizer`), and a wrapper of one of
 `transformers` (`HFTokenizer`). They differ in what stands before and behind a text and in what

@@ -1,5 +1,4 @@
-"""The frozen vision-language (VL) model: image tower, text tower, and a matching encoder where
-there is one.
+"""The frozen vision-language (VL) model: image tower, text tower, and maybe a matching encoder.
 
 Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one
 addition to what they offer: the text tower can be entered with *word vectors* instead of token ids,
@@ -255,8 +254,7 @@ class VLModel(nn.Module):
     ) -> Tensor:
         """Images (PIL, or uint8 B x H x W x 3) -> L2-normalised embeddings B x E, on the CPU.
 
-        A PIL image is taken as `images.decode` gives it, like a file. Raises ValueError for what is
-        no list of pictures.
+        PIL images are taken as files are (`images.decode`). Raises ValueError for no pictures.
         """
         check_images(images)
         starts = range(0, len(images), batch_size)

@@ -1,5 +1,4 @@
-"""Pre-training of a small VL model on a folder of captioned images: a closed domain, without any
-download. Ours.
+"""Pre-training of a small VL model on a folder of captioned images, without a download. Ours.
 
     python -m isa_lite pretrain_folder --images DIR --captions DIR/captions.csv --out DIR
 
@@ -51,8 +50,7 @@ def pretrain_folder(
     log: Callable[[str], None] = tqdm.write,
     checkpoint_minutes: float = MINUTES,
 ) -> VLModel:
-    """Both towers, contrastive, then the matching encoder with hardest negatives; written to `out`
-    and loaded from there.
+    """Both towers, then the matching encoder; written to `out` and loaded from there.
 
     captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of
     checkpoints, to resume from (see `runs.Keeper`). `out` is then a folder in open_clip's local-dir

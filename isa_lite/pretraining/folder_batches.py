@@ -157,8 +157,7 @@ def jitter(images: np.ndarray, zoom: float, rng: np.random.Generator) -> np.ndar
 
 
 class FolderBatches(Dataset):
-    """Batch number `i`, as `towers.SceneBatches` gives it: uint8 images B x S x S x 3, captions,
-    owners.
+    """Batch number `i`, as `towers.SceneBatches` gives it: images B x S x S x 3, captions, owners.
 
     No two images of a batch share the caption that was drawn for them: neither could tell its own
     text from the other's; so B is smaller where there are few different captions. A batch depends

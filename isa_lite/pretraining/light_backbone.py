@@ -1,5 +1,4 @@
-"""Weights for a light backbone to start from, learned from unlabeled images: `python -m isa_lite
-light_backbone`.
+"""Weights for a light backbone to start from: `python -m isa_lite light_backbone`.
 
 A light backbone usually starts from weights that were learned on photographs. Of rendered scenes
 these know little, and a laptop without a network has none. So the backbone first learns to say what
@@ -33,8 +32,7 @@ from isa_lite.targets import targets
 
 
 def feature_loss(features: Tensor, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Mean squared error between predicted and true local features, each channel in units of its
-    standard deviation.
+    """MSE of predicted and true local features, each channel in units of its standard deviation.
 
     features: B x C x h x w, of the light backbone behind a linear layer; patches: B x N x C of the
     large tower, on a square grid; mean, std: C. Where the grids differ, the light one is averaged

@@ -1,5 +1,4 @@
-"""Pre-training of the small VL model that we ship: `python -m isa_lite pretrain --out
-data/scenes-clip`.
+"""Pre-training of the small VL model that we ship: `python -m isa_lite pretrain`.
 
 A CLIP of open_clip is trained on rendered scenes with their captions, then a matching encoder on
 top of its frozen towers. Two things make a small model good enough to compose (both ours):
@@ -164,8 +163,7 @@ def _encode_captions(vl: VLModel, table: _WordTable, texts: list[str], chunks: i
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE both ways, for images B x E with one or two captions each: M x E, caption m belongs
-    to image owner[m].
+    """InfoNCE both ways: images B x E, captions M x E, caption m belongs to image owner[m].
 
     Image to text: each caption in turn is the positive, and the image's other caption is left out
     of the sum.
@@ -225,8 +223,7 @@ def _train(
     """The loop of both trainings: `loss_of` a batch gives the loss and the share of right answers.
     Returns the seconds it took.
 
-    Progress is saved in `checkpoint` (see `Keeper`) and resumed from there. Raises ValueError for
-    one of other settings.
+    Progress is saved in `checkpoint` and resumed. Raises ValueError for other settings.
     """
     settings, aside = asdict(config), ("device", "num_workers", "matching_steps")
     settings = {k: v for k, v in settings.items() if k not in aside} | {"steps": steps}
@@ -260,8 +257,7 @@ def train_towers(
     texts: Sequence[str] | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[VLModel, float]:
-    """Contrastive pre-training of both towers; also the seconds it took. `checkpoint`: progress is
-    saved there and resumed.
+    """Contrastive pre-training of both towers, resumed from `checkpoint`; also its seconds.
 
     source: batches of other images than scenes; texts: then all that their captions may say.
     """
@@ -369,8 +365,7 @@ def train_matcher(
 
 
 def export(vl: VLModel, config: PretrainConfig, folder: Path) -> None:
-    """Config and weights (float16) in open_clip's local-dir layout, and the matching encoder, if
-    there is one, beside them.
+    """Config and weights (float16) in open_clip's local-dir layout, and any matching encoder.
 
     The config, without which a folder is no model, goes first and comes back last: an export that
     is cut off leaves no half.

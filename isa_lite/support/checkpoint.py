@@ -61,8 +61,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping | None = None) -> None:
     """Tensors, and a JSON-able `info`, to `path` in one step.
 
-    They are in memory twice meanwhile: the writer of safetensors itself leaves a file that nobody
-    else may read.
+    They are in memory twice meanwhile: safetensors' own writer lets nobody else read the file.
     """
     from safetensors.torch import save
 
@@ -78,8 +77,7 @@ class Between(NamedTuple):
 
 
 def misfit(found: object, shape: object, where: str = "it") -> str:
-    """What keeps a JSON value from having a shape, in words; "" if nothing does. NaN is no number
-    here.
+    """What keeps a JSON value from having a shape, in words; "" if nothing. NaN is no number here.
 
     A shape is a type (int: of 64 bits; object: anything); a `Between`; a dict of keys with their
     shapes, which must be there (others may, too; the key `str` is all the others); a list of one

@@ -1,5 +1,4 @@
-"""One training run on several GPUs or processes, and what they exchange; alone, a process has
-nothing to exchange.
+"""One training run on several GPUs or processes, and what they exchange.
 
 `torchrun --nproc-per-node 4 -m isa_lite distill ...` starts the processes. Each works on its part
 of every batch, the loss is that of the whole batch, and all take the same step. A contrastive loss
@@ -37,8 +36,7 @@ def rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Inside, this process is one of those that torchrun started, with a GPU of its own if `device`
-    is "cuda".
+    """Inside, this process is one of torchrun's, with a GPU of its own if `device` is "cuda".
 
     Raises ValueError where there is no such GPU, or `device` names one. After an error inside there
     is no farewell: it would wait for the others, which wait for this process, and torchrun ends

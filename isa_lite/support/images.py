@@ -50,8 +50,7 @@ def _formats() -> list[str]:
 
 
 def _files(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
-    """Every file below a folder, linked sub-folders included; none that is hidden or lies in a
-    hidden folder.
+    """Every file below a folder, linked sub-folders included; none that is or lies hidden.
 
     A link back to a folder that it lies in is not followed. What cannot be listed is put into
     `unreadable`, with the reason.
@@ -71,8 +70,7 @@ def _files(folder: Path, unreadable: dict[Path, str]) -> Iterator[Path]:
 
 
 class ImageFolder(Sequence):
-    """The images below a folder, as RGB pictures: any size and mode, and any format of `FORMATS`
-    (see `decode`).
+    """The images below a folder, as RGB pictures of any size, mode, and format of `FORMATS`.
 
     Linked sub-folders are followed; hidden files and folders (.ipynb_checkpoints, for one) are left
     out. Every file is decoded once at the start, so that nothing can fail later; what cannot be
@@ -180,8 +178,7 @@ def quiet() -> Iterator[None]:
 
 
 def decode(source: bytes | Image.Image) -> Image.Image:
-    """The bytes of an image file, or a PIL image that somebody opened or made, -> an upright RGB
-    picture.
+    """The bytes of an image file, or a PIL image, -> an upright RGB picture.
 
     Pictures are turned upright (EXIF), transparent ones are laid on white, palettes and CMYK become
     RGB, the first frame of an animation is taken, 16-bit grey is scaled to 8. Raises what Pillow
@@ -256,8 +253,7 @@ Images = np.ndarray | ImageFolder | Sequence[Image.Image]
 
 
 def check_images(images: object, what: str = "images") -> None:
-    """Raises ValueError, with `what` and what to do, unless these are pictures: uint8 N x H x W x
-    3, a folder, or a list.
+    """Raises ValueError, with `what`, unless these are pictures: uint8 N x H x W x 3, folder, list.
 
     One picture alone is refused: its rows, or the letters of its name, would be taken for pictures.
     """
@@ -356,8 +352,7 @@ def to_pixels(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Images -> B x 3 x H x W on the CPU: by `preprocess`, or with the same result straight from
-    pictures of size x size.
+    """Images -> B x 3 x H x W on the CPU, by `preprocess` or, at size x size, straight.
 
     Every picture is taken as `decode` gives it, as a file of it would be. Raises ValueError for
     what is no list of pictures.

@@ -1,5 +1,4 @@
-"""Checks of a notebook's parameters, because papermill only warns about a name that it does not
-know; options of commands.
+"""Checks of a notebook's parameters (papermill only warns of unknown names); commands' options.
 
 A notebook calls `check` in the cell behind its parameters, with a rule for each:
 
@@ -181,8 +180,7 @@ def device_name() -> Rule:
 
 
 def check_texts(texts: object, what: str = "texts") -> list[str]:
-    """The texts as a list. Raises ValueError, with `what`, for one text alone, for none, and for
-    what is no text.
+    """The texts as a list. Raises ValueError, with `what`, for one alone, none, and no text.
 
     A text alone would be taken for a list of its letters.
     """
@@ -259,11 +257,9 @@ def _assigned(source: str) -> tuple[set[str], set[str]]:
 
 
 def _given(cells: Sequence[str], rules: Collection[str]) -> set[str] | None:
-    """What the parameters cell assigns, and the cell behind it that papermill injects; None where
-    no such cell was run.
+    """What the parameters cell and papermill's behind it assign; None where neither was run.
 
-    Of the cells that were run, the parameters cell is the last that gives a parameter with its
-    type.
+    Of the cells that were run, it is the last that gives a parameter with its type.
     """
     for at in reversed(range(len(cells))):
         found, typed = _assigned(cells[at])
@@ -348,7 +344,6 @@ def add_settings(
     parser: argparse.ArgumentParser, kind: type, names: Collection[str] = (), **choices: Sequence
 ) -> None:
     """Options for fields of the dataclass `kind`: `num_tokens` is `--num-tokens`.
-    `settings.setting` gives them their help.
 
     names: of the fields, if not all that are numbers, strings, or true by default, which `--no-...`
     switches off;
@@ -388,8 +383,7 @@ def command_line(name: str, settings: Any) -> str:
 def checked(**rules: Rule) -> Callable[[Callable], Callable]:
     """A decorator: what is given for these parameters of a function must keep their rules.
 
-    Otherwise ValueError names the function and the parameter, before any work is done. Whole
-    numbers may be NumPy's.
+    Otherwise ValueError names function and parameter. Whole numbers may be NumPy's.
     """
 
     def decorate(function: Callable) -> Callable:

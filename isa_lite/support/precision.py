@@ -1,5 +1,4 @@
-"""In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or what
-you ask for.
+"""In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or yours.
 
 A CPU without instructions for bfloat16 (AVX2 alone, which is most laptops) emulates it, and takes
 many times as long. The weights stay float32 in any case, and evaluation always computes in float32.
@@ -28,8 +27,7 @@ def training_dtype(wanted: str, device: torch.device | str, recorded: str | None
     """ "float32" or "bfloat16": `wanted`, or for "auto" what an earlier part of the run `recorded`,
     else what suits the device.
 
-    An explicit bfloat16 on a CPU is obeyed; where it is slower there, a warning gives the measured
-    ratio.
+    An explicit bfloat16 on a CPU is obeyed; where it is slower, a warning gives the ratio.
     """
     check_dtype(wanted)
     device = torch.device(device)

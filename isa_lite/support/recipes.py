@@ -1,5 +1,4 @@
-"""Recipes: what a query encoder and its distillation are given beyond the parts that the paper's
-abstract names.
+"""Recipes: what a run is given beyond the parts that the paper's abstract names.
 
 `recipe("core")`: the adaptive token learner, GCD within the batch, LAR and a prompt, in our
 reading, and no further aids. `recipe("default")`: what ships, the same with five aids. All five are
@@ -57,8 +56,7 @@ RECIPES = {
 def recipe(
     name: str, vl_model: str = "scenes-clip", backbone: str = "mobilenetv4_conv_small_050"
 ) -> Recipe:
-    """A recipe by its name, for a VL model and a light backbone. Raises ValueError for an unknown
-    name.
+    """A recipe by its name, for a VL model and a light backbone. Raises ValueError for no name.
 
     The start words are those of the shipped VL model, and the learned start is that of one backbone
     for it: with others, these two aids are left out.

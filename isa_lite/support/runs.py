@@ -1,5 +1,4 @@
-"""What every long run shares: one process works on a state at a time, it is saved now and then, and
-stopping loses nothing.
+"""What every long run shares: one process at a time, a state that is saved now and then.
 
 with Keeper(checkpoint, minutes) as keeper:
     start = ...  # the step that the checkpoint holds, or 0
@@ -112,8 +111,7 @@ def _lock(file: IO) -> None:
 
 
 class Keeper:
-    """Keeps the state of a run in the file `path`; without one it does nothing. See the module's
-    first lines.
+    """Keeps the state of a run in the file `path`; without one it does nothing. See the top.
 
     The state is saved at the start, every `minutes` after a step, and at the end. Ctrl-C and
     SIGTERM let the step finish and save its state before KeyboardInterrupt is raised; a second one
@@ -135,11 +133,9 @@ class Keeper:
         return self
 
     def begin(self, save: Callable[[int], None], start: int) -> None:
-        """From now on `save` is called with the number of steps that are done. A run that starts at
-        0 is saved at once.
+        """From now on `save` is called with the number of steps done, at once where it is 0.
 
-        So a run that is taken up again always starts from the same weights, even if it was stopped
-        in its first steps.
+        So a run that is taken up again always starts from the same weights.
         """
         if not self.path:
             return

@@ -1,5 +1,4 @@
-"""The settings of every run, and the names and constants that a command line needs. Nothing here
-imports PyTorch.
+"""The settings of every run, and what a command line needs. Nothing here imports PyTorch.
 
 A settings dataclass holds each field's meaning beside its default, once: `--help` shows it
 (`parameters.add_settings`). The module that works with the settings imports them from here, so
@@ -162,8 +161,7 @@ class QueryEncoderConfig:
 
 @dataclass
 class DistillConfig:
-    """Settings of one distillation run. Raises ValueError, naming the field, for a value that
-    cannot work.
+    """Settings of one distillation run. Raises ValueError, naming the field, for a bad value.
 
     With both losses off (gcd_weight and lar_weight 0) nothing is trained. Where negatives or
     word_noise is None, the recipe's value takes its place.
@@ -248,8 +246,7 @@ class BackboneConfig:
 
 @dataclass
 class PretrainConfig:
-    """Settings of one pre-training run. Raises ValueError, naming the field, for a value that
-    cannot work.
+    """Settings of one pre-training run. Raises ValueError, naming the field, for a bad value.
 
     vision_layers: blocks in each stage of a ModifiedResNet, CLIP's convolutional tower.
     """
@@ -307,8 +304,7 @@ class PretrainConfig:
 
 @dataclass
 class FolderConfig(PretrainConfig):
-    """Settings of one run on a folder. Raises ValueError, naming the field, for a value that cannot
-    work.
+    """Settings of one run on a folder. Raises ValueError, naming the field, for a bad value.
 
     Pictures are not mirrored or recoloured: captions say left, right and red. data: filled in, a
     digest of what training sees.
@@ -344,8 +340,7 @@ class FolderConfig(PretrainConfig):
 
 @dataclass
 class CompareConfig:
-    """Settings of one comparison. Images, steps and batch size are the shipped query encoder's;
-    every run must have them.
+    """Settings of one comparison: the shipped query encoder's, which every run must have.
 
     start_words, word_noise, negatives: the shipped query encoder's aids; each one-word recipe is
     trained once more with them.

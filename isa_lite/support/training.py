@@ -20,8 +20,7 @@ from isa_lite.support.runs import Keeper
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next step. On Linux with glibc; elsewhere
-    nothing changes.
+    """Let this process keep what it frees, for its next step; on Linux with glibc only.
 
     By default glibc gives large blocks back to the system, and every step gets them anew, page by
     page: that is a tenth of a step on a CPU (`python -m isa_lite bench step`).
@@ -71,8 +70,7 @@ def fit(
     spent: float = 0.0,
     progress: bool = True,
 ) -> float:
-    """Train `modules` for so many steps, or for those that are left. Returns the seconds that all
-    of them took, and `spent`.
+    """Train for so many steps, or those that are left. Returns the seconds of all, and `spent`.
 
     loss_of: a batch and its step -> the loss that is to fall; batches: those from a step on; rate:
     of a step, the learning rate (None: the optimizer's); clip: the largest norm of all gradients

@@ -1,5 +1,4 @@
-"""An example of a user's own folder: rendered icons as image files, with captions.csv and
-triplets.json. Ours.
+"""An example of a user's own folder: icons as files, captions.csv and triplets.json. Ours.
 
 One object of `scenes` in the middle of each picture. What the two files may hold is in `own_data`.
 """
@@ -63,8 +62,7 @@ def _changed(scene: Scene, part: str, value: str) -> Scene:
 def write_icons(
     folder: str | Path, count: int = 400, queries: int = 150, seed: int = 0, size: int = 64
 ) -> Path:
-    """`count` icons as `images/*.png`, captions.csv and `queries` triplets of one change each,
-    below `folder`; returns it.
+    """`count` icons as `images/*.png`, captions.csv and `queries` triplets; returns `folder`.
 
     Icons are drawn with replacement, so a query may have several right answers. Every tenth has two
     captions. Files of an earlier call are written over. Raises ValueError for fewer than 100 icons,

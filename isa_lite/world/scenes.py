@@ -273,8 +273,7 @@ def object_masks(scene: Scene, seed: int = 0, size: int = IMAGE_SIZE) -> np.ndar
     """Where each object of `scene.objects` is in `render(scene, seed, size)`: bool, N x size x
     size.
 
-    A pixel belongs to an object when any part of it is covered (a ring's hole is not part of the
-    ring).
+    A pixel belongs to an object when any part of it is covered; a ring's hole does not.
     """
     masks = []
     for o, where, half, _ in _geometry(scene, seed, 2 * size):
@@ -464,11 +463,9 @@ def modify(
 
 
 def confuse(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that shares the words of this one's caption but one, or all of them in another
-    binding: a hard negative.
+    """A hard negative: a scene with the words of this caption but one, or in another binding.
 
-    One object gets another shape, or two objects trade places, colours or shapes. Never a held-out
-    pair.
+    One object gets another shape, or two trade places, colours or shapes. Never a held-out pair.
     """
     while True:
         objects = list(scene.objects)

@@ -24,20 +24,15 @@ import torch
 from PIL import Image, features
 
 import isa_lite
-from isa_lite import distill as distill_module
-from isa_lite.distill import (
-    Batches,
-    DistillConfig,
-    batch_indices,
-    blur,
-    distill,
-    learning_rate,
-    other_indices,
-    own_image_recall,
-)
+from isa_lite.distill import DistillConfig, distill
+from isa_lite.models.optimization import learning_rate
 from isa_lite.models.vl_model import VLModel, load_vl_model
+from isa_lite.prompt import Prompt, read_sentences
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import checkpoint as checkpoint_module
+from isa_lite.support import draws
+from isa_lite.support.draws import Batches, batch_indices, blur, other_indices
+from isa_lite.support.history import own_image_recall
 from isa_lite.support.images import ImageFolder, images_key
 from isa_lite.targets import targets
 from isa_lite.world.scenes import render_many, sample_scenes
@@ -316,6 +311,7 @@ def test_images_are_all_that_comes_in():
             "checkpoint",
             "checkpoint_minutes",
             "progress",
+            "loss",
         )
     ]
     root, seen, todo = Path(isa_lite.__file__).parents[1], set(), ["isa_lite.distill"]
@@ -429,9 +425,7 @@ def test_batches_are_a_new_permutation_every_epoch_and_a_function_of_seed_and_st
 def test_batches_are_drawn_when_asked_for_and_an_epoch_once(monkeypatch):
     rows, drawn = np.arange(100, 140), []
     real = np.random.default_rng
-    monkeypatch.setattr(
-        distill_module.np.random, "default_rng", lambda key: drawn.append(key) or real(key)
-    )
+    monkeypatch.setattr(draws.np.random, "default_rng", lambda key: drawn.append(key) or real(key))
     batches = Batches(rows, 8, 1234, 3, 1_000_000)
     assert len(batches) == 999_997 and not drawn
     found = [batches[i] for i in range(12)]  # steps 3 to 14, of epochs 0 to 2
@@ -458,7 +452,9 @@ def test_pictures_of_a_validation_and_of_a_batch_come_and_go(vl):
 
     known = np.eye(40, vl.word_width, dtype=np.float32)
     known = known[:, : vl.encode_text(["a"]).shape[1]]
-    own_image_recall(Pictures(), np.arange(40), known, vl, fresh(vl), tiny())
+    prompt = Prompt.of(vl, 3)
+    queries = lambda tokens: read_sentences(vl, tokens, prompt)[0]  # noqa: E731
+    own_image_recall(Pictures(), np.arange(40), known, fresh(vl), queries)
     assert len(most) == 40 and max(most) <= 3
 
 

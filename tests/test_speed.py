@@ -15,12 +15,13 @@ from torch import nn
 
 import isa_lite
 from isa_lite.deploy.step_cost import product_rate, step_cost
-from isa_lite.distill import DistillConfig, History, distill, local_count
+from isa_lite.distill import DistillConfig, History, distill
 from isa_lite.models.attention import attend
-from isa_lite.prompt import TEMPLATE, read_sentences, sentence_embeddings, sentence_queries
+from isa_lite.prompt import TEMPLATE, Prompt, read_sentences, sentence_embeddings
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support import precision
 from isa_lite.support.checkpoint import write_tensors
+from isa_lite.support.draws import local_count
 from isa_lite.support.precision import training_dtype, with_dtype
 
 
@@ -40,12 +41,12 @@ def test_attention_is_that_of_pytorchs_module_with_and_without_a_mask():
 def test_embeddings_alone_and_with_what_lar_reads_are_the_same_with_their_gradients(vl):
     torch.manual_seed(0)
     tokens = vl.word_norm * torch.randn(5, 4, vl.word_width) / vl.word_width**0.5
-    found = []
+    found, prompt = [], Prompt.of(vl, 4)
     for read in (
         lambda x: sentence_embeddings(vl, x, TEMPLATE)[0],
-        lambda x: sentence_queries(vl, x, TEMPLATE),
-        lambda x: read_sentences(vl, x, TEMPLATE, 2)[0],
-        lambda x: read_sentences(vl, x, TEMPLATE, 5)[0],
+        lambda x: read_sentences(vl, x, prompt)[0],
+        lambda x: read_sentences(vl, x, prompt, 2)[0],
+        lambda x: read_sentences(vl, x, prompt, 5)[0],
     ):
         leaf = tokens.clone().requires_grad_()
         query = read(leaf)
@@ -56,12 +57,12 @@ def test_embeddings_alone_and_with_what_lar_reads_are_the_same_with_their_gradie
         assert torch.allclose(
             gradient, found[0][1], rtol=1e-3, atol=1e-3 * float(found[0][1].abs().max())
         )
-    _, context, places = read_sentences(vl, tokens, TEMPLATE, 2)
+    _, context, places = read_sentences(vl, tokens, prompt, 2)
     assert (
         torch.allclose(context, sentence_embeddings(vl, tokens, TEMPLATE)[1][:2], atol=1e-5)
         and len(places) == 2
     )
-    assert read_sentences(vl, tokens, TEMPLATE, 0)[1:] == (None, None)
+    assert read_sentences(vl, tokens, prompt, 0)[1:] == (None, None)
 
 
 def test_lar_is_computed_on_its_share_of_a_step():

@@ -6,14 +6,13 @@ import torch
 from isa_lite import mappings, token_learner
 from isa_lite.deploy.measure import multiply_adds
 from isa_lite.mappings import MAPPINGS
-from isa_lite.token_learner import AdaptiveTokenLearner
+from isa_lite.models.start_words import start_from
+from isa_lite.token_learner import AdaptiveTokenLearner, Shapes
 
 
 def build(name: str, num_tokens: int = 5, **settings) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MAPPINGS[name](
-        channels=10, grid=(4, 4), num_tokens=num_tokens, word_width=16, norm=0.3, **settings
-    ).eval()
+    return MAPPINGS[name](Shapes(10, (4, 4), num_tokens, 16, 0.3), **settings).eval()
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -177,9 +176,7 @@ def test_tokens_start_out_different():
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_without_norm_matching_nothing_holds_the_length_of_a_pseudo_word(name):
     torch.manual_seed(0)
-    mapping = MAPPINGS[name](
-        channels=10, grid=(4, 4), num_tokens=5, word_width=16, norm=None
-    ).eval()
+    mapping = MAPPINGS[name](Shapes(10, (4, 4), 5, 16, None)).eval()
     with torch.no_grad():
         mapping.to_word.direction.weight.mul_(100)
     assert (
@@ -190,11 +187,9 @@ def test_without_norm_matching_nothing_holds_the_length_of_a_pseudo_word(name):
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_a_sentence_that_starts_from_words_is_near_them_whatever_it_sees(name):
     torch.manual_seed(0)
-    mapping = MAPPINGS[name](
-        channels=10, grid=(4, 4), num_tokens=5, word_width=64, norm=None
-    ).eval()
+    mapping = MAPPINGS[name](Shapes(10, (4, 4), 5, 64, None)).eval()
     words = torch.randn(3, 64)  # of length 8 or so
-    mapping.to_word.start_from(words)
+    start_from(mapping.to_word, words)
     tokens = mapping(3 * torch.randn(20, 10, 4, 4)).tokens  # 20 x L x 64
     for place in range(tokens.shape[1]):
         gap = (tokens[:, place] - words[place % 3]).norm(dim=-1)

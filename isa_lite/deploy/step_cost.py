@@ -20,9 +20,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from isa_lite import distill, prompt
+from isa_lite.losses import gcd_loss, hardest_other, lar_loss
+from isa_lite.models.optimization import frozen_stem, train_mode
 from isa_lite.models.vl_model import VLModel
+from isa_lite.prompt import Prompt, read_sentences
 from isa_lite.query_encoder import QueryEncoder
+from isa_lite.support.draws import blur, local_count
 from isa_lite.support.settings import DistillConfig
 from isa_lite.support.training import keep_freed_memory
 from isa_lite.world import scenes
@@ -108,28 +111,29 @@ def step_cost(
     """
     data, own, patches, others = _examples(vl, config)
     encoder.to(memory_format=torch.channels_last)
-    distill.train_mode(encoder, distill.frozen_stem(encoder, config))
+    train_mode(encoder, frozen_stem(encoder, config))
     pixels = encoder.pixels(data).to(memory_format=torch.channels_last)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    local = distill.local_count(len(data), config)
+    local = local_count(len(data), config)
+    said = Prompt.of(vl, encoder.config.num_tokens, config.template)
 
     def step(clock: Clock) -> None:
         parts = _Parts(clock)
         features = parts.run("backbone", lambda x: encoder.backbone(x)[0], pixels)
         tokens = parts.run("token learner", lambda x: encoder.mapping(x).tokens, features)
-        tokens = distill.blur(tokens, config.word_noise, 0, config.seed)
+        tokens = blur(tokens, config.word_noise, 0, config.seed)
         query, context, places = parts.run(
-            "text tower", lambda x: prompt.read_sentences(vl, x, config.template, local), tokens
+            "text tower", lambda x: read_sentences(vl, x, said, local), tokens
         )
-        parts.run("GCD", lambda x: distill.gcd_loss(x, own, config.temperature, others), query)
+        parts.run("GCD", lambda x: gcd_loss(x, own, config.temperature, others), query)
         (to_query,), to_context = parts.back("GCD", torch.tensor(config.gcd_weight)), None
         if local:
-            hardest = distill.hardest_other(query.detach() @ own.T).numpy()[:local]
+            hardest = hardest_other(query.detach() @ own.T).numpy()[:local]
 
             def lar(context: Tensor) -> Tensor:
                 known = (lambda rows: patches[torch.from_numpy(rows)], np.arange(local), hardest)
-                return distill.lar_loss(vl, context, places, *known, config.temperature)[0]
+                return lar_loss(vl, context, places, *known, config.temperature)[0]
 
             parts.run("LAR", lar, context)
             (to_context,) = parts.back("LAR", torch.tensor(config.lar_weight))

@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from isa_lite.distill import blur, other_indices
 from isa_lite.losses import gcd_loss
+from isa_lite.models.start_words import start_from, start_vectors
 from isa_lite.models.vl_model import VLModel
-from isa_lite.prompt import TEMPLATE, compose, opening, prompt_ids, splice, start_vectors
+from isa_lite.prompt import TEMPLATE, Prompt, compose, read_sentences, splice
 from isa_lite.retrieval.queries import Queries
+from isa_lite.support.draws import blur, other_indices
 from isa_lite.support.training import fit
 from isa_lite.token_learner import ToWords
 
@@ -88,10 +89,7 @@ class OneWord:
 
 def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
     """Pseudo-words B x D alone in the prompt -> text embeddings B x E."""
-    ids, places = (x.expand(len(words), -1) for x in prompt_ids(vl, 1, [""], template))
-    return vl.encode_vectors(
-        splice(vl, words.unsqueeze(1), ids, places), ids, opening(vl, template)
-    )
+    return read_sentences(vl, words.unsqueeze(1), Prompt.of(vl, 1, template))[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Training:
         torch.manual_seed(self.seed)
         mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
         if self.start_words:
-            mapping.to_word.start_from(start_vectors(vl, self.start_words))
+            start_from(mapping.to_word, start_vectors(vl, self.start_words))
         return mapping.to(vl.device)
 
     def noisy(self, words: Tensor, step: int) -> Tensor:
@@ -209,7 +207,7 @@ def optimize_words(
     `gravity` weighs one minus the cosine of the word with the nearest real word, which keeps it
     among words that the text tower knows. Ours, for SEARLE's pull towards phrases that GPT wrote.
     Aids, neither of them SEARLE's: all words start from the first of start_words instead of from
-    random directions, and each step reads them with word_noise (`distill.blur`), drawn batch by
+    random directions, and each step reads them with word_noise (`draws.blur`), drawn batch by
     batch.
     """
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()

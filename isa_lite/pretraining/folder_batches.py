@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
-from isa_lite.distill import batch_indices
+from isa_lite.support.draws import batch_indices
 from isa_lite.support.images import ImageFolder
 from isa_lite.support.settings import FolderConfig
 

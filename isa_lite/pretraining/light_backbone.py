@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from isa_lite.distill import Batches, learning_rate
+from isa_lite.models.optimization import learning_rate
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support.checkpoint import damaged, misfit
-from isa_lite.support.images import Images, batch_loader, images_key
+from isa_lite.support.draws import loaded
+from isa_lite.support.images import Images, images_key
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import BackboneConfig
 from isa_lite.support.training import fit
@@ -90,10 +91,8 @@ def _learn_features(
     mean, std, losses = mean.to(config.device), std.to(config.device), []
 
     def batches(start: int) -> Iterable:
-        which = np.arange(len(images)), config.batch_size, config.seed, start, config.steps
-        rows = Batches(*which, in_order=True)
-        pixels = batch_loader(images, rows, encoder.pixels, config.num_workers)
-        return zip(rows, pixels, strict=True)
+        rows = np.arange(len(images))
+        return loaded(images, rows, config, encoder.pixels, start, in_order=True)
 
     def loss_of(batch: tuple[np.ndarray, Tensor], step: int) -> Tensor:
         rows, pixels = batch

@@ -9,8 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def is_spec(name: str) -> bool:
@@ -45,3 +49,39 @@ def load(spec: str, what: str) -> Callable:
     if not callable(getattr(module, name)):
         raise ValueError(f"{what} {spec!r}: {name} is no class or function; it cannot be called")
     return getattr(module, name)
+
+
+def find(name: str, table: Mapping[str, Any], what: str) -> Any:
+    """What stands in `table` under this name, or what `load` makes of FILE.py:NAME. Raises
+    ValueError for another name.
+    """
+    if name in table:
+        return table[name]
+    if is_spec(name):
+        return load(name, what)
+    raise ValueError(
+        f"unknown {what} {name!r}; there are {', '.join(map(repr, table))}, and FILE.py:NAME for"
+        " one of your own"
+    )
+
+
+class Loss:
+    """A loss of your own, a callable or FILE.py:NAME, with the `name` that a run knows it by.
+
+    It is called with queries B x E, the large tower's embeddings of the same images B x E and of
+    others M x E, and pseudo-words B x L x D, and gives a scalar tensor, which is to fall.
+    """
+
+    def __init__(self, given: Callable | str):
+        self.call = load(given, "loss") if isinstance(given, str) else given
+        if not callable(self.call):
+            raise ValueError(f"loss must be a function, or FILE.py:NAME, not {given!r}")
+        kind = given if hasattr(given, "__qualname__") else type(given)
+        own = f"{kind.__module__}:{kind.__qualname__}"
+        self.name = given if isinstance(given, str) else own
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        value = self.call(*given)
+        if getattr(value, "shape", None) != () or not getattr(value, "requires_grad", False):
+            raise ValueError(f"loss {self.name!r} must give a scalar tensor with a gradient")
+        return value

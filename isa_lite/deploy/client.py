@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ import ftfy
 import numpy as np
 import onnxruntime
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from isa_lite.support.checkpoint import Between, read_json
+from isa_lite.support.checkpoint import Between, misfit, read_arrays, read_json
 from isa_lite.support.images import check_images, decode
 from isa_lite.support.parameters import check_texts, checked, path_name, whole
 
@@ -237,46 +235,19 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
     Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or
     has not the length 1.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no gallery {path}; isa_lite.retrieval.gallery.Gallery.save writes one"
-        )
-    try:
-        with safe_open(path, "np") as file:
-            info = json.loads((file.metadata() or {}).get("info", "null"))
-            embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged or no gallery ({error}); save the Gallery again"
-        ) from error
-    if embeddings is None or not isinstance(info, Mapping) or not isinstance(info.get("ids"), list):
-        raise ValueError(
-            f"{path} is no gallery: it lacks embeddings or ids;"
-            " isa_lite.retrieval.gallery.Gallery.save writes one"
-        )
-    ids, model = info["ids"], info.get("vl_model")
-    if (
-        embeddings.ndim != 2
-        or len(embeddings) != len(ids)
-        or not len(ids)
-        or embeddings.dtype.kind != "f"
-    ):
-        raise ValueError(
-            f"{path}: embeddings of the shape {embeddings.shape} do not belong to {len(ids)} ids"
-        )
-    if (
-        not all(type(i) in (str, int) for i in ids)
-        or len(set(ids)) < len(ids)
-        or not isinstance(model, str)
-    ):
-        raise ValueError(
-            f"{path}: the ids must be different texts or whole numbers, and vl_model a text"
-        )
+    arrays, info = read_arrays(Path(path))
+    if fault := misfit(info, {"ids": [object, ...], "vl_model": str}):
+        raise ValueError(f"{path} is no gallery: {fault}; Gallery.save writes one")
+    ids, embeddings = info["ids"], arrays.get("embeddings", np.zeros(0))
+    shape = embeddings.shape
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or len(embeddings) != len(ids):
+        raise ValueError(f"{path}: embeddings of the shape {shape} do not belong to {len(ids)} ids")
+    if not all(type(i) in (str, int) for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: the ids must be different texts or whole numbers")
     lengths = np.linalg.norm(embeddings.astype(np.float32, copy=False), axis=1)
     if (wrong := ~(np.abs(lengths - 1) <= 0.01)).any():
         raise ValueError(
             f"{path}: the embedding of {ids[int(wrong.argmax())]!r} is not finite or has not the"
             " length 1"
         )
-    return embeddings, ids, model
+    return embeddings, ids, info["vl_model"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from isa_lite.deploy.measure import side_by_side
 from isa_lite.losses import gcd_loss, hardest_other, lar_loss
 from isa_lite.models.optimization import frozen_stem, train_mode
 from isa_lite.models.vl_model import VLModel
@@ -39,12 +41,9 @@ def product_rate(sizes: Sequence[tuple[int, int, int]] = SIZES, rounds: int = 15
     """GFLOP of float32 products a second: the median over sizes of their median rates."""
     rates = []
     for rows, inner, outer in sizes:
-        a, b, times = torch.randn(rows, inner), torch.randn(inner, outer), []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - began)
-        rates.append(2e-9 * rows * inner * outer / median(times))
+        product = partial(torch.mm, torch.randn(rows, inner), torch.randn(inner, outer))
+        ms = side_by_side({"": product}, rounds, warm_up=0)[""]
+        rates.append(2e-6 * rows * inner * outer / ms)
     return median(rates)
 
 

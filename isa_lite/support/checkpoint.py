@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from isa_lite.support.parameters import short
 
 if TYPE_CHECKING:  # many commands write text alone, and need not wait for torch
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -165,18 +167,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return _read(path, with_tensors=True)
 
 
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict]:
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """`read_tensors` for NumPy, without PyTorch."""
+    return _read(path, with_tensors=True, library="np")
+
+
+def _read(path: Path, with_tensors: bool, library: str = "pt") -> tuple[dict, dict]:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if not path.is_file():
         raise ValueError(f"{path} is no file; a safetensors file is wanted")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, library) as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
             # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that
             # is.
             names = file.keys() if with_tensors else ()
-            tensors = {key: file.get_tensor(key).clone() for key in names}
+            tensors = {key: deepcopy(file.get_tensor(key)) for key in names}
     except (SafetensorError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
     if not isinstance(info, dict):

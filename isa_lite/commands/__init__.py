@@ -45,17 +45,12 @@ COMMANDS = {
 #: Options that several commands have.
 _SHARED = {
     "encoder": {"default": str(DATA / SCENES_ENCODER), "help": "folder of a trained query encoder"},
-    "vl-model": {
-        "default": SCENES_CLIP,
-        "help": "a name of open_clip, hf-hub:..., blip:..., or a folder",
-    },
+    "vl-model": {"help": "a name of open_clip, hf-hub:..., blip:..., or a folder"},
     "pretrained": {"help": "tag or file of weights, for an open_clip model (default: none)"},
-    "checkpoint-minutes": {
-        "type": option(number(0), float),
-        "default": MINUTES,
-        "help": "how often the state of the run is saved",
-    },
+    "checkpoint-minutes": {"help": "how often the state of the run is saved", "default": MINUTES},
 }
+_SHARED["vl-model"]["default"] = SCENES_CLIP
+_SHARED["checkpoint-minutes"]["type"] = option(number(0), float)
 
 
 def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -94,15 +89,8 @@ def overview() -> str:
     """The list that `python -m isa_lite` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m isa_lite COMMAND ...",
-            "",
-            *lines,
-            "",
-            "python -m isa_lite COMMAND --help explains a command.",
-        ]
-    )
+    head, foot = "usage: python -m isa_lite COMMAND ...", "COMMAND --help explains a command."
+    return "\n".join([head, "", *lines, "", f"python -m isa_lite {foot}"])
 
 
 def parser_of(name: str) -> Parser:
@@ -152,11 +140,8 @@ def _end(status: int, line: str = "") -> None:
 def _words(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
-        return ": ".join(
-            str(part)
-            for part in (error.filename, error.filename2, error.strerror)
-            if part is not None
-        )
+        parts = (error.filename, error.filename2, error.strerror)
+        return ": ".join(str(part) for part in parts if part is not None)
     if isinstance(error, MemoryError):
         return f"not enough memory ({error})" if str(error) else "not enough memory"
     return " ".join(str(error).split()) or type(error).__name__

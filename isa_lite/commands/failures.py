@@ -11,12 +11,8 @@ from isa_lite.support.parameters import file, whole_number
 def add_arguments(parser: ArgumentParser) -> None:
     add_shared(parser, "encoder")
     parser.add_argument("--queries", type=whole_number(1), default=1000, help="rendered queries")
-    parser.add_argument(
-        "--gallery",
-        type=whole_number(4),
-        default=5000,
-        help="images that are searched, at least four times --queries",
-    )
+    searched = "images that are searched, at least four times --queries"
+    parser.add_argument("--gallery", type=whole_number(4), default=5000, help=searched)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and gallery")
     parser.add_argument(
         "--each", type=whole_number(1), default=6, help="queries shown of each kind"

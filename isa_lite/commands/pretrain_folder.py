@@ -18,11 +18,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--captions", type=Path, required=True, help="CSV file with the columns image and caption"
     )
     add_output(parser, "out", folder(), None, "folder of the model")
-    parser.add_argument(
-        "--run",
-        type=output(folder()),
-        help="folder of the checkpoints, to resume from (default: OUT/run)",
-    )
+    resumed = "folder of the checkpoints, to resume from (default: OUT/run)"
+    parser.add_argument("--run", type=output(folder()), help=resumed)
     add_shared(parser, "checkpoint-minutes")
     add_settings(parser, FolderConfig)
 

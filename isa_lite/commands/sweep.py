@@ -34,41 +34,22 @@ def add_arguments(parser: ArgumentParser) -> None:
     only = "an ablation; may be given several times (default: all)"
     parser.add_argument("--only", action="append", default=[], help=only)
     parser.add_argument("--seeds", type=_seeds, default="0", help="such as 0,1,2")
-    parser.add_argument(
-        "--steps",
-        type=whole_number(1),
-        help="training steps of every run; give --out too (default: the notebook's)",
-    )
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help="runs of seconds, whose numbers mean nothing; give --out too",
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=tuple(RECIPES),
-        help="core or default, of every run that does not vary it (default: the notebook's)",
-    )
+    steps = "training steps of every run; give --out too (default: the notebook's)"
+    parser.add_argument("--steps", type=whole_number(1), help=steps)
+    quick = "runs of seconds, whose numbers mean nothing; give --out too"
+    parser.add_argument("--smoke", action="store_true", help=quick)
+    recipe = "core or default, of every run that does not vary it (default: the notebook's)"
+    parser.add_argument("--recipe", choices=tuple(RECIPES), help=recipe)
     device = "cpu, cuda, cuda:1, ... (default: the notebook's)"
     parser.add_argument("--device", type=option(device_name()), help=device)
-    parser.add_argument(
-        "--jobs",
-        type=whole_number(1, 256),
-        default=1,
-        help="runs at a time, sharing the cores; if interrupted, those that run are finished first",
-    )
-    parser.add_argument(
-        "--pretrain",
-        action="store_true",
-        help=f"also train the VL model for {WITHOUT_CHANGE}, if it is missing",
-    )
+    shared = "runs at a time, sharing the cores; if interrupted, those that run are finished first"
+    parser.add_argument("--jobs", type=whole_number(1, 256), default=1, help=shared)
+    missing = f"also train the VL model for {WITHOUT_CHANGE}, if it is missing"
+    parser.add_argument("--pretrain", action="store_true", help=missing)
     parser.add_argument("--notebook", type=Path, default=NOTEBOOK, help="the notebook that is run")
     add_output(parser, "runs", folder(), "runs/sweep", "folder of the runs")
-    parser.add_argument(
-        "--out",
-        type=output(file()),
-        help="the gathered record; a figure is written beside it (default: runs/sweep.json)",
-    )
+    out = "the gathered record; a figure is written beside it (default: runs/sweep.json)"
+    parser.add_argument("--out", type=output(file()), help=out)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and run nothing")
     finished = "run nothing, and write the record of what is finished"
     parser.add_argument("--gather", action="store_true", help=finished)

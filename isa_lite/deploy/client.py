@@ -199,8 +199,7 @@ class QueryClient:
                     f" ({len(said)} tokens)"
                 )
             rows.append(row)
-        # A causal text tower does not see what stands behind the end, so the longest prompt sets
-        # the length.
+        # A causal tower does not see behind the end: the longest prompt sets the length.
         length = max(map(len, rows)) if s["can_cut"] else s["context_length"]
         return np.array([row + [s["pad_id"]] * (length - len(row)) for row in rows], np.int64)
 

@@ -43,8 +43,7 @@ from isa_lite.support.parameters import checked, number, path_name
 from isa_lite.support.settings import TEMPLATE, check_template
 from isa_lite.world.scenes import render_many, sample_scenes
 
-#: Modifiers that every export is tried on: none, short, long, and with characters that tokenizers
-#: like to disagree about.
+#: Modifiers that every export is tried on: none, short, long, and hard for tokenizers.
 TRIED = (
     "",
     "make the circle red",
@@ -77,8 +76,7 @@ class SentenceToQuery(nn.Module):
     def forward(self, tokens: Tensor, ids: Tensor) -> Tensor:
         places = ids == PLACEHOLDER
         words = torch.where(places, 1, ids)  # 1: any word; 0 would be padding to some towers
-        # masked_scatter in words that ONNX has: the first place takes token 0, the next one token
-        # 1, and so on.
+        # masked_scatter in words that ONNX has: the first place takes token 0, and so on.
         which = (places.long().cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)  # B x T
         said = tokens.gather(1, which.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))  # B x T x D
         return self.vl.encode_vectors(

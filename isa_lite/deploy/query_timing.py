@@ -25,8 +25,7 @@ from isa_lite.retrieval.gallery import Gallery
 PARTS = ("picture to pixels", "image encoding", "token learner", "prompt (tokenizer)")
 PARTS += ("text tower", "search")
 WHOLE = "whole query"
-#: A query as functions by the names of its parts, each of what the one before it gave; the first
-#: gets None.
+#: A query as functions by its parts' names, each of what the one before gave; the first gets None.
 Steps = dict[str, Callable]
 #: What is asked, and in how many images it is searched.
 MODIFIER, GALLERY = "make the circle red", 5000

@@ -61,8 +61,7 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
     }
     found: dict[str, dict[str, dict]] = {
         "losses": {
-            # What is said of LAR is said of the whole of it, not of LAR on a share of each step's
-            # images.
+            # What is said of LAR is said of the whole of it, not of a share of each step.
             "GCD and LAR": {"gcd_weight": 1.0, "lar_weight": lar, "lar_share": 1.0},
             "GCD": {"gcd_weight": 1.0, "lar_weight": 0.0},
             "LAR": {"gcd_weight": 0.0, "lar_weight": lar, "lar_share": 1.0},
@@ -80,8 +79,7 @@ def ablations(defaults: Mapping) -> dict[str, dict[str, dict]]:
             "large tower (symmetric)": {"backbone": LARGE_TOWER, "backbone_weights": ""},
         },
         "prompt": {template: {"template": template} for template in TEMPLATES},
-        # The learned backbone belongs to the shipped VL model, so both start from random weights
-        # here.
+        # The learned backbone belongs to the shipped VL model: both start from random weights.
         "captions of the VL model": {
             "with the language of change": {"backbone_weights": ""},
             "without": {"vl_model": WITHOUT_CHANGE, "backbone_weights": ""},

@@ -160,8 +160,7 @@ def encoder_card(folder: Path, vl: VLModel, encoder: QueryEncoder) -> str:
     settings = info["parameters"]
     recalls, by_group = measure(vl, encoder)
     size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    # A row "remove (73)" has its number of queries, and its cell "46.6 [35.6, 58.9]" a recall with
-    # its interval.
+    # a row is "remove (73)", with a number of queries; a cell "46.6 [35.6, 58.9]"
     worst = by_group["isa"].str.split().str[0].astype(float).idxmin().split(" (")[0]
     return f"""# scenes-query-encoder: the light query side for scenes-clip
 

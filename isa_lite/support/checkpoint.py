@@ -180,8 +180,7 @@ def _read(path: Path, with_tensors: bool, library: str = "pt") -> tuple[dict, di
     try:
         with safe_open(path, library) as file:
             info = json.loads((file.metadata() or {}).get("info", "{}"))
-            # Copies: what safe_open gives is mapped, and Windows lets nobody replace a file that
-            # is.
+            # copies: what safe_open gives is mapped, and Windows replaces no such file
             names = file.keys() if with_tensors else ()
             tensors = {key: deepcopy(file.get_tensor(key)) for key in names}
     except (SafetensorError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
-#: A picture that is longer than this many times its short side is refused: resized, it would fill
-#: the memory.
+#: A picture longer than this many short sides is refused: resized, it would fill the memory.
 LONGEST = 1000
-#: A larger file is refused before it is read, in bytes: MAX_IMAGE_PIXELS pixels of four 16-bit
-#: channels take less.
+#: A larger file is refused unread, in bytes: MAX_IMAGE_PIXELS of four 16-bit channels take less.
 LARGEST_FILE = 2**30
 #: The formats that are read, by Pillow's names, whatever a file is called. Left out are those for
 #: which Pillow starts another program (EPS runs Ghostscript), asks a handler of the system, or
@@ -38,8 +36,7 @@ FORMATS = set(
     "AVIF BLP BMP CUR DCX DDS DIB FITS FLI FTEX GBR GIF ICNS ICO IM IMT JPEG JPEG2000 MCIDAS MPO"
     " MSP PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
 )
-#: Kinds of pictures that are not read (phones, cameras, drawings): not to be passed over in
-#: silence.
+#: Kinds of pictures that are not read, and are not passed over in silence either.
 UNREAD = {*".heic .heif .svg .jxl .dng .cr2 .cr3 .nef .arw .raf .eps .ps .wmf .emf".split()}
 
 

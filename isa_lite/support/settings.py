@@ -25,15 +25,13 @@ from isa_lite.support.parameters import (
 from isa_lite.support.recipes import RECIPES, recipe
 
 _HERE = Path(__file__).resolve().parents[1]  # isa_lite/
-#: The folder of shipped artefacts: inside the package in an installed wheel, beside it in a
-#: checkout.
+#: The folder of shipped artefacts: inside an installed package, beside it in a checkout.
 DATA = _HERE / "data" if (_HERE / "data").is_dir() else _HERE.parent / "data"
 #: The name under which `load_vl_model` finds the shipped model of rendered scenes.
 SCENES_CLIP = "scenes-clip"
 #: The folder of the shipped query encoder in `DATA`.
 SCENES_ENCODER = "scenes-query-encoder"
-#: The weights that `light_backbone` has learned on rendered scenes: their short name, their folder
-#: in data/, their files.
+#: What `light_backbone` has learned on rendered scenes: short name, folder in data/, files.
 SCENES, SCENES_BACKBONE, WEIGHTS = "scenes", "scenes-light-backbone", "backbone"
 
 #: The side of a rendered scene in pixels; 32 a cell.
@@ -75,8 +73,7 @@ def check_template(template: str) -> None:
         )
 
 
-#: What `auto` stands for is decided by `precision.training_dtype`. float16 would underflow without
-#: scaling of the loss.
+#: `precision.training_dtype` decides on `auto`. float16 would underflow without loss scaling.
 DTYPES = ("auto", "float32", "bfloat16")
 DTYPE_HELP = (
     "of the matrix products in training: auto (bfloat16 on a GPU that has it, else float32),"

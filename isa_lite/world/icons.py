@@ -24,8 +24,7 @@ COLORS = ("red", "yellow", "green", "blue", "purple")
 SIZES = ("small", "large")
 BACKGROUNDS = ("white", "gray", "dotted")
 STYLES = ("flat", "outline")
-#: Ways to ask for a value of each part of an icon. Some of their words are in no caption, as it
-#: will be with users.
+#: Ways to ask for a value of each part. Some words are in no caption, as it will be with users.
 REQUESTS = {
     "shape": ("as a {}", "a {} instead", "turn it into a {}"),
     "color": ("make it {}", "in {}", "the same icon, please {}"),

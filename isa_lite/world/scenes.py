@@ -452,8 +452,7 @@ def modify(
                 f" {', '.join(possible)}"
             )
     while True:
-        # Object edits speak of the reference as it stands, so the one that removes or adds comes
-        # last.
+        # object edits speak of the reference as it stands: what removes or adds comes last
         new, texts = scene, []
         for kind in sorted(kinds, key=lambda k: k in ("add", "remove")):
             new, text = _edited(kind, new, rng, held_out)

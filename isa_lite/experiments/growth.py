@@ -25,7 +25,7 @@ from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
-from isa_lite.retrieval.metrics import KS, recall, recall_interval
+from isa_lite.retrieval.metrics import KS, recall, recall_interval, score_ranks
 from isa_lite.retrieval.rendered import Benchmark, make_benchmark
 from isa_lite.support.checkpoint import Between, read_info, read_shard, write_tensors
 from isa_lite.support.settings import GROWTH_SIZES
@@ -89,37 +89,28 @@ def growth_ranks(
     shards: pairs of embeddings and scene keys, in order. As `metrics.score_ranks`: the best hit
     counts, ties count against.
     """
-    targets = torch.tensor([scene_key(bench.scenes[t]) for t in bench.target])
-    own = torch.tensor([scene_key(scene) for scene in bench.scenes])
-    rows = torch.arange(len(bench))
-
-    def pieces(query: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(start of the piece, scores B x n, hits B x n); first the benchmark's own, at -1."""
-        scores = query @ gallery.T
-        hits = own == targets[:, None]
-        scores[rows, torch.from_numpy(bench.reference)] = float("-inf")
-        hits[rows, torch.from_numpy(bench.reference)] = False
-        yield -1, scores, hits
-        start = 0
-        for embeddings, keys in shards:
-            yield start, query @ embeddings.float().T, keys == targets[:, None]
-            start += len(keys)
-
-    ranks = {}
-    for name, query in queries.items():
-        best = torch.full((len(sizes), len(bench)), float("-inf"))  # the best hit's score, per size
-        better = torch.zeros(len(sizes), len(bench), dtype=torch.long)
-        for count in (False, True):  # first the best hit at every size, then what is above it
-            for start, scores, hits in pieces(query):
-                for i, size in enumerate(sizes):
-                    n = scores.shape[1] if start < 0 else max(0, min(size - start, scores.shape[1]))
-                    if n and count:
-                        better[i] += ((scores[:, :n] >= best[i][:, None]) & ~hits[:, :n]).sum(1)
-                    elif n and hits[:, :n].any():
-                        right = scores[:, :n].masked_fill(~hits[:, :n], float("-inf"))
-                        best[i] = torch.maximum(best[i], right.amax(1))
-        ranks[name] = (better + 1).numpy()
+    everything = _joined(gallery, shards)
+    own = [scene_key(scene) for scene in bench.scenes]
+    keys, targets = (
+        torch.cat([torch.tensor(own), *(k for _, k in shards)]),
+        np.array(own)[bench.target],
+    )
+    ranks = {name: np.zeros((len(sizes), len(bench)), int) for name in queries}
+    # a few queries at a time: against a million images they are as many numbers
+    for rows in np.array_split(np.arange(len(bench)), -(-len(bench) // 50)):
+        hits = keys == torch.from_numpy(targets[rows])[:, None]
+        for name, query in queries.items():
+            scores = query[rows] @ everything.T
+            for i, size in enumerate(sizes):
+                known = slice(len(gallery) + size)
+                some = scores[:, known], bench.reference[rows], hits[:, known]
+                ranks[name][i, rows] = score_ranks(*some)
     return ranks
+
+
+def _joined(gallery: Tensor, shards: Sequence) -> Tensor:
+    """The benchmark's own images (G x E) and all distractors."""
+    return torch.cat([gallery, *(embeddings.float() for embeddings, _ in shards)])
 
 
 def search_time(embeddings: Tensor, query: Tensor, rounds: int = 15) -> float:
@@ -152,7 +143,7 @@ def growth(
         "composition ceiling": composition_ceiling(bench),
     }
     ranks = growth_ranks(bench, methods, gallery, shards, sizes)
-    everything = torch.cat([gallery, *(embeddings.float() for embeddings, _ in shards)])
+    everything = _joined(gallery, shards)
     points = []
     for i, size in enumerate(sizes):
         recalls = {name: {} for name in ranks}

@@ -45,6 +45,7 @@ COMMANDS = {
 #: Options that several commands have.
 _SHARED = {
     "encoder": {"default": str(DATA / SCENES_ENCODER), "help": "folder of a trained query encoder"},
+    "mapping": {"help": "FILE.py:NAME of the encoder's mapping, if that is yours (default: none)"},
     "vl-model": {"help": "a name of open_clip, hf-hub:..., blip:..., or a folder"},
     "pretrained": {"help": "tag or file of weights, for an open_clip model (default: none)"},
     "checkpoint-minutes": {"help": "how often the state of the run is saved", "default": MINUTES},

@@ -25,7 +25,7 @@ def _cost(args: Namespace) -> None:
     from isa_lite.query_encoder import QueryEncoder
 
     vl = load_vl_model(args.vl_model, args.pretrained)
-    encoder = QueryEncoder.load(args.encoder, vl)
+    encoder = QueryEncoder.load(args.encoder, vl, args.mapping)
     print(machine())
     for batch in (1, 32):
         print(f"\nbatch {batch}; per image; multiply-adds in millions")
@@ -56,7 +56,8 @@ def _split(args: Namespace) -> None:
     from isa_lite.query_encoder import QueryEncoder
 
     own = load_vl_model()
-    trained, large = QueryEncoder.load(args.encoder, own), random_model("ViT-B-32")
+    trained = QueryEncoder.load(args.encoder, own, args.mapping)
+    large = random_model("ViT-B-32")
     light, name = QueryEncoder.for_model(large), "ViT-B-32 and a light encoder at its size"
     pairs = {"the shipped models": (own, trained), f"{name}, random weights": (large, light)}
     for name, (vl, encoder) in pairs.items():
@@ -148,7 +149,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         if name in ("cost", "backbones"):
             add_shared(sub, "vl-model", "pretrained")
         if name in ("cost", "split"):
-            add_shared(sub, "encoder")
+            add_shared(sub, "encoder", "mapping")
         if name == "backbones":
             meaning = "in pixels, of the light backbones (default: the VL model's)"
             sub.add_argument("--image-size", type=whole_number(1, 2**11), help=meaning)

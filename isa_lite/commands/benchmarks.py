@@ -74,7 +74,7 @@ def _spec(*names: str) -> Rule:
 def _add_run(sub: ArgumentParser) -> None:
     """What every benchmark can be told."""
     sub.add_argument("--root", type=Path, required=True, help="the folder that the benchmark is in")
-    add_shared(sub, "vl-model", "pretrained")
+    add_shared(sub, "vl-model", "pretrained", "mapping")
     sub.add_argument(
         "--encoder", type=Path, help="folder of a query encoder, for the method isa (no default)"
     )
@@ -132,7 +132,9 @@ def run(args: Namespace) -> None:
         return
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     vl = load_vl_model(args.vl_model, args.pretrained, device)
-    encoder = QueryEncoder.load(args.encoder, vl).to(device) if args.encoder else None
+    encoder = None
+    if args.encoder:
+        encoder = QueryEncoder.load(args.encoder, vl, args.mapping).to(device)
     same = {
         name: getattr(args, name)
         for name in ("split", "template", "truncate", "batch_size", "num_workers", "dtype")

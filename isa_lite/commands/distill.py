@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from isa_lite.commands import add_output, add_shared
-from isa_lite.support.parameters import add_settings, folder, settings_from
+from isa_lite.support import plugins
+from isa_lite.support.parameters import add_settings, folder, option, settings_from, text
 from isa_lite.support.recipes import RECIPES, recipe
 from isa_lite.support.settings import MAPPING_NAMES, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
-ENCODER = ("backbone", "pretrained", "mapping", "image_size", "stride", "num_tokens")
-ENCODER += ("width", "depth")
+ENCODER = ("backbone", "pretrained", "image_size", "stride", "num_tokens", "width", "depth")
 AIDS = {
     "backbone_weights": "weights that the backbone starts from: scenes, lite0 (an extra), or a"
     " folder of light_backbone",
@@ -32,17 +32,31 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="of the VL model's weights, where it is named by an open_clip model (default: none)",
     )
     add_shared(parser, "checkpoint-minutes")
-    add_settings(parser, QueryEncoderConfig, ENCODER, mapping=MAPPING_NAMES)
+    add_settings(parser, QueryEncoderConfig, ENCODER)
+    parser.add_argument(
+        "--mapping",
+        type=option(_mapping),
+        default=QueryEncoderConfig.mapping,
+        help="the network from the feature map to the sentence:"
+        f" {', '.join(map(repr, MAPPING_NAMES))}, or FILE.py:NAME",
+    )
+    meaning = "FILE.py:NAME of a loss of your own, added to those that have a weight"
+    parser.add_argument("--loss", help=f"{meaning} (default: none)")
     for name, meaning in AIDS.items():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, help=f"{meaning} (default: the recipe's)")
+        parser.add_argument(
+            "--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)"
+        )
     add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
+
+
+def _mapping(name: str) -> str:
+    return name if plugins.is_spec(name) else text(*MAPPING_NAMES)(name)
 
 
 def encoder_settings(args: Namespace) -> dict:
     """What `QueryEncoder.for_model` is asked for: what was given, and otherwise the recipe's."""
     backbone = "" if args.pretrained else args.backbone  # timm's weights are a start of their own
-    given = {name: getattr(args, name) for name in (*ENCODER, *AIDS)}
+    given = {name: getattr(args, name) for name in ("mapping", *ENCODER, *AIDS)}
     return recipe(args.recipe, args.vl_model, backbone).encoder | {
         n: value for n, value in given.items() if value is not None
     }
@@ -54,22 +68,27 @@ def run(args: Namespace) -> None:
     import torch
 
     from isa_lite.distill import distill
+    from isa_lite.mappings import MAPPINGS
     from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
     from isa_lite.support import distributed
     from isa_lite.support.checkpoint import write_text
     from isa_lite.support.images import ImageFolder
 
+    # before anything that takes long
+    if plugins.is_spec(args.mapping):
+        MAPPINGS[args.mapping] = plugins.load(args.mapping, "mapping")
+    loss = plugins.Loss(args.loss) if args.loss else None
     with distributed.joined(config.device):
         images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)
         torch.manual_seed(config.seed)
         encoder = QueryEncoder.for_model(vl, **encoder_settings(args))
         run = args.out / "run"
-        history = distill(
-            images, vl, encoder, config, run, run / "distill.safetensors", args.checkpoint_minutes
-        )
+        kept = run, run / "distill.safetensors", args.checkpoint_minutes
+        history = distill(images, vl, encoder, config, *kept, loss=loss)
         if distributed.rank() == 0:
             info = {"images": len(images), "config": asdict(config), "commit": commit()}
+            info |= {"loss": loss.name} if loss else {}
             info |= {"machine": machine(), "seconds": round(history.seconds, 1)}
             encoder.cpu().save(args.out, info | {"processes": distributed.count()})
             write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")

@@ -10,7 +10,7 @@ from isa_lite.support.settings import TEMPLATE, check_template
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_shared(parser, "encoder", "vl-model", "pretrained")
+    add_shared(parser, "encoder", "mapping", "vl-model", "pretrained")
     parser.add_argument(
         "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
     )
@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
     vl = load_vl_model(args.vl_model, args.pretrained)
     # some backbones have layers that are made for tracing, and others that are not
     with timm.layers.set_exportable(True):
-        encoder = QueryEncoder.load(args.encoder, vl)
+        encoder = QueryEncoder.load(args.encoder, vl, args.mapping)
     try:
         most = export(encoder, vl, args.out, args.template)
         folders = [args.out] + ([quantize(args.out, args.out / "int8")] if args.int8 else [])

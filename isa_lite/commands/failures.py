@@ -9,7 +9,7 @@ from isa_lite.support.parameters import file, whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_shared(parser, "encoder")
+    add_shared(parser, "encoder", "mapping")
     parser.add_argument("--queries", type=whole_number(1), default=1000, help="rendered queries")
     searched = "images that are searched, at least four times --queries"
     parser.add_argument("--gallery", type=whole_number(4), default=5000, help=searched)
@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
     from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
-    encoder = QueryEncoder.load(args.encoder, vl)
+    encoder = QueryEncoder.load(args.encoder, vl, args.mapping)
     bench = make_benchmark(args.queries, args.gallery, args.seed, vl.image_size).embedded(vl)
     failed = failures(bench, Isa(encoder)(bench))
     write_text(args.out, page(bench, failed, args.each))

@@ -14,7 +14,7 @@ from isa_lite.support.settings import GROWTH_SIZES
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_shared(parser, "encoder")
+    add_shared(parser, "encoder", "mapping")
     number, most = whole_number(GROWTH_SIZES[0]), GROWTH_SIZES[-1]
     parser.add_argument("--to", type=number, default=most, help="distractors at most")
     parser.add_argument(
@@ -33,7 +33,8 @@ def run(args: Namespace) -> None:
     from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
-    found = growth(vl, QueryEncoder.load(args.encoder, vl), args.cache, sizes, seed=args.seed)
+    encoder = QueryEncoder.load(args.encoder, vl, args.mapping)
+    found = growth(vl, encoder, args.cache, sizes, seed=args.seed)
     found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
     write_text(args.out, json.dumps(found, indent=1) + "\n")
     print(

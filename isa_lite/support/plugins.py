@@ -77,7 +77,7 @@ class Loss:
         if not callable(self.call):
             raise ValueError(f"loss must be a function, or FILE.py:NAME, not {given!r}")
         kind = given if hasattr(given, "__qualname__") else type(given)
-        own = f"{kind.__module__}:{kind.__qualname__}"
+        own = given.name if isinstance(given, Loss) else f"{kind.__module__}:{kind.__qualname__}"
         self.name = given if isinstance(given, str) else own
 
     def __call__(self, *given: Tensor) -> Tensor:

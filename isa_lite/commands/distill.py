@@ -68,16 +68,14 @@ def run(args: Namespace) -> None:
     import torch
 
     from isa_lite.distill import distill
-    from isa_lite.mappings import MAPPINGS
     from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
     from isa_lite.support import distributed
     from isa_lite.support.checkpoint import write_text
     from isa_lite.support.images import ImageFolder
 
-    # before anything that takes long
     if plugins.is_spec(args.mapping):
-        MAPPINGS[args.mapping] = plugins.load(args.mapping, "mapping")
+        plugins.load(args.mapping, "mapping")  # a fault shows before anything that takes long
     loss = plugins.Loss(args.loss) if args.loss else None
     with distributed.joined(config.device):
         images, vl = ImageFolder(args.images), load_vl_model(args.vl_model, args.tag, config.device)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isa_lite.commands import add_shared
-from isa_lite.support.parameters import Rule, folder, option, output, whole_number
-from isa_lite.support.plugins import is_spec
+from isa_lite.support.parameters import folder, option, output, whole_number
+from isa_lite.support.plugins import either
 from isa_lite.support.settings import (
     CAPTIONS,
     FUSED,
@@ -53,22 +53,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     own.add_argument(
         "--read",
         required=True,
-        type=option(_spec()),
+        type=option(either()),
         help="FILE.py:NAME, a function of the root and the split that returns a Task",
     )
     own.add_argument("--split", default="val", help="which queries")
     own.set_defaults(check=None)
     _add_run(own)
-
-
-def _spec(*names: str) -> Rule:
-    def rule(value):
-        if value not in names and not is_spec(value):
-            known = f"one of {', '.join(map(repr, names))} or " if names else ""
-            raise ValueError(f"must be {known}FILE.py:NAME")
-        return value
-
-    return rule
 
 
 def _add_run(sub: ArgumentParser) -> None:
@@ -81,7 +71,7 @@ def _add_run(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--methods",
         nargs="+",
-        type=option(_spec(*METHODS, *FUSED)),
+        type=option(either(*METHODS, *FUSED)),
         default=list(METHODS),
         help="methods to score, your own as FILE.py:NAME",
     )

@@ -8,7 +8,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.support.parameters import file, folder, output, whole_number
+from isa_lite.commands import add_shared
+from isa_lite.support.parameters import file, folder, option, output, whole_number
+from isa_lite.support.plugins import either
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,9 +38,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="only measure all other methods, for these seeds (default: none)",
     )
+    add_shared(parser, "mapping")
     parser.add_argument(
         "--method",
         nargs="+",
+        type=option(either()),
         default=[],
         help="methods of your own beside them, each as FILE.py:NAME (default: none)",
     )
@@ -76,7 +80,8 @@ def run(args: Namespace) -> None:
         return
     # All of them, before any work is done.
     encoders, symmetric = (
-        compare.encoders_by_seed(folders, vl, config) for folders in (args.isa, args.symmetric)
+        compare.encoders_by_seed(folders, vl, config, args.mapping)
+        for folders in (args.isa, args.symmetric)
     )
     if symmetric and set(symmetric) != set(encoders):
         raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from isa_lite.commands import add_output, add_shared
 from isa_lite.support import plugins
-from isa_lite.support.parameters import add_settings, folder, option, settings_from, text
+from isa_lite.support.parameters import add_settings, folder, option, settings_from
 from isa_lite.support.recipes import RECIPES, recipe
 from isa_lite.support.settings import MAPPING_NAMES, DistillConfig, QueryEncoderConfig
 
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_settings(parser, QueryEncoderConfig, ENCODER)
     parser.add_argument(
         "--mapping",
-        type=option(_mapping),
+        type=option(plugins.either(*MAPPING_NAMES)),
         default=QueryEncoderConfig.mapping,
         help="the network from the feature map to the sentence:"
         f" {', '.join(map(repr, MAPPING_NAMES))}, or FILE.py:NAME",
@@ -47,10 +47,6 @@ def add_arguments(parser: ArgumentParser) -> None:
             "--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)"
         )
     add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
-
-
-def _mapping(name: str) -> str:
-    return name if plugins.is_spec(name) else text(*MAPPING_NAMES)(name)
 
 
 def encoder_settings(args: Namespace) -> dict:

@@ -140,14 +140,14 @@ def fitted(method: Method, vl: VLModel, seed: int, config: CompareConfig) -> Met
 
 
 def encoders_by_seed(
-    folders: Sequence[Path], vl: VLModel, config: CompareConfig
+    folders: Sequence[Path], vl: VLModel, config: CompareConfig, mapping: str | None = None
 ) -> dict[int, QueryEncoder]:
     """The query encoders by the seed that each run names. Raises ValueError for a seed twice, or
     another budget than config's.
     """
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
-        encoder = QueryEncoder.load(folder, vl)
+        encoder = QueryEncoder.load(folder, vl, mapping)
         parameters = read_json(
             folder / "query_encoder.json", "a query encoder of notebook 02", TRAINED
         )["info"]["parameters"]

@@ -16,10 +16,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+from isa_lite.support.parameters import Rule, text
+
 
 def is_spec(name: str) -> bool:
     """Whether this is a name of the form FILE.py:NAME."""
     return name.rpartition(":")[0].endswith(".py")
+
+
+def either(*names: str) -> Rule:
+    """One of these names, or FILE.py:NAME: a rule for parameters and options."""
+
+    def rule(value: object) -> str:
+        if isinstance(value, str) and is_spec(value):
+            return value
+        if not names:
+            raise ValueError("must be FILE.py:NAME")
+        try:
+            return text(*names)(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or FILE.py:NAME of your own") from None
+
+    return rule
 
 
 def load(spec: str, what: str) -> Callable:

@@ -17,7 +17,9 @@ from isa_lite.commands import main
 from isa_lite.experiments import compare
 from isa_lite.methods.named import named
 from isa_lite.models.vl_model import load_vl_model
+from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.results import provenance
 from isa_lite.support.settings import CompareConfig
 from isa_lite.world.scenes import render, sample_scenes
 
@@ -100,6 +102,28 @@ def test_a_method_is_fitted_on_other_queries_than_it_is_measured_on(tmp_path, vl
     found = compare.recalls(bench, {"mine": fitted})["mine"]["R@1"]
     points = bench.gallery[torch.from_numpy(bench.reference)]
     assert found == pytest.approx(100 * np.mean(bench.ranks(points) == 1), abs=0.01)
+
+
+MINE = """
+from isa_lite.token_learner import AdaptiveTokenLearner
+
+class Mine(AdaptiveTokenLearner):
+    pass
+"""
+
+
+def test_a_saved_encoder_with_a_mapping_of_ones_own_is_compared(tmp_path, vl):
+    (tmp_path / "own.py").write_text(MINE)
+    spec, config = f"{tmp_path}/own.py:Mine", CompareConfig()
+    made = {n: getattr(config, n) for n in ("num_images", "steps", "batch_size")}
+    encoder = QueryEncoder.for_model(vl, mapping=spec, num_tokens=2)
+    encoder.save(tmp_path / "mine", {"parameters": made | {"seed": 4, "recipe": "core"}})
+    with pytest.raises(ValueError, match="--mapping"):
+        compare.encoders_by_seed([tmp_path / "mine"], vl, config)
+    (found,) = compare.encoders_by_seed([tmp_path / "mine"], vl, config, spec).values()
+    told = provenance(vl, found)
+    assert told["encoder_fingerprint"] == encoder.fingerprint and told["recipe"] == "core"
+    assert told["mapping"] == spec and told["num_tokens"] == 2
 
 
 @pytest.mark.parametrize(

@@ -266,6 +266,32 @@ def test_the_benchmarks_are_run_on_a_folder_of_the_user(tmp_path, monkeypatch):
     assert found["data"] == "cirr (the images in root)"
 
 
+OWN = """
+from isa_lite.token_learner import AdaptiveTokenLearner
+
+class Mine(AdaptiveTokenLearner):
+    pass
+
+def backwards(queries):
+    return -queries.image_embeddings()
+"""
+
+
+@pytest.mark.slow
+def test_a_method_and_a_mapping_of_the_users_own_stand_in_notebook_03(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    encoder = QueryEncoder.for_model(load_vl_model(), mapping="own.py:Mine", num_tokens=3)
+    encoder.save("mine")
+    own = {"encoder": "mine", "mapping": "own.py:Mine", "method": "own.py:backwards"}
+    run_here("03_retrieval", smoke=True, **own)
+    said = capsys.readouterr().out
+    # the opposite of an image is near to what is least like it, which is hardly the answer
+    assert "backwards: R@1 0.0" in said and "3 tokens" in said
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_an_unknown_parameter_is_named_with_the_nearest(path):
     with pytest.raises(ValueError, match="unknown.*'sede'.*'seed'"):

@@ -90,10 +90,6 @@ class VLModel(nn.Module):
     # text
 
     @property
-    def _text(self) -> nn.Module:
-        return getattr(self.clip, "text", self.clip)
-
-    @property
     def device(self) -> torch.device:
         return self.tower.table.weight.device
 

@@ -135,7 +135,7 @@ class _WordTable(torch.nn.Module):
 
     def __init__(self, vl: VLModel, texts: Sequence[str]):
         super().__init__()
-        table = vl._text.token_embedding.weight
+        table = vl.tower.table.weight
         parts = [vl.tokenizer(texts[i : i + 500]).unique() for i in range(0, len(texts), 500)]
         used = torch.unique(torch.cat(parts))
         self.row = torch.zeros(table.shape[0], dtype=torch.long)
@@ -147,7 +147,7 @@ class _WordTable(torch.nn.Module):
 
     def store(self, vl: VLModel) -> None:
         with torch.no_grad():
-            vl._text.token_embedding.weight.zero_()[self.used] = self.rows.detach()
+            vl.tower.table.weight.zero_()[self.used] = self.rows.detach()
 
 
 def _encode_captions(vl: VLModel, table: _WordTable, texts: list[str], chunks: int = 4) -> Tensor:

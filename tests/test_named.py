@@ -14,13 +14,14 @@ from isa_lite.benchmarks import cirr, tiny
 from isa_lite.benchmarks.common import rank
 from isa_lite.benchmarks.run import RunConfig, run
 from isa_lite.commands import main
+from isa_lite.distill import distill
 from isa_lite.experiments import compare
 from isa_lite.methods.named import named
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.rendered import make_benchmark
 from isa_lite.retrieval.results import provenance
-from isa_lite.support.settings import CompareConfig
+from isa_lite.support.settings import CompareConfig, DistillConfig
 from isa_lite.world.scenes import render, sample_scenes
 
 README = Path(__file__).parent.parent / "README.md"
@@ -46,10 +47,10 @@ def vl():
 @pytest.fixture
 def mine(tmp_path) -> str:
     """README's file, written as it stands there."""
-    section = README.read_text().split("## Your own method or benchmark")[1].split("\n## ")[0]
-    (block,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(block.splitlines()) <= 20
-    (tmp_path / "mine.py").write_text(block)
+    section = README.read_text().split("## Your own method, benchmark")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2 and all(len(block.splitlines()) <= 20 for block in blocks)
+    (tmp_path / "mine.py").write_text("\n".join(blocks))
     return str(tmp_path / "mine.py")
 
 
@@ -124,6 +125,21 @@ def test_a_saved_encoder_with_a_mapping_of_ones_own_is_compared(tmp_path, vl):
     told = provenance(vl, found)
     assert told["encoder_fingerprint"] == encoder.fingerprint and told["recipe"] == "core"
     assert told["mapping"] == spec and told["num_tokens"] == 2
+
+
+def test_the_mapping_and_the_loss_of_the_readme_are_trained(mine, vl, tmp_path):
+    scenes = sample_scenes(24, seed=1)
+    images = np.stack([np.array(render(scene, i, vl.image_size)) for i, scene in enumerate(scenes)])
+    encoder = QueryEncoder.for_model(vl, mapping=f"{mine}:Corners")
+    settings = {"gcd_weight": 0.0, "lar_weight": 0.0, "warmup": 0, "validation": 4, "lr": 0.01}
+    config = DistillConfig(steps=12, batch_size=8, **settings)
+    history = distill(images, vl, encoder, config, loss=f"{mine}:near", progress=False)
+    assert np.mean(history.own[-3:]) < np.mean(history.own[:3])  # it falls
+    encoder.save(tmp_path / "saved")
+    loaded = QueryEncoder.load(tmp_path / "saved", vl, mapping=f"{mine}:Corners")
+    assert torch.equal(
+        loaded.sentences(images[:2]).tokens, encoder.eval().sentences(images[:2]).tokens
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ Every number comes with its protocol: `Result` holds both, and `report` prints b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,7 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.prompt import prompt_ids
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.embed import embed_files
+from isa_lite.retrieval.queries import Method
 from isa_lite.retrieval.results import provenance
 from isa_lite.support import plugins
 from isa_lite.support.checkpoint import write_text
@@ -134,23 +135,11 @@ def run(
     chosen = named(methods, isa)
     tasks: list[Task] = module.load(root, config.split, **config.options)
     _check_out(out, tasks)
-    prompt = (0, "{sentence}{modifier}")
-    protocol = dict(tasks[0].protocol)
-    if "isa" in chosen:
-        prompt = (encoder.config.num_tokens, config.template)
-        protocol["prompt"] = config.template
-    cut = sum(count_cut(task, vl, *prompt, config.truncate) for task in tasks)
-    protocol["modifiers cut to fit"] = str(cut)
-    for name, method in chosen.items():
-        if isinstance(method, Fusion):  # no other queries are at hand to choose it on
-            protocol[f"weight of {name}"] = f"{method.weight:g}, not fitted"
-
-    sets = [
-        task.embedded(
-            vl, embed_files(list(task.files.values()), vl, cache, dtype=config.dtype, **how)
-        )
-        for task in tasks
-    ]
+    protocol = _protocol(tasks, vl, chosen, config)
+    sets = []
+    for task in tasks:
+        files = list(task.files.values())
+        sets.append(task.embedded(vl, embed_files(files, vl, cache, dtype=config.dtype, **how)))
     found, written = {}, []
     for name, method in chosen.items():
         rankings = [
@@ -180,6 +169,22 @@ def run(
     if out is not None:
         write_text(Path(out) / "metrics.json", json.dumps(asdict(result), indent=1) + "\n")
     return result
+
+
+def _protocol(
+    tasks: Sequence[Task], vl: VLModel, methods: Mapping[str, Method], config: RunConfig
+) -> dict[str, str]:
+    """Every choice that changes the numbers. Raises ValueError for a modifier that does not fit."""
+    found, prompt = dict(tasks[0].protocol), (0, "{sentence}{modifier}")
+    if isa := methods.get("isa"):
+        prompt = (isa.encoder.config.num_tokens, config.template)
+        found["prompt"] = config.template
+    cut = sum(count_cut(task, vl, *prompt, config.truncate) for task in tasks)
+    found["modifiers cut to fit"] = str(cut)
+    for name, method in methods.items():
+        if isinstance(method, Fusion):  # no other queries are at hand to choose it on
+            found[f"weight of {name}"] = f"{method.weight:g}, not fitted"
+    return found
 
 
 def table(result: Result) -> pd.DataFrame:

@@ -40,6 +40,7 @@ DISTRIBUTION = {
     "open_clip": "open_clip_torch",
     "sklearn": "scikit-learn",
     "IPython": "ipython",
+    "skimage": "scikit-image",
 }
 DISTRIBUTION["faiss"] = "faiss-cpu"
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "bench": "speed and cost of queries, galleries and backbones",
     "pretrain": "train the VL model of rendered scenes that is shipped",
     "light_backbone": "train the backbone weights that are shipped",
+    "sprites": "make the drawings of the world of things from packages of open emoji",
     "cards": "measure the shipped models and write their cards",
 }
 

@@ -126,8 +126,7 @@ def distill(
     images: uint8 N x H x W x 3, an `ImageFolder`, or a sequence of PIL images. cache: folder of the
     targets. checkpoint: file of this run's state, written at the start, every `checkpoint_minutes`,
     at the end, and on Ctrl-C, which then is KeyboardInterrupt; if it exists, the run goes on from
-    there. loss: one of your own, or FILE.py:NAME, added to those that have a weight
-    (`plugins.Loss`).
+    there. loss: one of your own (`plugins.Loss`), added to those that have a weight.
 
     Several processes (`distributed`) call this with the same arguments and files, and end with the
     same weights. Raises ValueError where they cannot share a batch evenly, for too few images, and

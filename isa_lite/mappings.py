@@ -13,15 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isa_lite.models.attention import attend
-from isa_lite.token_learner import (
-    AdaptiveTokenLearner,
-    Sentence,
-    Shapes,
-    Spatial,
-    ToWords,
-    wide_mlp,
-)
+from isa_lite.models.attention import attend, wide_mlp
+from isa_lite.token_learner import AdaptiveTokenLearner, Sentence, Shapes, Spatial, ToWords
 
 
 def pooled(words: Tensor, features: Tensor, reads: bool) -> Sentence:

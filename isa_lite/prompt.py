@@ -120,8 +120,6 @@ def read_sentences(
     return query, read, places[:local]
 
 
-def sentence_embeddings(
-    vl: VLModel, tokens: Tensor, template: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def sentence_embeddings(vl: VLModel, tokens: Tensor, template: str) -> tuple[Tensor, ...]:
     """`read_sentences` with a fresh prompt, and LAR on all B of them."""
     return read_sentences(vl, tokens, Prompt.of(vl, tokens.shape[1], template), len(tokens))

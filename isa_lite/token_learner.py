@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isa_lite.models.attention import attend
+from isa_lite.models.attention import attend, wide_mlp
 
 
 class Sentence(NamedTuple):
@@ -59,10 +59,6 @@ class ToWords(nn.Module):
         if self.norm is None:
             return words
         return F.normalize(words, dim=-1) * self.norm * 2 ** torch.tanh(self.stretch(x))
-
-
-def wide_mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
 class Block(nn.Module):

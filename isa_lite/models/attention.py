@@ -40,3 +40,8 @@ def attend(
     if seen is not None:
         logits = logits.masked_fill(~seen, float("-inf"))
     return out, logits.softmax(-1).mean(1)
+
+
+def wide_mlp(width: int) -> nn.Sequential:
+    """What follows attention in a block: ... x width -> the same."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))

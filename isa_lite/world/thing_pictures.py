@@ -95,7 +95,7 @@ def shadow(noun: str, style: str, side: int, blur: float) -> tuple[Image.Image, 
     pad = math.ceil(2.5 * blur)
     wide = Image.new("L", (alpha.width + 2 * pad, alpha.height + 2 * pad))
     wide.paste(alpha, (pad, pad))
-    return wide.filter(ImageFilter.GaussianBlur(blur)).point(lambda a: a * 0.6), pad
+    return wide.filter(ImageFilter.GaussianBlur(blur)).point(lambda a: a * 0.7), pad
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _water(rng):
         abs(np.sin(math.pi * (n * y + 0.3 * n * x * (-1) ** n + 0.8 * _noise(rng, 7, 7))))
         for n in (5, 8)
     )
-    return _blend((64, 152, 186), (156, 220, 232), 0.28 + 0.62 * (1 - waves / 2) ** 2)
+    return _blend((92, 174, 204), (178, 230, 240), 0.28 + 0.62 * (1 - waves / 2) ** 2)
 
 
 def _night(rng):
@@ -189,9 +189,9 @@ _GROUNDS = {
     "water": _water,
     "night": _night,
     "blanket": _blanket,
-    "brick": lambda rng: _blend((166, 104, 86), (226, 172, 148), _photo(rng, "brick", 0.2).T),
-    "grass": lambda rng: _blend((88, 138, 66), (170, 206, 116), _photo(rng, "grass", 0.2)),
-    "gravel": lambda rng: _blend((122, 124, 130), (206, 206, 204), _photo(rng, "gravel", 0.2)),
+    "brick": lambda rng: _blend((186, 122, 102), (236, 190, 168), _photo(rng, "brick", 0.2).T),
+    "grass": lambda rng: _blend((116, 162, 84), (188, 220, 136), _photo(rng, "grass", 0.17)),
+    "gravel": lambda rng: _blend((150, 151, 156), (222, 221, 218), _photo(rng, "gravel", 0.17)),
 }
 BACKGROUNDS = tuple(_GROUNDS)
 

@@ -67,7 +67,7 @@ class Distillation:
             gcd = gcd_loss(query, own, config.temperature, others)
             loss = config.gcd_weight * self.noted("gcd", gcd)
             if n:
-                hardest = self.train[drawn][hardest_other(query @ own.T).cpu()]  # B
+                hardest = drawn[hardest_other(query @ own.T).cpu()]  # B rows of the bank
                 loss = loss + config.lar_weight * self.lar(context, places, rows[:n], hardest)
             if self.loss:
                 extra = self.loss(query, own, others, distributed.gather(tokens))
@@ -88,9 +88,9 @@ class Distillation:
         tokens = self.encoder.mapping(features).tokens
         return blur(tokens, self.config.word_noise, step, self.config.seed)
 
-    def lar(self, context: Tensor, places: Tensor, rows: np.ndarray, hardest: np.ndarray) -> Tensor:
+    def lar(self, context: Tensor, places: Tensor, rows: np.ndarray, hardest: Tensor) -> Tensor:
         """LAR of n sentences, n x T x width; hardest: of all B images, the most similar other."""
-        others = distributed.part(hardest)[: len(rows)]
+        others = self.train[distributed.part(hardest)[: len(rows)].numpy()]  # n
         given = context, places, self.patches, rows, others, self.config.temperature
         loss, value, matched = lar_loss(self.vl, *given)
         self.history.lar.append(value)

@@ -45,10 +45,11 @@ def parted(count: int, config: DistillConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(shuffled[: config.validation]), np.sort(shuffled[config.validation :])
 
 
-def batch_and_others(count: int, config: DistillConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
+def batch_and_others(count: int, config: DistillConfig, step: int) -> tuple[Tensor, Tensor]:
     """The items of one step of a distillation, B of `count`, and M further ones as negatives."""
     batch = batch_indices(count, config.batch_size, step, config.seed)
-    return batch, other_indices(count, batch, config.negatives, step, config.seed)
+    others = other_indices(count, batch, config.negatives, step, config.seed)
+    return torch.from_numpy(batch), torch.from_numpy(others)
 
 
 class Batches(Sequence):

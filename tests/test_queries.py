@@ -26,6 +26,7 @@ from isa_lite.retrieval.metrics import (
 )
 from isa_lite.retrieval.rendered import groups, make_benchmark
 from isa_lite.retrieval.results import RECALLS, of_run, read_alike
+from isa_lite.world import load_world, scenes
 
 BENCH = make_benchmark(queries=60, gallery=300, seed=3, size=16)
 
@@ -207,16 +208,12 @@ def test_the_benchmark_is_what_it_says():
         reference, target, *others = b.scenes[4 * q : 4 * q + 4]
         assert len({reference, target, *others}) == 4
         assert b.held_out[q] == any(
-            (o.shape, o.color) in rendered.scenes.HELD_OUT
-            for s in (reference, target)
-            for o in s.objects
+            (o.shape, o.color) in scenes.HELD_OUT for s in (reference, target) for o in s.objects
         )
     assert 0 < b.held_out.sum() < 60
     assert (b.labels[b.reference] != b.labels[b.target]).all()
     for i in range(0, 300, 7):
-        assert np.array_equal(
-            b.images[i], rendered.scenes.render(b.scenes[i], int(b.jitter[i]), 16)
-        )
+        assert np.array_equal(b.images[i], scenes.render(b.scenes[i], int(b.jitter[i]), 16))
 
 
 def test_the_target_of_a_query_shows_the_changes_that_its_kinds_name():
@@ -240,8 +237,8 @@ def test_the_target_of_a_query_shows_the_changes_that_its_kinds_name():
 
 
 def test_equal_scenes_have_equal_labels(monkeypatch):
-    few = rendered.scenes.sample_scenes(5, 0)
-    monkeypatch.setattr(rendered.scenes, "sample_scene", lambda rng, held_out: few[rng.integers(5)])
+    few = scenes.sample_scenes(5, 0)
+    monkeypatch.setattr(scenes, "sample_scene", lambda rng, held_out: few[rng.integers(5)])
     b = make_benchmark(queries=20, gallery=100, size=8)
     i, j = np.triu_indices(100, 1)
     equal = np.array([b.scenes[m] == b.scenes[n] for m, n in zip(i, j, strict=True)])
@@ -276,13 +273,13 @@ def test_an_equal_scene_is_a_hit_in_the_benchmark():
 
 def test_groups_divide_the_queries():
     found = groups(BENCH)
-    kinds = [found[k] for k in (*rendered.KINDS, "two changes")]
+    kinds = [found[k] for k in (*scenes.KINDS, "two changes")]
     assert (
         (np.sum(kinds, 0) == 1).all()
         and (found["seen pairs"] ^ found["held-out pairs"]).all()
         and found["all"].all()
     )
-    for kind in rendered.KINDS:
+    for kind in scenes.KINDS:
         assert all(BENCH.kinds[i] == (kind,) for i in np.flatnonzero(found[kind]))
     assert all(len(BENCH.kinds[i]) == 2 for i in np.flatnonzero(found["two changes"]))
     assert np.array_equal(found["held-out pairs"], BENCH.held_out)
@@ -516,3 +513,16 @@ def test_a_damaged_file_is_named_and_nothing_is_printed(
         and shown.out == ""
         and not Path("all.json").exists()
     )
+
+
+def test_a_benchmark_of_things_is_made_as_one_of_shapes():
+    bench, world = make_benchmark(6, 30, seed=2, size=32, world="things"), load_world("things")
+    assert bench.images.shape == (30, 32, 32, 3)
+    for q, (r, t) in enumerate(zip(bench.reference, bench.target, strict=True)):
+        picture = world.render(bench.scenes[t], int(bench.jitter[t]), 32)
+        assert np.array_equal(bench.images[t], picture)
+        assert bench.targets[q][0] == t and bench.scenes[r] != bench.scenes[t]
+    assert set(groups(bench)) >= set(world.KINDS)
+    assert len(bench.captions(bench.reference)) == 6
+    with pytest.raises(ValueError, match="world.*'letters'"):
+        make_benchmark(6, 30, world="letters")

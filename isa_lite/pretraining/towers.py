@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -38,7 +39,8 @@ from isa_lite.support.precision import mixed, with_dtype
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import PretrainConfig
 from isa_lite.support.training import fit
-from isa_lite.world import scenes
+from isa_lite.world import load_world
+from isa_lite.world.scenes import pick
 
 POSITION_STD = 0.5
 REMOVED = 0.2  # of the edits of scenes with several objects
@@ -59,7 +61,7 @@ PREPROCESS_CFG |= {"interpolation": "bicubic", "resize_mode": "shortest"}
 # data
 
 
-def _kinds(scene: scenes.Scene, rng: np.random.Generator) -> tuple[str, ...] | None:
+def _kinds(scene: Any, rng: np.random.Generator) -> tuple[str, ...] | None:
     """Kinds of the next edit, None for chance; removing, which is hard, comes more often."""
     return ("remove",) if len(scene.objects) > 1 and rng.random() < REMOVED else None
 
@@ -68,7 +70,7 @@ class SceneBatches(Dataset):
     """Batch number `i`: uint8 images B x S x S x 3, captions, and which image each caption belongs
     to.
 
-    Never a held-out shape-colour pair. Batch `start + i` depends on the seed, the purpose (1
+    Never a held-out pair. Batch `start + i` depends on the seed, the purpose (1
     towers, 3 matching encoder, 9 measuring) and its number alone, so a run can resume.
     """
 
@@ -79,7 +81,7 @@ class SceneBatches(Dataset):
         return self.stop - self.start
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, list[str], list[int]]:
-        c = self.config
+        c, scenes = self.config, load_world(self.config.world)
         rng = np.random.default_rng((c.seed, self.purpose, self.start + i))
         images, texts, owner = [], [], []
         for _ in range(c.families):
@@ -89,12 +91,12 @@ class SceneBatches(Dataset):
                 kinds = _kinds(base, rng) if len(family) > 1 else ("move",)
                 edited, change = scenes.modify(base, rng, kinds)
                 family.setdefault(edited, change)
-            family.setdefault(scenes.confuse(scenes.pick(rng, list(family)), rng), None)
+            family.setdefault(scenes.confuse(pick(rng, list(family)), rng), None)
             for scene, change in family.items():
                 texts.append(scenes.caption(scene, rng))
                 owner.append(len(images))
                 if change is not None and (c.change == 1 or rng.random() < c.change):
-                    joiner = scenes.pick(rng, (", ", ", ", " ", ", but ", ". "))
+                    joiner = pick(rng, (", ", ", ", " ", ", but ", ". "))
                     texts.append(scenes.caption(base, rng) + joiner + change.text)
                     owner.append(len(images))
                 images.append(scene)
@@ -107,8 +109,9 @@ class SceneBatches(Dataset):
         return scenes.render_many(images, jitter, c.image_size), texts, owner
 
 
-def scene_texts(seed: int) -> list[str]:
+def scene_texts(seed: int, world: str = "shapes") -> list[str]:
     """Captions and edits of 4000 scenes: every word that `SceneBatches` may say."""
+    scenes = load_world(world)
     rng = np.random.default_rng((seed, 2))
     texts = []
     for _ in range(4000):
@@ -261,7 +264,7 @@ def train_towers(
     source: batches of other images than scenes; texts: then all that their captions may say.
     """
     source = source or partial(SceneBatches, config)
-    texts = scene_texts(config.seed) if texts is None else texts
+    texts = scene_texts(config.seed, config.world) if texts is None else texts
     config = with_dtype(config, checkpoint)
     vl = fresh_model(config)
     vl.clip.train().requires_grad_(True)

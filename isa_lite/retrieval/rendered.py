@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,9 +10,8 @@ import pandas as pd
 
 from isa_lite.retrieval.metrics import cell
 from isa_lite.retrieval.queries import Queries
-from isa_lite.support.parameters import checked, scene_count, whole
-from isa_lite.world import scenes
-from isa_lite.world.scenes import KINDS, Scene
+from isa_lite.support.parameters import checked, optional, scene_count, whole
+from isa_lite.world import load_world
 
 
 @dataclass(kw_only=True)
@@ -23,10 +22,12 @@ class Benchmark(Queries):
     images: G x S x S x 3 uint8; scenes, jitter: what they show, and their rendering seeds; labels:
     G integers, equal for equal scenes, all of which are right answers. target: of each query, the
     image that was rendered as its answer. kinds[i] names the one or two changes of query i;
-    held_out[i]: its reference or target shows a shape-colour pair that no training has seen.
+    held_out[i]: its reference or target shows a pair that no training has seen. world: its name
+    (`isa_lite.world`).
     """
 
-    scenes: list[Scene]
+    world: str
+    scenes: list[Hashable]
     jitter: np.ndarray
     labels: np.ndarray
     target: np.ndarray
@@ -44,7 +45,7 @@ class Benchmark(Queries):
     def captions(self, rows: Sequence[int], seed: int = 0) -> list[str]:
         """A full caption of each of these images, drawn from the seed."""
         rng = np.random.default_rng((seed, 8))
-        return [scenes.caption(self.scenes[i], rng) for i in rows]
+        return [load_world(self.world).caption(self.scenes[i], rng) for i in rows]
 
 
 def check_gallery(queries: int, gallery: int) -> None:
@@ -58,25 +59,35 @@ def check_gallery(queries: int, gallery: int) -> None:
         )
 
 
-@checked(queries=scene_count(1, each=4), gallery=scene_count(1), seed=whole(0), size=whole(8, 4096))
+@checked(
+    queries=scene_count(1, each=4),
+    gallery=scene_count(1),
+    seed=whole(0),
+    size=optional(whole(8, 4096)),
+)
 def make_benchmark(
-    queries: int = 1000, gallery: int = 5000, seed: int = 0, size: int = scenes.IMAGE_SIZE
+    queries: int = 1000,
+    gallery: int = 5000,
+    seed: int = 0,
+    size: int | None = None,
+    world: str = "shapes",
 ) -> Benchmark:
     """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs
-    are allowed here).
+    are allowed here). size: pixels on a side; None: the world's own.
 
     The gallery holds, for each query, its reference, its target and two hard negatives (the
     reference after *other* changes), and is filled up to `gallery` with random scenes. Raises
     ValueError where that is more than `gallery`.
     """
     check_gallery(queries, gallery)
+    scenes = load_world(world)
     rng = np.random.default_rng((seed, 5))
-    shown: list[Scene] = []
+    shown: list[Hashable] = []
     texts, kinds = [], []
     for _ in range(queries):
         base = scenes.sample_scene(rng, held_out=True)
         wanted, change = scenes.modify(base, rng, held_out=True)
-        others: list[Scene] = []
+        others: list[Hashable] = []
         while len(others) < 2:
             other = scenes.modify(base, rng, held_out=True)[0]
             if other not in (wanted, *others):
@@ -90,9 +101,10 @@ def make_benchmark(
     reference = 4 * np.arange(queries)
     unseen = np.array([scene.held_out for scene in shown])
     return Benchmark(
-        images=scenes.render_many(shown, jitter, size),
+        images=scenes.render_many(shown, jitter, size or scenes.IMAGE_SIZE),
         reference=reference,
         texts=texts,
+        world=world,
         scenes=shown,
         jitter=jitter,
         labels=np.array([number[scene] for scene in shown]),
@@ -106,7 +118,8 @@ def groups(bench: Benchmark) -> dict[str, np.ndarray]:
     """Named subsets of the queries as B bool: all, each kind alone, two changes at once, seen and
     held-out pairs.
     """
-    kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in KINDS}
+    alone = load_world(bench.world).KINDS
+    kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in alone}
     two = {"two changes": np.array([len(k) == 2 for k in bench.kinds])}
     return (
         {"all": np.ones(len(bench), bool)}

@@ -56,6 +56,8 @@ SPLITS = {
     "cirr": ("train", "val", "test1"),
     "circo": ("val", "test"),
 }
+#: The rendered worlds (`isa_lite.world`).
+WORLDS = ("shapes", "things")
 #: Ways to compose that the benchmarks know: those of a run that names none, and late fusion.
 METHODS = ("isa", "image + text", "text only", "image only")
 FUSED = ("weighted sum", "spherical interpolation", "product of similarities")
@@ -248,6 +250,7 @@ class PretrainConfig:
     vision_layers: blocks in each stage of a ModifiedResNet, CLIP's convolutional tower.
     """
 
+    world: str = setting("shapes", "what is rendered: shapes or things")
     steps: int = setting(2400, "training steps of the towers")
     matching_steps: int = setting(600, "training steps of the matching encoder")
     families: int = setting(20, "families of five related scenes in a batch")
@@ -279,7 +282,12 @@ class PretrainConfig:
     def __post_init__(self):
         shares = dict.fromkeys(("partial", "change"), number(0, most=1))
         check_settings(
-            self, **_PRETRAINING, **shares, families=whole(0, 10_000), singles=whole(0, 10_000)
+            self,
+            **_PRETRAINING,
+            **shares,
+            world=text(*WORLDS),
+            families=whole(0, 10_000),
+            singles=whole(0, 10_000),
         )
         if 5 * self.families + self.singles < 2:
             raise ValueError(

@@ -1,5 +1,4 @@
-"""The public benchmarks of composed image retrieval, from the files on disk to the numbers and the
-submission files.
+"""The public benchmarks of composed image retrieval: from files to numbers and submissions.
 
 FashionIQ, CIRR and CIRCO each have their layout, gallery, protocol and metrics; `fashioniq`, `cirr`
 and `circo` hold what differs, `common` what they share, `run` puts them together, `tiny` writes

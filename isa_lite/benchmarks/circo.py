@@ -1,13 +1,11 @@
-"""CIRCO (Baldrati et al., ICCV 2023): several right answers a query, among all unlabeled
-photographs of COCO 2017.
+"""CIRCO (Baldrati et al., ICCV 2023): several right answers a query, in COCO 2017's unlabeled set.
 
 Layout: `annotations/{split}.json`, `COCO2017_unlabeled/annotations/image_info_unlabeled2017.json`,
 `COCO2017_unlabeled/unlabeled2017/*.jpg`.
 
 The gallery is every image of the info file, the reference included. mAP counts all right answers,
-Recall only the first annotated one. Adding `shared_concept` to the modifier tells the model what
-the two images have in common, which changes the numbers a lot: it is off unless asked for, and
-`Task.protocol` says so.
+Recall only the first annotated one. `shared_concept` before the modifier says what the two images
+have in common, which changes the numbers a lot: it is off by default, and `Task.protocol` says so.
 """
 
 from __future__ import annotations
@@ -49,9 +47,7 @@ _LAYOUT = (
 def load(
     root: str | Path, split: str = "val", shared_concept: bool = False, partial: bool = False
 ) -> list[Task]:
-    """The task of a split, as a list of one; shared_concept: put it before each modifier, with a
-    comma.
-    """
+    """The task of a split, as a list of one; shared_concept: put it before each modifier."""
     one_of("CIRCO's split", split, SPLITS)
     queries = _queries(Path(root), split, shared_concept)
     folder = Path(root) / "COCO2017_unlabeled" / "unlabeled2017"
@@ -134,8 +130,7 @@ def _gallery(root: Path, folder: Path) -> dict[int, Path | None]:
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
-    """mAP@5, 10, 25, 50 over all right answers, Recall@K of the annotated target, and mAP@10 of
-    each aspect, in percent.
+    """In percent: mAP@K over all right answers, Recall@K of the annotated one, mAP@10 by aspect.
 
     The first annotation files had no aspects; with such a file there are none here.
     """

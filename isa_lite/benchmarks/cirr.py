@@ -1,5 +1,4 @@
-"""CIRR (Liu et al., ICCV 2021): open-domain photographs, and for each query a subset of six
-look-alikes.
+"""CIRR (Liu et al., ICCV 2021): open-domain photographs, and a subset of six alike for each query.
 
 Layout: `cirr/captions/cap.rc2.{split}.json`, `cirr/image_splits/split.rc2.{split}.json` (each
 image's name and its path; those of the split val lie in `dev/`), the images below the same root,
@@ -43,9 +42,7 @@ _LAYOUT = (
 
 
 def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Task]:
-    """The task of a split, as a list of one. `root` is the folder around `cirr/`, or that folder
-    itself.
-    """
+    """The task of a split, as a list of one. `root` holds `cirr/`, or is that folder itself."""
     one_of("CIRR's split", split, SPLITS)
     root = Path(root)
     annotations = root / "cirr" if (root / "cirr").is_dir() else root
@@ -92,9 +89,7 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
 
 
 def _check_path(path: object, what: str) -> None:
-    """Raises ValueError for a path that leads out of the folder of the benchmark, on any system, or
-    that is none.
-    """
+    """Raises ValueError for what is no path, or leads out of the benchmark's folder anywhere."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise ValueError(f"{what} is {path!r}, and no path")
     for kind in (PurePosixPath(path), PureWindowsPath(path)):
@@ -115,9 +110,7 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
 def write_submissions(
     folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
 ) -> list[Path]:
-    """`cirr.{split}.recall.json` (the 50 best names a query) and `cirr.{split}.recall_subset.json`
-    (the 3 best of its subset).
-    """
+    """`cirr.{split}.recall.json`: 50 names a query; `..._subset.json`: 3 of its subset."""
     (task,), (ranking,) = tasks, rankings
     written = []
     for metric, rows, k in (("recall", ranking.top, 50), ("recall_subset", ranking.subset, 3)):
@@ -132,9 +125,7 @@ def write_submissions(
 
 
 def check_submission(path: str | Path, task: Task) -> list[str]:
-    """What is wrong with a submission file: sentences, none if it is good. Which of the two it is
-    says its `metric`.
-    """
+    """What is wrong with a submission file, told apart by its `metric`: sentences, none if good."""
     content = read_submission(Path(path))
     if not isinstance(content, dict):
         return ["the file is no object with a list for each pairid"]

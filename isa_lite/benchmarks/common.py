@@ -1,5 +1,4 @@
-"""What the three public benchmarks share: a task on disk, a ranking of its gallery, and the metrics
-of a ranking.
+"""What the three public benchmarks share: a task on disk, a ranking of its gallery, the metrics.
 
 A metric is computed from ranked ids, which is also what a submission file holds: the numbers on a
 validation split are those that a test server would compute from the file.
@@ -34,8 +33,7 @@ class Query:
 
     texts: the modifier; several, if the protocol averages the embeddings of several. targets: the
     right answers, the annotated target first; none in a test split. subset: CIRR's candidates.
-    aspects: CIRCO's semantic aspects.
-    entry: the record of the annotation file.
+    aspects: CIRCO's semantic aspects. entry: the record of the annotation file.
     """
 
     id: str
@@ -77,9 +75,7 @@ class Task:
         return all(q.targets for q in self.queries)
 
     def embedded(self, vl: VLModel | None, gallery: Tensor) -> Queries:
-        """The queries by their places in the gallery, ready for methods. gallery: N x E, in the
-        order of `files`, L2-normalised.
-        """
+        """The queries by their places in the gallery, N x E, L2-normalised, in `files`' order."""
         place = {name: i for i, name in enumerate(self.files)}
         reference = np.array([place[q.reference] for q in self.queries])
         return Queries(
@@ -96,9 +92,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Ranking:
-    """For each query the best ids of the gallery, and its subset candidates in order; best
-    first.
-    """
+    """For each query the best ids of the gallery, and its subset candidates; best first."""
 
     top: list[list[Id]]
     subset: list[list[Id]]
@@ -109,9 +103,7 @@ class Ranking:
 
 
 def read_json(root: Path, relative: str, layout: str):
-    """A JSON file below `root`. FileNotFoundError or ValueError name it; `layout` says what should
-    lie there.
-    """
+    """A JSON file below `root`, laid out as `layout` says. Raises FileNotFoundError, ValueError."""
     path = root / relative
     if not path.is_file():
         raise FileNotFoundError(f"there is no {relative} in the folder {root.absolute()}; {layout}")
@@ -121,9 +113,7 @@ def read_json(root: Path, relative: str, layout: str):
 def entries(
     records: Sequence[Mapping], keys: Sequence[str], where: str
 ) -> Iterator[tuple[Mapping, ...]]:
-    """Of each record itself and the values of `keys`. ValueError names a record that lacks one, or
-    a file without a list.
-    """
+    """Each record with its values of `keys`. Raises ValueError for no list, or for one lacking."""
     if (
         not isinstance(records, list)
         or not records
@@ -141,9 +131,7 @@ def entries(
 
 
 def check_ids(values: Iterable[object], kind: type, where: str) -> None:
-    """Raises ValueError, with `where`, for an image id that is not of the kind (str or int) that
-    this benchmark's ids have.
-    """
+    """Raises ValueError, with `where`, for an image id that is not of the kind, str or int."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kind) or value == "":
             wanted = "a name, a text" if kind is str else "a whole number"
@@ -175,9 +163,7 @@ def is_picture(path: Path) -> bool:
 
 
 def find_picture(places: Iterable[Path], name: str) -> Path | None:
-    """The first file that is not empty among those called `name` in `places`, else one of that name
-    with another ending.
-    """
+    """The first file of that name in `places` that is not empty, else with another ending."""
     places = list(places)
     if exact := next((p for place in places if is_picture(p := place / name)), None):
         return exact
@@ -187,11 +173,7 @@ def find_picture(places: Iterable[Path], name: str) -> Path | None:
 
 
 def by_stem(folder: Path) -> dict[str, Path]:
-    """The images in `folder` by their names without ending (of several, the one whose ending comes
-    first in `ENDINGS`).
-
-    Empty files are left out.
-    """
+    """Files in `folder` that are not empty, by name without ending (the first of `ENDINGS`)."""
     found = (
         [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and is_picture(p)]
         if folder.is_dir()
@@ -328,8 +310,7 @@ def recall_at(k: int, ranked: Sequence[Sequence[Id]], targets: Sequence[Id]) -> 
 
 
 def average_precision_at(k: int, ranked: Sequence[Id], relevant: Iterable[Id]) -> float:
-    """AP@K between 0 and 1: the sum of the precision at the place of each hit, divided by
-    min(number of relevant, k).
+    """AP@K, 0 to 1: the sum of the precision at each hit's place, over min(number of relevant, k).
 
     Hits at places 1 and 3 out of two relevant: (1/1 + 2/3) / 2.
 

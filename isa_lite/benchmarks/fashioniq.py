@@ -1,13 +1,11 @@
-"""FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query, and two
-galleries in use.
+"""FashionIQ (Wu et al., CVPR 2021): three categories of clothes, two captions a query.
 
 Layout: `captions/cap.{category}.{split}.json`, `image_splits/split.{category}.{split}.json`,
 `images/{name}.png` or `.jpg` (`.webp` and other usual endings as well), or in `images/{category}/`.
 
 Two things change the numbers and are named in `Task.protocol`. The gallery is either the category's
 *split* file, or only the images of its *triplets* (also called the VAL split), about half as many:
-recalls of the two do not compare. And the two captions are joined in both orders, whose embeddings
-are averaged, or in one.
+recalls of the two do not compare. The two captions are joined in one order, or averaged over both.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ _LAYOUT = "FashionIQ lies there as captions/, image_splits/ and images/"
 
 
 def joined(captions: Sequence[str], order: str = CAPTIONS[0]) -> tuple[str, ...]:
-    """The texts of a query, from its captions without marks at their ends; an empty caption adds
-    nothing.
+    """The texts of a query, from its captions without marks at their ends; an empty one adds none.
 
     >>> joined(["is red.", "has no sleeves"])
     ('is red and has no sleeves', 'has no sleeves and is red')
@@ -64,9 +61,7 @@ def load(
     captions: str = "both orders",
     partial: bool = False,
 ) -> list[Task]:
-    """The tasks of the three categories. Raises FileNotFoundError or ValueError naming the file;
-    partial: see `checked_task`.
-    """
+    """The categories' tasks; partial: see `checked_task`. Raises FileNotFoundError, ValueError."""
     one_of("FashionIQ's split", split, SPLITS)
     one_of("gallery", gallery, GALLERIES)
     one_of("captions", captions, CAPTIONS)
@@ -155,9 +150,7 @@ def _queries(root: Path, category: str, split: str, captions: str) -> list[Query
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:
-    """R@10 and R@50 in percent for each category, and their means, in which each category counts
-    the same.
-    """
+    """R@10 and R@50 in percent of each category, and their means over the categories."""
     found = {
         f"{task.name} R@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries])
         for task, ranking in zip(tasks, rankings, strict=True)
@@ -171,9 +164,7 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
 def write_submissions(
     folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
 ) -> list[Path]:
-    """`{category}.{split}.pred.json`, each the annotations' entries with the 50 best names as
-    `ranking`.
-    """
+    """`{category}.{split}.pred.json`: the annotations' entries, each with 50 names as `ranking`."""
     return [
         write_submission(
             Path(folder) / f"{task.name}.{task.split}.pred.json",

@@ -13,9 +13,7 @@ KS = (1, 5, 10, 50)
 
 
 class OwnBenchmark:
-    """What `run` takes for a benchmark, made of a function: `read(root, split)` -> a `Task`, or a
-    list of them.
-    """
+    """What `run` takes for a benchmark, from `read(root, split)` -> a `Task` or a list of them."""
 
     def __init__(self, read: Callable[..., Task | list[Task]]):
         self.read = read

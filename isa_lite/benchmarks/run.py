@@ -1,5 +1,4 @@
-"""From a benchmark on disk to numbers and submission files: `run`. The galleries are embedded once
-and kept in a cache.
+"""From a benchmark on disk to numbers and submission files: `run`. Embeddings are cached.
 
     vl = load_vl_model("ViT-L-14", "openai")
     encoder = QueryEncoder.load("runs/02_distillation", vl)
@@ -60,9 +59,7 @@ class Result:
 
 
 def count_cut(task: Task, vl: VLModel, num_tokens: int, template: str, truncate: bool) -> int:
-    """How many texts do not fit the text tower beside `num_tokens` pseudo-words. ValueError for
-    one, unless it may be cut.
-    """
+    """How many texts do not fit beside `num_tokens` words; ValueError for one unless `truncate`."""
     check_template(template)
     cut = 0
     for query in task.queries:
@@ -120,8 +117,7 @@ def run(
     cache: str | Path | None = None,
     data: str = "",
 ) -> Result:
-    """Every method on one split, with its metrics where the split has answers, and submission files
-    where it has none.
+    """Every method on one split: its metrics, or submission files where the split has no answers.
 
     benchmark: one of `BENCHMARKS`, or FILE.py:NAME (`own.OwnBenchmark`); methods: see
     `named.named`. out: folder of metrics.json and the submission files; cache: of the galleries'
@@ -193,9 +189,7 @@ def table(result: Result) -> pd.DataFrame:
 
 
 def report(result: Result) -> str:
-    """The table with everything beside it that a reader needs to compare it: data, model, protocol,
-    notes.
-    """
+    """The table, with what makes it comparable: data, model, protocol, notes."""
     sizes = ", ".join(
         f"{name} {n} queries / {result.gallery[name]} images" for name, n in result.queries.items()
     )

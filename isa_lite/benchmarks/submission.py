@@ -1,6 +1,4 @@
-"""Submission files for the test servers: written only if our own check finds nothing wrong with
-them.
-"""
+"""Submission files for the test servers: written only if our own check finds no fault."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from isa_lite.support.checkpoint import write_text
 def write_submission(
     path: Path, content: object, check: Callable[[Path, Task], list[str]], task: Task
 ) -> Path:
-    """Content as JSON to `path`, if `check` finds nothing wrong with the file; else ValueError, and
-    no file is left.
-    """
+    """Content as JSON to `path` if `check` finds no fault; else ValueError, and no file is left."""
     if task.left_out:
         raise ValueError(
             f"{path.name} would be rejected: {task.left_out} queries lack their images and were"
@@ -35,18 +31,14 @@ def write_submission(
 
 
 def read_submission(path: Path) -> object:
-    """The JSON of a submission file. Raises FileNotFoundError, or ValueError where it is not
-    JSON.
-    """
+    """A submission file's JSON. Raises FileNotFoundError, or ValueError where it is not JSON."""
     return read_json(path.parent, path.name, "give a submission file")
 
 
 def check_lists(
     lists: Mapping[str, object], k: int, task: Task, candidates: Callable[[Query], Set]
 ) -> list[str]:
-    """What is wrong with the lists of k ids by query id that answer `task`: a sentence a kind of
-    fault, none if all is well.
-    """
+    """Faults of the lists of k ids by query id that answer `task`: a sentence each, or none."""
     known = {q.id for q in task.queries}
     lacking, extra = (
         [q.id for q in task.queries if q.id not in lists],

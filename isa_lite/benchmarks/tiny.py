@@ -1,9 +1,7 @@
-"""Small trees in the official layouts out of rendered scenes, to try everything without the
-photographs.
+"""Small trees in the official layouts, of rendered scenes, to try everything without photographs.
 
 `write_tiny("cirr", "runs/tiny/cirr")` writes annotations and images as the benchmark's own archive
-holds them, with its peculiarities. It is not the benchmark: no number on it says anything about
-photographs.
+holds them, with its peculiarities. No number on it says anything about photographs.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ def write_tiny(
     """A tree of a benchmark's validation and test split (FashionIQ: of each category) below `root`,
     from a seed; returns `root`.
 
-    Raises ValueError for fewer than 2 queries: one of them has a peculiarity. Files of an earlier
-    call are written over.
+    Files of an earlier call are written over. Raises ValueError for fewer than 2 queries.
     """
     one_of("benchmark", benchmark, tuple(_WRITERS))
     root = Path(root)
@@ -69,9 +66,7 @@ def _picture(path: Path, scene: Scene, rng: np.random.Generator, size: int) -> N
 def _changed(
     base: Scene, rng: np.random.Generator, count: int, kinds: tuple[str, ...] | None = None
 ) -> list[tuple[Scene, Modification]]:
-    """`count` different scenes that are one modification away from `base`; the first by `kinds`, if
-    given.
-    """
+    """`count` different scenes, one change away from `base` each; the first one by `kinds`."""
     found: list[tuple[Scene, Modification]] = []
     while len(found) < count:
         scene, change = scenes.modify(base, rng, None if found else kinds)
@@ -81,9 +76,7 @@ def _changed(
 
 
 def _fashioniq(root: Path, queries: int, seed: int, size: int) -> None:
-    """Two captions a query (one change each); the split file lists more images than the triplets;
-    names shared by categories.
-    """
+    """Two captions a query, a change each; split files list more images; some names are shared."""
     for s, split in enumerate(("val", "test")):
         names: list[str] = []
         for c, category in enumerate(CATEGORIES):
@@ -128,9 +121,7 @@ def _category(
 
 
 def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
-    """Sets of six: the reference, and five scenes that are each one modification away from it.
-    Images below img_raw/.
-    """
+    """Sets of six below img_raw/: the reference, and five scenes one change away from it."""
     for s, split in enumerate(("val", "test1")):
         rng = np.random.default_rng((seed, s, 22))
         folder, paths, entries = "dev" if split == "val" else split, {}, []
@@ -168,8 +159,7 @@ def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
 
 
 def _circo(root: Path, queries: int, seed: int, size: int) -> None:
-    """One to four right answers (other renderings of the same scene), semantic aspects, and one
-    gallery for both splits.
+    """One to four right answers (renderings of one scene), semantic aspects, one gallery for both.
 
     A picture of another query that happens to show the scene is a right answer, too.
     """

@@ -151,9 +151,7 @@ def _words(error: Exception) -> str:
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM (of `docker stop`, of a cluster's queue) is what Ctrl-C is:
-    KeyboardInterrupt.
-    """
+    """Inside, SIGTERM (of `docker stop`, of a queue) raises KeyboardInterrupt, as Ctrl-C does."""
     # only the main thread may set a handler
     if threading.current_thread() is not threading.main_thread():
         yield

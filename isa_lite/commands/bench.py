@@ -1,6 +1,4 @@
-"""Speed and cost. Every figure that matters is a ratio, with both sides measured in one run on one
-machine.
-"""
+"""Speed and cost. What matters are ratios, both sides measured in one run on one machine."""
 
 from __future__ import annotations
 

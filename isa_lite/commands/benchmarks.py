@@ -1,6 +1,4 @@
-"""Score methods on a public benchmark, or write the files for its test server, or check such
-files.
-"""
+"""Score methods on a public benchmark, or write or check the files for its test server."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Answer one query from exported files, without PyTorch: the best images of a gallery, with their
-cosines.
-"""
+"""Answer one query from exported files, without PyTorch: best images, with their cosines."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""ISA against every other method, over seeds: once for each query encoder given, and gathered into
-one file.
-"""
+"""ISA against every other method, over seeds, a query encoder each; gathered into one file."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Recall and search time as the gallery grows, up to a million images. Embedded shards are kept, so
-it goes on where it was.
-"""
+"""Recall and search time as the gallery grows, to a million images; run again, it goes on."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Train the VL model of rendered scenes, and export it. `python -m isa_lite cards` then measures it
-and writes its card.
-"""
+"""Train the VL model of rendered scenes, and export it; then `python -m isa_lite cards`."""
 
 from __future__ import annotations
 

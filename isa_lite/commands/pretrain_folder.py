@@ -1,6 +1,4 @@
-"""Train a small VL model on a folder of captioned images, and export it. The same line goes on with
-a run that was stopped.
-"""
+"""Train a small VL model on a folder of captioned images, and export it; run again, it goes on."""
 
 from __future__ import annotations
 

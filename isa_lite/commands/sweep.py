@@ -1,6 +1,4 @@
-"""Run the ablations: notebook 02 with one thing changed at a time. A sweep that was stopped goes on
-where it was.
-"""
+"""Run the ablations: notebook 02 with one thing changed at a time; run again, it goes on."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def gather(
     defaults: Mapping,
     stored: Sequence[Mapping] = (),
 ) -> dict:
-    """All finished runs as one record, an entry for each ablation's value and seed; what is not
-    finished under `missing`.
+    """All finished runs as one record, an entry a value and seed; the others under `missing`.
 
     stored: entries of an earlier record; those stay that are of other ablations or seeds, or of a
     VL model that is not here (no key). An ablation of which nothing but the default is finished has

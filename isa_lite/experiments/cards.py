@@ -52,8 +52,7 @@ def matching_accuracy(
 ) -> float:
     """Percent of captions whose own image the matching encoder puts above the hardest other.
 
-    families: with families of edits in the batch (most hardest others differ in one thing), or
-    unrelated scenes.
+    families: with families of edits in the batch (others differ in one thing); or unrelated scenes.
     """
     config = PretrainConfig(
         seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0

@@ -1,5 +1,4 @@
-"""ISA against every other method, over seeds: `python -m isa_lite compare --isa runs/long/0
-runs/long/1 runs/long/2`.
+"""ISA against every other method, over seeds: `python -m isa_lite compare --isa runs/0 runs/1`.
 
 For each folder with a query encoder (notebook 02 with `-p steps 800` writes one into its out_dir):
 the benchmark of its seed, late fusion with weights chosen on another benchmark, the one-word
@@ -114,9 +113,7 @@ def trainings(
 
 
 def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True) -> dict:
-    """Recall@K of every other method on the benchmark of `seed`, in percent, with the seconds that
-    each training took.
-    """
+    """Recall@K in percent of every other method on `seed`'s benchmark; seconds of training."""
     bench, chosen_on = benchmark(vl, seed, config), _chosen_on(vl, seed, config)
     fusions = {name: method.fit(chosen_on) for name, method in FITTED.items()}
     words, seconds = {}, {}
@@ -142,9 +139,7 @@ def fitted(method: Method, vl: VLModel, seed: int, config: CompareConfig) -> Met
 def encoders_by_seed(
     folders: Sequence[Path], vl: VLModel, config: CompareConfig, mapping: str | None = None
 ) -> dict[int, QueryEncoder]:
-    """The query encoders by the seed that each run names. Raises ValueError for a seed twice, or
-    another budget than config's.
-    """
+    """Query encoders by seed. Raises ValueError for a seed twice, or another budget."""
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl, mapping)
@@ -182,9 +177,7 @@ def kept_rivals(vl: VLModel, seed: int, config: CompareConfig, folder: Path) -> 
 def relative(
     runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: str = "symmetric isa"
 ) -> np.ndarray:
-    """Recall@K of `method` over that of `other`, a number a seed (paired), for the runs that have
-    both.
-    """
+    """Recall@K of `method` over `other`'s, a number a seed (paired), where both were run."""
     both = [run["methods"] for run in runs if method in run["methods"] and other in run["methods"]]
     return np.array(
         [methods[method][f"R@{k}"] / max(methods[other][f"R@{k}"], 1e-9) for methods in both]

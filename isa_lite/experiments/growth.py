@@ -1,8 +1,7 @@
 """Recall and search time as the gallery grows: `python -m isa_lite growth`.
 
-Distractors are rendered from a seed and embedded once, in shards that resume. A distractor may
-happen to show the very scene that a query asks for; then it is a hit, as everywhere in this
-project, and not a mistake.
+Distractors are rendered from a seed and embedded once, in shards that resume. A distractor that
+happens to show the very scene that a query asks for is a hit, as everywhere in this project.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ def growth_ranks(
 ) -> dict[str, np.ndarray]:
     """Ranks of queries (B x E) in a gallery (G x E) with `sizes` distractors: sizes x B.
 
-    shards: pairs of embeddings and scene keys, in order. As `metrics.score_ranks`: the best hit
-    counts, ties count against.
+    shards: pairs of embeddings and scene keys, in order. Ties and hits as in `score_ranks`.
     """
     everything = _joined(gallery, shards)
     own = [scene_key(scene) for scene in bench.scenes]

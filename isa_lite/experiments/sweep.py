@@ -5,9 +5,8 @@ Every run is notebook 02 by papermill, with one thing changed (`ablations`): the
 of tokens, the mapping network, norm matching, the temperature, the number of training images, the
 backbone, the prompt, or the captions that the VL model was trained on. A finished run has a result
 file in a folder named after its parameters and the VL model's weights, not after the commit; it is
-not run again. A run that was stopped goes on where it was. With `--add`, what the record has
-already is not run again either, though its folder is gone: so a sweep can take several days or
-machines. Ours.
+not run again. A run that was stopped goes on where it was. With `--add`, what the record has is not
+run again either, though its folder is gone: so a sweep can take several days or machines. Ours.
 """
 
 from __future__ import annotations
@@ -195,9 +194,7 @@ def _defaults(args: Namespace) -> dict:
 
 
 def _models(args: Namespace, runs: Sequence[Mapping], defaults: Mapping) -> dict[str, str]:
-    """The fingerprints of the VL models of the runs, as far as they are there or --pretrain makes
-    them.
-    """
+    """Fingerprints of the runs' VL models that are there, or that --pretrain makes."""
     names = dict.fromkeys(run["parameters"]["vl_model"] for run in runs)
     if WITHOUT_CHANGE in names and not Path(WITHOUT_CHANGE).is_dir():
         training = read_json(DATA / SCENES_CLIP / "training.json", TRAINED_BY, TRAINING)

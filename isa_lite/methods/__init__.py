@@ -1,3 +1,1 @@
-"""Other ways to compose a query, for comparison: baselines, ceilings, late fusion, one
-pseudo-word.
-"""
+"""Other ways to compose a query, for comparison: baselines, ceilings, late fusion, one word."""

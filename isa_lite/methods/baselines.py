@@ -1,6 +1,4 @@
-"""What ISA is measured against: the same queries by simpler means, and the two ceilings. None of
-them is trained.
-"""
+"""What ISA is measured against, all untrained: simpler means, and the two ceilings."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ def text_only(queries: Queries) -> Tensor:
 
 
 def image_plus_text(queries: Queries) -> Tensor:
-    """The sum of the two embeddings above: the late fusion that every paper on the task begins
-    with.
-    """
+    """The sum of the two embeddings above: the late fusion that every paper begins with."""
     return F.normalize(queries.image_embeddings() + queries.text_embeddings(), dim=-1)
 
 
@@ -38,9 +34,7 @@ def composition_ceiling(queries: Queries) -> Tensor:
 
 
 def target_ceiling(queries: Queries) -> Tensor:
-    """A full caption of the target through the text tower: what is lost even when nothing needs
-    composing.
-    """
+    """A full caption of the target by the text tower: what is lost with nothing to compose."""
     return queries.vl.encode_text(queries.captions([right[0] for right in queries.targets]))
 
 

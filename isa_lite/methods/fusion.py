@@ -1,5 +1,4 @@
-"""Late fusion: a query's image and its modifier are embedded apart, and only their embeddings, or
-their scores, are joined.
+"""Late fusion: image and modifier are embedded apart; only embeddings, or scores, are joined.
 
 Nothing is trained, and all of them pay for the large image tower at query time. A weight is the
 modifier's share, 0 to 1. `Fusion.fit` chooses it on queries that are not those of the test.
@@ -23,18 +22,14 @@ WEIGHTS = tuple(round(float(w), 2) for w in np.linspace(0.05, 0.95, 19))
 
 
 def weighted_sum(image: Tensor, text: Tensor, weight: float = 0.5) -> Tensor:
-    """The weighted mean of two embeddings B x E, L2-normalised; with a half,
-    `baselines.image_plus_text`.
-    """
+    """The weighted mean of two embeddings B x E, L2-normalised; 0.5: `image_plus_text`."""
     return F.normalize((1 - weight) * image + weight * text, dim=-1)
 
 
 def slerp(image: Tensor, text: Tensor, weight: float = 0.5) -> Tensor:
-    """The point that divides the great circle from image to text, B x E (Jang et al., ECCV 2024,
-    without their tuning).
+    """A point on the great circle from image to text, B x E (Jang et al., ECCV 2024, not tuned).
 
-    At a half it is the sum's direction. Elsewhere it keeps the promised angle where the sum leans
-    to the nearer end.
+    At a half it is the sum's direction. Elsewhere the sum leans to the nearer end, and this not.
     """
     # Equal or opposite embeddings leave the circle open: there the angle is held off 0 and pi.
     angle = (image * text).sum(-1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6).acos()  # B x 1
@@ -42,9 +37,7 @@ def slerp(image: Tensor, text: Tensor, weight: float = 0.5) -> Tensor:
 
 
 def product(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -> Tensor:
-    """Product of the two similarities with a gallery G x E, B x G: each is moved from [-1, 1] to
-    [0, 1] and raised to its weight, so both have to agree.
-    """
+    """B x G: both similarities with a gallery G x E, moved to [0, 1], weighted, as a product."""
     like_image, like_text = ((1 + (x @ gallery.T).clamp(-1, 1)) / 2 for x in (image, text))
     return like_image ** (1 - weight) * like_text**weight
 
@@ -52,8 +45,7 @@ def product(image: Tensor, text: Tensor, gallery: Tensor, weight: float = 0.5) -
 def calibrated(
     image: Tensor, text: Tensor, gallery: Tensor, corpus: Tensor, weight: float = 0.1
 ) -> Tensor:
-    """BASIC-like scores B x G: centred embeddings, calibrated similarities, and a product that
-    punishes disagreement.
+    """BASIC-like scores B x G: centred embeddings, calibrated similarities, a harsh product.
 
     corpus: C x E embeddings of texts of the domain; their mean is what every text has in common,
     and the gallery's mean what every image has. Both are subtracted. Each similarity is then

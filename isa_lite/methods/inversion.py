@@ -1,5 +1,4 @@
-"""Zero-shot composed retrieval with one pseudo-word: three well-known recipes in short, for
-comparison with ISA.
+"""Zero-shot composed retrieval with one pseudo-word: three well-known recipes in short.
 
 All of them keep the large image tower on the query side: a mapping network turns its *embedding*
 into one vector of the word-embedding space, and the prompt "a photo of <word>, <modifier>" goes
@@ -50,9 +49,7 @@ FUNCTION_WORDS = frozenset(
 
 
 class Inversion(nn.Module):
-    """Mapping network: image (or text) embeddings B x E -> one pseudo-word each, B x D, about as
-    long as a real word's vector.
-    """
+    """Network: embeddings B x E -> pseudo-words B x D, each about as long as a real word."""
 
     def __init__(self, embed_dim: int, word_width: int, word_norm: float, width: int = 512):
         super().__init__()
@@ -68,9 +65,7 @@ class Inversion(nn.Module):
     def compose(
         self, vl: VLModel, images: Tensor, modifiers: Sequence[str], template: str = TEMPLATE
     ) -> Tensor:
-        """Query embeddings B x E: the pseudo-words of image embeddings B x E, each with its
-        modifier, through the text tower.
-        """
+        """Queries B x E: image embeddings B x E as words, with modifiers, by the text tower."""
         device = next(self.parameters()).device
         return compose(vl, self(images.to(device)).unsqueeze(1), modifiers, template)
 
@@ -94,9 +89,7 @@ def _prompt(vl: VLModel, words: Tensor, template: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Training:
-    """What the three recipes are trained with. start_words, word_noise, negatives: aids of ISA's
-    encoder (`recipes`), off unless asked for.
-    """
+    """How the three recipes train. start_words, word_noise, negatives: aids of ISA's encoder."""
 
     steps: int = 600
     batch_size: int = 128
@@ -132,18 +125,14 @@ class Training:
         return blur(words, self.word_noise, step, self.seed)
 
     def others(self, rows: Tensor, batch: Tensor, step: int) -> Tensor:
-        """Rows outside a batch of B indices, up to `negatives` of them, drawn from the seed and the
-        step.
-        """
+        """Rows outside a batch of B indices, at most `negatives`, drawn from seed and step."""
         found = other_indices(len(rows), batch.numpy(), self.negatives, step, self.seed)
         return rows[torch.from_numpy(found)]
 
     def fit(
         self, name: str, mapping: Inversion, loss_of: Callable[[Tensor, int], Tensor], count: int
     ) -> Inversion:
-        """AdamW with a cosine schedule on `loss_of` a batch (B indices of `count` items, drawn
-        epoch by epoch) and the step. Returns the mapping.
-        """
+        """The mapping, trained on `loss_of` a batch (B indices of `count`, by epoch) and step."""
         optimizer = torch.optim.AdamW(mapping.parameters(), lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
 
@@ -200,15 +189,13 @@ def optimize_words(
     batch_size: int = 256,
     progress: bool = True,
 ) -> Tensor:
-    """Textual inversion: for each image embedding (N x E) its own best pseudo-word, N x D, found by
-    gradient descent.
+    """Textual inversion: each image embedding's (N x E) best pseudo-word, N x D, by descent.
 
     The loss is one minus the cosine of prompt and image; a word has the length of real words.
     `gravity` weighs one minus the cosine of the word with the nearest real word, which keeps it
     among words that the text tower knows. Ours, for SEARLE's pull towards phrases that GPT wrote.
     Aids, neither of them SEARLE's: all words start from the first of start_words instead of from
-    random directions, and each step reads them with word_noise (`draws.blur`), drawn batch by
-    batch.
+    random directions, and each step reads them with word_noise (`draws.blur`), a draw a batch.
     """
     table = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).detach()
     known = F.normalize(table[table.norm(dim=1) > 0].float(), dim=-1)  # W x D
@@ -273,8 +260,7 @@ def searle_like(
 def keyword_prompt(
     vl: VLModel, caption: str, keep: frozenset[str] = FUNCTION_WORDS
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a caption in which every run of key words has become one placeholder, and where
-    the placeholders are.
+    """Token ids of a caption whose runs of key words are one placeholder each, and these' places.
 
     Without the special tokens. Key words are all that are neither in `keep` nor punctuation.
     "a photo of two red stars, on grass" -> "a photo of *, on *".

@@ -1,6 +1,4 @@
-"""ISA as a method: a trained query encoder writes a sentence about each reference, and the frozen
-text tower reads it with the modifier.
-"""
+"""ISA as a method: a query encoder's sentence about each reference, read with the modifier."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ class Isa:
     progress: bool = False
 
     def sentences(self, queries: Queries) -> Tensor:
-        """The sentence of each reference, B x L x D. An image that several queries share is read
-        once.
-        """
+        """The sentence of each reference, B x L x D; an image of several queries is read once."""
         used, place = np.unique(queries.reference, return_inverse=True)
         batches = np.split(used, range(self.batch_size, len(used), self.batch_size))
 

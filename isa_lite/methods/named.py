@@ -16,9 +16,7 @@ BASELINES = {name: UNTRAINED[name] for name in METHODS if name in UNTRAINED} | F
 
 
 def own(spec: str) -> Method:
-    """The method that FILE.py:NAME names; of a class, what it makes without arguments. Raises
-    ValueError.
-    """
+    """The method FILE.py:NAME; of a class, what it makes without arguments. Raises ValueError."""
     found = plugins.load(spec, "method")
     return found() if inspect.isclass(found) else found
 
@@ -26,8 +24,7 @@ def own(spec: str) -> Method:
 def named(names: Sequence[str], isa: Method | None = None) -> dict[str, Method]:
     """Methods by name: isa, one of `BASELINES`, or FILE.py:NAME, whose name is then NAME.
 
-    Raises ValueError for another name, for one that comes twice, and for isa without a query
-    encoder.
+    Raises ValueError for another name, for one that comes twice, and for isa without an encoder.
     """
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ValueError(f"methods must be a list of names, not {names!r}")

@@ -1,5 +1,4 @@
-"""BLIP, a VL model with a matching encoder of its own, through `transformers`: an extra, `pip
-install 'isa_lite[blip]'`.
+"""BLIP, a VL model with a matching encoder, through `transformers`: the extra isa_lite[blip].
 
 BLIP (Li et al., ICML 2022) is what the paper's three parts look like in one model: an image tower,
 a text tower, and the same text tower once more with cross-attention to the image's tokens, whose
@@ -118,10 +117,8 @@ class Blip(nn.Module):
     def match(self, vectors: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
         """Does this text belong to this image? By BLIP's own matching head.
 
-        vectors: B x T x D *word* vectors (not contextual tokens: the encoder reads the text anew,
-        with the image in view),
-        mask: B x T (true = a word), patches: B x (1 + N) x W. Returns B x 2 logits: 0 = no match, 1
-        = match.
+        vectors: B x T x D *word* vectors, as it reads the text anew; mask: B x T (true = a word);
+        patches: B x (1 + N) x W. Returns B x 2 logits: 0 = no match, 1 = match.
         """
         read = self.text.encoder(
             inputs_embeds=vectors.clone(), attention_mask=mask.long(), encoder_hidden_states=patches
@@ -135,9 +132,8 @@ def load_blip(
     """A BLIP for image-text retrieval: model, preprocessing and tokenizer, as `VLModel` takes them.
 
     name: a local folder in the layout of `transformers` (config.json, weights, tokenizer), or a
-    repository of the hub, for example Salesforce/blip-itm-base-coco. Raises ImportError, naming the
-    extra, without `transformers`; ConnectionError at once if offline; ValueError for a folder
-    without a whole BLIP.
+    repository of the hub, such as Salesforce/blip-itm-base-coco. Raises ImportError, naming the
+    extra, without `transformers`; ConnectionError at once if offline; ValueError for no whole BLIP.
     """
     try:
         from transformers import BlipForImageTextRetrieval

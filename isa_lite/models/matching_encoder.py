@@ -9,8 +9,7 @@ from isa_lite.models.attention import attend
 
 
 class MatchingEncoder(nn.Module):
-    """Does this text belong to this image? Text tokens look at patch tokens; a two-class head
-    answers.
+    """Does this text belong to this image? Text tokens look at patch tokens; a head answers.
 
     The image-text matching branch of ALBEF/BLIP in small (paper: "matching encoder"; its size is
     ours): `depth` blocks of self-attention among text tokens, cross-attention to patch tokens and

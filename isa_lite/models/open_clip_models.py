@@ -103,8 +103,7 @@ def check_preprocessing(path: Path, settings: object) -> None:
 
 
 def check_loaded(path: Path, module: nn.Module) -> None:
-    """Raises ValueError, naming the file and the tensor, for weights that are no numbers (a mask
-    may be minus infinity).
+    """Raises ValueError, naming file and tensor, for weights that are no numbers; masks hold -inf.
 
     Nor may whole numbers stand for others: a library turns them into such silently.
     """
@@ -145,8 +144,7 @@ def from_folder(
     """Model, preprocessing, tokenizer, and any matching encoder beside them; nothing there is run.
 
     Nothing is fetched either, unless `name` is of the hub. Raises ValueError for no model, a
-    damaged one, and settings that are not known to be harmless; ConnectionError for a part that is
-    not on this machine.
+    damaged one, and settings not known to be harmless; ConnectionError for a part that is not here.
     """
     path = folder / "open_clip_config.json"
     model = _settings(folder, path)

@@ -30,8 +30,7 @@ def _settled(text: str, clean: Callable[[str], str]) -> str:
 
 
 class Words:
-    """Text -> ids without a frame (`ids`), ids -> a whole row of the text tower (`frame`), an id ->
-    its text (`word`).
+    """Text -> ids without a frame (`ids`), ids -> a whole row (`frame`), id -> its text (`word`).
 
     prefix, suffix: ids before and behind the text; pad: fills the row; room: how many ids fit
     between; placeholder: an id that no pooling and no mask takes for something else, for the places

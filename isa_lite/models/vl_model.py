@@ -2,8 +2,7 @@
 
 Everything that a query or a gallery needs from a model of open_clip, or from BLIP, with one
 addition to what they offer: the text tower can be entered with *word vectors* instead of token ids,
-which is how pseudo-words get in (text_tower.py). The small model that we ship and ViT-L-14 go
-through the same code.
+which is how pseudo-words get in (text_tower.py). The shipped model and ViT-L-14 share the code.
 
 Shapes: B batch, T text positions, N patches, D word-embedding width, E embedding width.
 """
@@ -112,8 +111,7 @@ class VLModel(nn.Module):
         return self.tower.table(ids)
 
     def text_tokens(self, vectors: Tensor, ids: Tensor) -> Tensor:
-        """Contextual tokens: B x T x D word vectors and B x T ids (for the padding) -> B x T x
-        width, before pooling.
+        """Word vectors B x T x D, and their ids B x T (for padding) -> contextual B x T x width.
 
         A CoCa appends a token of its own: it gives B x (T + 1) x width.
         """
@@ -132,8 +130,9 @@ class VLModel(nn.Module):
         return self.tower.cut(ids)
 
     def opening(self, ids: Sequence[int]) -> Opening | None:
-        """What `encode_vectors` takes of words that begin every text, for as long as the weights
-        stay; None for no words, and for a tower that looks ahead.
+        """Words that begin every text, for `encode_vectors`; None for none, or if it looks ahead.
+
+        It holds for as long as the weights stay.
         """
         words = torch.tensor([ids], dtype=torch.long, device=self.device)
         return self.tower.opening(self.word_vectors(words)) if len(ids) else None
@@ -141,8 +140,7 @@ class VLModel(nn.Module):
     def encode_vectors(
         self, vectors: Tensor, ids: Tensor, opening: Opening | None = None
     ) -> Tensor:
-        """Word vectors B x T x D, and the ids they stand for, -> L2-normalised text embeddings B x
-        E.
+        """Word vectors B x T x D, and their ids, -> L2-normalised text embeddings B x E.
 
         opening: of the words, not pseudo-words, that begin every row; they are not read again, and
         no gradient flows into them.
@@ -211,8 +209,7 @@ class VLModel(nn.Module):
         return F.normalize(out["image_features"].float(), dim=-1), local
 
     def project_patches(self, patches: Tensor) -> Tensor:
-        """Local tokens B x N x width -> L2-normalised in the joint space, B x N x E, as the tower
-        projects its global one.
+        """Local tokens B x N x width -> L2-normalised B x N x E, projected as its global one.
 
         An attention pool projects each position as if it had all the attention (as MaskCLIP does).
         Raises ValueError for a tower that has no such projection.

@@ -1,5 +1,4 @@
-"""Embedding a gallery of image files: once, in shards that resume, with reading kept ahead of the
-model.
+"""Embedding a gallery of image files: once, in shards that resume, with files read ahead.
 
 A gallery may hold a hundred thousand photographs. Reading and resizing happens in threads while the
 model works on the batch before (Pillow lets go of Python's lock while it decodes), and every
@@ -34,9 +33,7 @@ SHOWN = 5  # broken files that a message lists
 
 
 def ahead(function: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
-    """`map(function, items)`, with up to two results a thread made in advance; 0 threads: none.
-    Order and errors stay.
-    """
+    """`map(function, items)`, in order, with two results a thread made ahead; 0 threads: none."""
     if threads == 0:
         yield from map(function, items)
         return
@@ -148,9 +145,7 @@ class _Tower:
         self.broken: dict[Path, str] = {}
 
     def read(self, batch: Sequence[Path]) -> tuple[Tensor, list[bytes]] | None:
-        """b x 3 x H x W, and a digest of the bytes of each file; None once a file was broken: then
-        it only looks for others.
-        """
+        """b x 3 x H x W, and a digest a file; None once one is broken: others are looked for."""
         pictures, digests = [], []
         for path in batch:
             try:
@@ -187,9 +182,7 @@ def _told(broken: Mapping[Path, str], files: Sequence[Path]) -> str:
 
 
 def _contents(path: Path) -> bytes:
-    """The bytes of an image file. Raises ValueError naming it where it cannot be read, or has gone
-    since the start.
-    """
+    """An image file's bytes. Raises ValueError naming it where it cannot be read, or has gone."""
     try:
         return file_bytes(path)
     except (OSError, ValueError) as error:
@@ -197,9 +190,7 @@ def _contents(path: Path) -> bytes:
 
 
 def _fits(part: Mapping[str, Tensor], files: int) -> bool:
-    """Whether a shard from disk holds an embedding and a digest for each of its files; another one
-    is made again.
-    """
+    """Whether a shard from disk has an embedding and a digest a file; another is made again."""
     embeddings, digests = part.get("embeddings"), part.get("digests")
     return (
         isinstance(embeddings, Tensor)

@@ -1,8 +1,6 @@
-"""The gallery: embeddings of the images to search, with their ids, on disk; exact search, and FAISS
-behind the same interface.
+"""The gallery: embeddings and ids on disk; exact search, and FAISS behind the same interface.
 
-Where two images have the same score, the one that stands first in the gallery is found first, in
-both.
+Of images with the same score, both find the one first that stands first in the gallery.
 """
 
 from __future__ import annotations
@@ -26,9 +24,7 @@ TOLERANCE = 0.01
 
 
 def _checked_ids(ids: Sequence) -> Sequence[str | int]:
-    """Ids as texts or whole numbers, which can be saved. Raises ValueError for other kinds, and for
-    an id that is there twice.
-    """
+    """Ids that can be saved. Raises ValueError for other kinds, and for an id that comes twice."""
     if isinstance(ids, range):  # numbers that differ
         return ids
     if isinstance(ids, (str, bytes, os.PathLike, Mapping)) or not hasattr(ids, "__getitem__"):
@@ -49,9 +45,7 @@ def _checked_ids(ids: Sequence) -> Sequence[str | int]:
 
 
 def _checked_embeddings(embeddings: Tensor | np.ndarray) -> Tensor:
-    """N x E float32. Raises ValueError for another shape or kind, and for a row that is not finite
-    or not of length 1.
-    """
+    """N x E float32. Raises ValueError for another shape or kind, or a row not of length 1."""
     embeddings = _vectors("embeddings", embeddings)
     lengths = torch.linalg.vector_norm(embeddings, dim=1)  # nan or inf where one of the numbers is
     wrong = ~((lengths - 1).abs() <= TOLERANCE)
@@ -65,9 +59,7 @@ def _checked_embeddings(embeddings: Tensor | np.ndarray) -> Tensor:
 
 
 def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
-    """A tensor or an array as float32, B x E (a single vector as one row). Raises ValueError for
-    anything else, or nothing.
-    """
+    """As float32 B x E; one vector is one row. Raises ValueError for anything else, or nothing."""
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         values = torch.from_numpy(np.ascontiguousarray(values))
     if not isinstance(values, Tensor) or not values.is_floating_point():
@@ -89,9 +81,7 @@ def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
 
 
 def indices(values: object) -> Tensor:
-    """Whole numbers as a tensor; one of floats, which nobody takes for indices, where they are
-    something else.
-    """
+    """Whole numbers as a tensor; where they are something else, one of floats: no indices."""
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
@@ -100,8 +90,7 @@ def indices(values: object) -> Tensor:
 
 @dataclass
 class Gallery:
-    """embeddings: N x E, L2-normalised; ids: N different names, whatever tells the images apart to
-    the user.
+    """embeddings: N x E, L2-normalised; ids: N different names, by which the user knows the images.
 
     Arrays and half precision become a float32 tensor. Ids are texts or whole numbers, and stay what
     they are; those of numpy become Python's, and a path becomes its text. vl_model: the fingerprint
@@ -129,9 +118,7 @@ class Gallery:
     def _checked(
         self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None
     ) -> tuple[Tensor, int, Tensor | None]:
-        """What a search was asked for: queries B x E float32, k, and B indices to leave out. Raises
-        ValueError.
-        """
+        """Queries B x E float32, k, and B indices to leave out, checked. Raises ValueError."""
         queries = _vectors("queries", queries).to(self.embeddings.device)
         if queries.shape[1] != self.embeddings.shape[1]:
             raise ValueError(
@@ -167,8 +154,7 @@ class Gallery:
         exclude: Tensor | np.ndarray | None = None,
         chunk: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """The k best by cosine for queries B x E (or one, E): scores and gallery indices, both B x
-        k, best first.
+        """The k best for queries B x E (or one, E): cosines and gallery indices, B x k, best first.
 
         Of equal scores, the smaller index comes first. exclude: B indices (-1: none) of the image
         that a query must not find, usually its own reference. Raises ValueError for queries of
@@ -195,9 +181,7 @@ class Gallery:
     @classmethod
     @checked(path=path_name())
     def load(cls, path: str | Path) -> Gallery:
-        """What `save` wrote. Raises FileNotFoundError, or ValueError naming a file that is damaged
-        or holds no gallery.
-        """
+        """What `save` wrote. Raises FileNotFoundError, or ValueError naming an unfit file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no gallery {path}; Gallery.save writes one")
         tensors, info = read_tensors(Path(path))
@@ -212,11 +196,9 @@ class Gallery:
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row of B x N scores, and where they stand, B x k each; of equal ones,
-    those that stand first.
+    """The k highest of each row of B x N scores, and where they stand, B x k; of equals the first.
 
-    `topk` alone picks among equal scores as it likes. Where the next one is not equal, only its
-    order is put right.
+    `topk` alone picks among equal scores as it likes; only the rows that have some are put right.
     """
     values, found = scores.topk(min(k + 1, scores.shape[1]))
     tied = (values[:, 1:] == values[:, :-1]).any(1)
@@ -257,8 +239,7 @@ class FaissGallery(Gallery):
 
     kind: "flat" compares a query with every image: exact. "ivf" (inverted file) is approximate:
     k-means puts the images into `lists` lists (0: the square root of their number), and a query
-    looks through the `probes` lists that it is nearest to. What that loses is to be measured, with
-    `agreement`.
+    looks through the `probes` lists nearest to it. `agreement` measures what that loses.
     """
 
     kind: str = "flat"
@@ -298,9 +279,7 @@ class FaissGallery(Gallery):
         exclude: Tensor | np.ndarray | None = None,
         chunk: int = 1024,
     ) -> tuple[Tensor, Tensor]:
-        """As `Gallery.search`. Where an approximate search finds fewer than k, index -1 and score
-        minus infinity fill up.
-        """
+        """As `Gallery.search`; fewer than k found are filled up with index -1, score -inf."""
         queries, k, exclude = self._checked(queries, k, exclude)
         parts = [
             self._search(self._numpy(queries[s : s + chunk]), k + (exclude is not None))
@@ -317,9 +296,7 @@ class FaissGallery(Gallery):
         return scores, found
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-        """Scores and indices, B x k each, of equal scores the smaller index first: FAISS itself
-        keeps any of them.
-        """
+        """Scores and indices, B x k each; of equal scores the smaller index first."""
         wanted = min(k + 1, len(self))
         while True:
             scores, found = map(torch.from_numpy, self.index.search(queries, max(k, wanted)))
@@ -336,7 +313,5 @@ class FaissGallery(Gallery):
 
 
 def agreement(found: Tensor, exact: Tensor) -> float:
-    """The share, in percent, of the exact answers that were found: both B x k indices (an index's
-    own "recall").
-    """
+    """The share, in percent, of the exact answers that were found; both B x k indices."""
     return 100 * float((found[:, :, None] == exact[:, None, :]).any(1).float().mean())

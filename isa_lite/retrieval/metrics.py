@@ -1,6 +1,4 @@
-"""Metrics of a ranking: the rank of the best hit, Recall@K, and intervals that say how far to trust
-them.
-"""
+"""Metrics of a ranking: the rank of the best hit, Recall@K, and intervals of what is measured."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ KS = (1, 5, 10)
 
 
 def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
-    """`score_ranks` by cosine: queries B x E, gallery G x E, both L2-normalised. Raises ValueError
-    for another width or NaN.
-    """
+    """`score_ranks` by cosine: queries B x E, gallery G x E, length 1. ValueError for misfits."""
     for name, points in (("gallery", gallery), ("queries", queries)):
         good = (
             isinstance(points, Tensor)
@@ -70,9 +66,7 @@ def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarr
 
 @checked(k=whole(1))
 def recall(rank: np.ndarray, k: int) -> float:
-    """Recall@K in percent: the share of queries whose best hit is among the first K. rank: of each,
-    from 1.
-    """
+    """Recall@K in percent: the share of queries with a best hit (rank, from 1) in the first K."""
     rank = np.asarray(rank)
     if rank.dtype.kind not in "iu" or not rank.size or rank.min() < 1:
         raise ValueError(
@@ -85,8 +79,7 @@ def recall(rank: np.ndarray, k: int) -> float:
 def wilson_interval(
     hits: ArrayLike, count: ArrayLike, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the interval of a share, `hits` of `count`, as shares; arrays of any shape that
-    broadcast.
+    """Ends of the interval of a share, `hits` of `count`, as shares; arrays that broadcast.
 
     The true shares that a score test would not reject (Wilson, "Probable inference, the law of
     succession, and statistical inference", JASA 1927). Unlike a bootstrap it has a width where all
@@ -103,8 +96,7 @@ def wilson_interval(
     z, share = stats.norm.ppf((1 + level) / 2), hits / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
-    # Without a miss the interval ends at 1, and without a hit at 0; rounding would stop just short
-    # of them.
+    # Without a miss it ends at 1, and without a hit at 0; rounding would stop just short of them.
     return np.where(hits == 0, 0.0, middle - half), np.where(hits == count, 1.0, middle + half)
 
 
@@ -137,8 +129,7 @@ def bootstrap_interval(values: ArrayLike, draws: int = 2000, seed: int = 0) -> t
 def paired_interval(
     first: ArrayLike, second: ArrayLike, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of the mean of `first` - `second`, B values each for the *same* queries (paired
-    bootstrap).
+    """95% interval (paired bootstrap) of the mean of `first` - `second`, B values, same queries.
 
     A drawn query counts for both methods, so what is hard for both cancels out. Values: 0 or 100
     for a miss or a hit gives points of recall (`recall_difference`); average precisions give points
@@ -156,17 +147,13 @@ def paired_interval(
 def recall_difference(
     first: np.ndarray, second: np.ndarray, k: int = 1
 ) -> tuple[float, float, float]:
-    """Recall@K of ranks `first` minus that of `second`, same queries, in points: the difference and
-    its 95% interval, paired.
-    """
+    """Recall@K of ranks `first` minus `second`'s, in points, with its paired 95% interval."""
     hit, other = 100.0 * (first <= k), 100.0 * (second <= k)
     return float((hit - other).mean()), *paired_interval(hit, other)
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean over seeds, from Student's t: few seeds, wide interval. (nan, nan)
-    for one seed.
-    """
+    """95% interval (Student's t) of the mean over seeds; (nan, nan) for one seed."""
     if len(values) < 2:
         return float("nan"), float("nan")
     half = float(

@@ -2,10 +2,8 @@
 
 Two files, both optional, beside or inside a folder of images:
 
-- `captions.csv`, a table with the columns `image` (a path in the folder) and `caption`; a row a
-caption.
-- `triplets.json`, a list of {"reference": file, "modifier": text, "targets": [files]}, for
-evaluation only.
+- `captions.csv`, a table with the columns `image` (a path in the folder) and `caption`;
+- `triplets.json`, to evaluate: a list of {"reference": file, "modifier": text, "targets": [files]}.
 
 Whatever is wrong with them is said at once, with the file and the row, before any work is done.
 """
@@ -89,9 +87,7 @@ class _Names:
         return unicodedata.normalize("NFC", name)  # macOS stores an accent apart from its letter
 
     def _near(self, key: str) -> str | None:
-        """The name that was probably meant. Comparing letters is slow: it is done with the
-        neighbours in the alphabet alone.
-        """
+        """The name that was probably meant. Letters, which is slow, are compared nearby alone."""
         for loosen, known in zip(self._loosened, self._loose, strict=True):
             if loosen(key) in known:
                 return known[loosen(key)]
@@ -103,11 +99,9 @@ class _Names:
         return max(alike, key=lambda known: len(commonprefix([known, key])), default=None)
 
     def find(self, name: str, hint: bool = True) -> int:
-        """The number of the image in its folder. Raises ValueError saying what is wrong with the
-        name and what to do.
+        """The number of the image in its folder. Raises ValueError: what is wrong, what to do.
 
-        hint: look for the name that was probably meant; a message shows a few errors, and need not
-        do so for all the others.
+        hint: look for the name that was probably meant, which only errors that are shown need.
         """
         if not name.strip():
             raise ValueError("names no image; write its path in the folder, or delete the entry")
@@ -157,9 +151,7 @@ def _text_of(path: Path, name: str) -> str:
 
 
 def plain(caption: str) -> str:
-    """A caption with single spaces, and so that open_clip's tokenizer cannot take a part of it for
-    the end of the text.
-    """
+    """A caption with single spaces, in which open_clip's tokenizer finds no end of the text."""
     caption = html.unescape(html.unescape(caption)).replace("<start_of_text>", "< start_of_text>")
     return " ".join(caption.replace("<end_of_text>", "< end_of_text>").split())
 
@@ -200,8 +192,7 @@ def _rows(path: Path, content: str) -> np.ndarray:
 
 @checked(path=path_name())
 def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
-    """The captions of each image of the folder, in the table's order; an empty list for an image
-    that has none.
+    """The captions of each image of the folder, in the table's order; an empty list for none.
 
     The delimiter (comma, semicolon, tab or bar) is told from the header; other columns are ignored.
     Any Unicode is a caption, an image may have several, and a row that is there twice counts once.
@@ -232,9 +223,7 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
 
 
 def beside(images: ImageFolder, name: str) -> Path | None:
-    """The file `name` in a folder of images or, where there is none, right beside the folder; None
-    where there is neither.
-    """
+    """The file `name` in a folder of images, else the one right beside the folder, else None."""
     return next(
         (p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()),
         None,
@@ -245,11 +234,10 @@ def beside(images: ImageFolder, name: str) -> Path | None:
 def read_triplets(
     path: str | Path, images: ImageFolder, captions: Sequence[Sequence[str]] = ()
 ) -> Queries:
-    """Queries with their answers, checked against the folder. Entries count from 1. captions: what
-    is said of each image (`read_captions`), for the ceilings.
+    """Queries with their answers. captions: of each image (`read_captions`), for the ceilings.
 
-    Raises FileNotFoundError, or ValueError naming the file, the first entries that cannot be used,
-    and what to do.
+    Raises FileNotFoundError, or ValueError naming the file, the first entries, counted from 1, that
+    cannot be used, and what to do.
     """
     path, names = Path(path), _Names(images)
     entries = read_json(path, "triplets", object)

@@ -1,6 +1,4 @@
-"""One set of composed queries, whatever they come from: rendered scenes, your own folder, a public
-benchmark. And what a method is: anything that turns such a set into query embeddings.
-"""
+"""One set of composed queries for scenes, own folders and benchmarks; and what a method is."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ from isa_lite.world import load_world
 
 @dataclass(kw_only=True)
 class Benchmark(Queries):
-    """Composed queries over a gallery of G rendered scenes, of which each image knows what it
-    shows.
+    """Composed queries over a gallery of G rendered scenes, each of which knows what it shows.
 
     images: G x S x S x 3 uint8; scenes, jitter: what they show, and their rendering seeds; labels:
     G integers, equal for equal scenes, all of which are right answers. target: of each query, the
@@ -49,9 +48,7 @@ class Benchmark(Queries):
 
 
 def check_gallery(queries: int, gallery: int) -> None:
-    """Raise ValueError where a gallery of so many images has no room for what so many queries bring
-    (`make_benchmark`).
-    """
+    """Raises ValueError for a gallery too small for the queries (`make_benchmark`)."""
     if gallery < 4 * queries:
         raise ValueError(
             f"parameter 'gallery' must be at least {4 * queries}, four times 'queries', not"
@@ -72,8 +69,7 @@ def make_benchmark(
     size: int | None = None,
     world: str = "shapes",
 ) -> Benchmark:
-    """Queries and gallery from a seed (no scene of training is reused on purpose; held-out pairs
-    are allowed here). size: pixels on a side; None: the world's own.
+    """Queries and gallery from a seed; held-out pairs are allowed. size: None: the world's own.
 
     The gallery holds, for each query, its reference, its target and two hard negatives (the
     reference after *other* changes), and is filled up to `gallery` with random scenes. Raises
@@ -115,9 +111,7 @@ def make_benchmark(
 
 
 def groups(bench: Benchmark) -> dict[str, np.ndarray]:
-    """Named subsets of the queries as B bool: all, each kind alone, two changes at once, seen and
-    held-out pairs.
-    """
+    """Named subsets of the queries, B bool: all, each kind, two changes, seen and held-out."""
     alone = load_world(bench.world).KINDS
     kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in alone}
     two = {"two changes": np.array([len(k) == 2 for k in bench.kinds])}
@@ -130,9 +124,7 @@ def groups(bench: Benchmark) -> dict[str, np.ndarray]:
 
 
 def group_table(bench: Benchmark, methods: Mapping[str, np.ndarray], k: int = 1) -> pd.DataFrame:
-    """Recall@K in percent with its 95% interval: a row a group of queries (with its size), a column
-    a method.
-    """
+    """Recall@K in percent with its 95% interval: a row a group (with its size) of queries."""
     chosen = {f"{name} ({mask.sum()})": mask for name, mask in groups(bench).items() if mask.any()}
     return pd.DataFrame(
         {

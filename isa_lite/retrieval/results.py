@@ -1,5 +1,4 @@
-"""What runs of notebook 02 leave on disk: one run as metrics.json, and several gathered into a
-record.
+"""What runs of notebook 02 leave on disk: one as metrics.json, several gathered into a record.
 
 `python -m isa_lite evaluate runs/02_distillation/metrics.json` prints the table of a finished run.
 """
@@ -64,9 +63,7 @@ def _recipe(info: Mapping) -> str:
 
 
 def of_run(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, params: Mapping) -> dict:
-    """What a run writes to metrics.json: recall of every method in percent, its interval, and by
-    group.
-    """
+    """What a run's metrics.json says: every method's recall in percent, intervals, groups."""
 
     def recalls(mask: np.ndarray) -> dict:
         return {m: {f"R@{k}": round(recall(r[mask], k), 2) for k in KS} for m, r in methods.items()}
@@ -94,9 +91,7 @@ def of_run(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, param
 
 
 def read_metrics(path: str | Path) -> dict:
-    """The metrics.json of a run of notebook 02. Raises FileNotFoundError, or ValueError naming the
-    file, for another one.
-    """
+    """A metrics.json of notebook 02. Raises FileNotFoundError, or ValueError naming the file."""
     found = read_json(
         Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS
     )
@@ -109,9 +104,7 @@ def read_metrics(path: str | Path) -> dict:
 
 
 def read_alike(path: Path, what: str, shape: dict, rows: str = "runs") -> dict:
-    """`checkpoint.read_json` of a record whose `rows` name the same methods, and the same of what
-    else they tell by name.
-    """
+    """`checkpoint.read_json` of a record whose `rows` name the same methods, times and weights."""
     found = read_json(path, what, shape)
     first = found[rows][0]
     for i, row in enumerate(found[rows]):
@@ -125,9 +118,7 @@ def read_alike(path: Path, what: str, shape: dict, rows: str = "runs") -> dict:
 
 
 def gather(paths: Sequence[Path]) -> dict:
-    """Several runs' metrics.json as one record: what `runs_table` shows, with the machine. Raises
-    what `read_metrics` raises.
-    """
+    """Several runs' metrics.json as one record, with the machine. Raises as `read_metrics`."""
     paths = list(paths)
     runs = [read_metrics(path) for path in paths]
     if other := [
@@ -150,9 +141,7 @@ def runs_table(
     parameter: str | None = "lar_weight",
     methods: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Mean Recall@K over seeds with its 95% interval, a row a method; ISA has one a value of
-    `parameter`, if there is one.
-    """
+    """Mean Recall@K over seeds with its 95% interval: a row a method, ISA's by `parameter`."""
     # of each row, the recalls by seed: a seed counts once
     rows: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in sorted(runs, key=lambda r: r["params"][parameter] if parameter else 0):

@@ -37,7 +37,7 @@ from isa_lite.models import vl_model
 from isa_lite.pretraining import folder as pretrain_folder
 from isa_lite.pretraining import folder_batches, light_backbone
 from isa_lite.pretraining import towers as pretrain
-from isa_lite.retrieval import embed, gallery, metrics, own_data, rendered, results
+from isa_lite.retrieval import embed, gallery, metrics, own_data, results, scene_queries
 from isa_lite.support import checkpoint, images, settings, training
 from isa_lite.world import icons, scenes
 
@@ -946,7 +946,7 @@ def function_entries() -> list[Entry]:
         **form,
         **k4,
     )
-    add("make_benchmark", rendered.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
+    add("make_benchmark", scene_queries.make_benchmark, {}, queries=2, gallery=10, seed=0, size=32)
     add("sample_scenes", scenes.sample_scenes, {}, n=2, seed=0)
     add(
         "write_tiny",

@@ -15,7 +15,7 @@ from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.metrics import recall
-from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.scene_queries import make_benchmark
 
 TINY = CompareConfig(
     num_images=24,

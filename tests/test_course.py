@@ -26,7 +26,7 @@ from isa_lite.losses import gcd_loss
 from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import metrics, rendered
+from isa_lite.retrieval import metrics, scene_queries
 from isa_lite.retrieval.gallery import Gallery
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -686,7 +686,7 @@ def names() -> dict:
     """
     vl = load_vl_model()
     isa = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
-    bench = rendered.make_benchmark(30, 150, seed=1, size=vl.image_size)
+    bench = scene_queries.make_benchmark(30, 150, seed=1, size=vl.image_size)
     bench = bench.embedded(vl)
     embedded = bench.gallery
     r1 = {"isa": metrics.recall(bench.ranks(Isa(isa)(bench)), 1)}
@@ -754,7 +754,7 @@ def test_of_the_two_wishes_that_the_first_notebook_proposes_one_can_be_had():
         "*in striped style instead* has its answer in the gallery, *make the cross bigger* has none"
         in cells["cell-15"]
     )
-    bench = rendered.make_benchmark(gallery // 5, gallery, seed, 8)
+    bench = scene_queries.make_benchmark(gallery // 5, gallery, seed, 8)
     scene = bench.scenes[bench.reference[number]]
     (cross,) = scene.objects
     assert (cross.shape, cross.size) == ("cross", "small") and scene.style != "striped"

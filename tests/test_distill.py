@@ -25,7 +25,6 @@ from PIL import Image, features
 
 import isa_lite
 from isa_lite.distill import DistillConfig, distill
-from isa_lite.models.optimization import learning_rate
 from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.prompt import Prompt, read_sentences
 from isa_lite.query_encoder import QueryEncoder
@@ -34,6 +33,7 @@ from isa_lite.support import draws
 from isa_lite.support.draws import Batches, batch_indices, blur, other_indices
 from isa_lite.support.history import own_image_recall
 from isa_lite.support.images import ImageFolder, images_key
+from isa_lite.support.learning_rate import learning_rate
 from isa_lite.targets import targets
 from isa_lite.world.scenes import render_many, sample_scenes
 

@@ -29,7 +29,7 @@ from isa_lite.prompt import compose, prompt_ids
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.retrieval.metrics import KS, recall
-from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.scene_queries import make_benchmark
 from isa_lite.support import images
 from isa_lite.support.images import ImageFolder, read_image
 
@@ -689,7 +689,7 @@ def test_the_command_exports_an_encoder_and_names_what_is_wrong(
     encoder.save(tmp_path / "encoder")
     out = tmp_path / "out"
     monkeypatch.setattr(
-        "isa_lite.retrieval.rendered.make_benchmark",
+        "isa_lite.retrieval.scene_queries.make_benchmark",
         lambda size: make_benchmark(12, 60, seed=1, size=size),
     )
     arguments = [

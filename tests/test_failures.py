@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from isa_lite.analysis.sentences import kept_and_followed
 from isa_lite.course import figures
 from isa_lite.experiments import failures
-from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.scene_queries import make_benchmark
 from isa_lite.world import scenes
 
 BENCH = make_benchmark(queries=12, gallery=60, seed=3, size=32)

@@ -9,9 +9,9 @@ from PIL import Image
 
 from isa_lite.course import figures
 from isa_lite.distill import History
-from isa_lite.retrieval import metrics, rendered
+from isa_lite.retrieval import metrics, scene_queries
 
-BENCH = rendered.make_benchmark(queries=4, gallery=20, seed=1, size=32)
+BENCH = scene_queries.make_benchmark(queries=4, gallery=20, seed=1, size=32)
 
 
 def titles(figure):

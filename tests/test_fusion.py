@@ -17,7 +17,7 @@ from isa_lite.methods.fusion import (
 )
 from isa_lite.retrieval.metrics import score_ranks
 from isa_lite.retrieval.queries import Scores
-from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.scene_queries import make_benchmark
 
 torch.manual_seed(0)
 IMAGE, TEXT, GALLERY, CORPUS = (normalize(torch.randn(n, 8) + 1, dim=1) for n in (5, 5, 30, 12))

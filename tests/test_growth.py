@@ -11,7 +11,7 @@ from isa_lite.experiments import growth
 from isa_lite.experiments.growth import GROWN, distractors, growth_ranks, growth_table, scene_key
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.metrics import score_ranks
-from isa_lite.retrieval.rendered import make_benchmark
+from isa_lite.retrieval.scene_queries import make_benchmark
 from isa_lite.support.checkpoint import misfit
 from isa_lite.world.scenes import sample_scenes
 

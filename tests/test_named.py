@@ -19,8 +19,8 @@ from isa_lite.experiments import compare
 from isa_lite.methods.named import named
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval.rendered import make_benchmark
 from isa_lite.retrieval.results import provenance
+from isa_lite.retrieval.scene_queries import make_benchmark
 from isa_lite.support.settings import CompareConfig, DistillConfig
 from isa_lite.world.scenes import render, sample_scenes
 

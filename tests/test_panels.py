@@ -31,7 +31,7 @@ from isa_lite.methods.isa import Isa
 from isa_lite.models.vl_model import DATA, load_vl_model
 from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import rendered
+from isa_lite.retrieval import scene_queries
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.support.images import ImageFolder
 
@@ -81,7 +81,7 @@ def world():
     """
     vl = load_vl_model()
     encoder = QueryEncoder.load(DATA / "scenes-query-encoder", vl)
-    bench = rendered.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
+    bench = scene_queries.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
     return bench, vl, encoder, vl.encode_images(bench.images)
 
 
@@ -436,11 +436,11 @@ from isa_lite.course import panels
 from isa_lite.distill import History
 from isa_lite.models.vl_model import load_vl_model
 from isa_lite.query_encoder import QueryEncoder
-from isa_lite.retrieval import rendered
+from isa_lite.retrieval import scene_queries
 vl = load_vl_model({str(vl_folder)!r})
 torch.manual_seed(0)
 encoder = QueryEncoder.for_model(vl, num_tokens=3).eval()
-bench = rendered.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
+bench = scene_queries.make_benchmark(queries=8, gallery=40, seed=1, size=vl.image_size)
 """
     panels = [
         "panels.compose_panel(bench, vl, encoder, vl.encode_images(bench.images))",

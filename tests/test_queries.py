@@ -13,7 +13,7 @@ from scipy import stats
 from torch.nn.functional import normalize
 
 from isa_lite.commands import main
-from isa_lite.retrieval import metrics, rendered, results
+from isa_lite.retrieval import metrics, results, scene_queries
 from isa_lite.retrieval.metrics import (
     KS,
     bootstrap_interval,
@@ -24,8 +24,8 @@ from isa_lite.retrieval.metrics import (
     recall_interval,
     wilson_interval,
 )
-from isa_lite.retrieval.rendered import groups, make_benchmark
 from isa_lite.retrieval.results import RECALLS, of_run, read_alike
+from isa_lite.retrieval.scene_queries import groups, make_benchmark
 from isa_lite.world import load_world, scenes
 
 BENCH = make_benchmark(queries=60, gallery=300, seed=3, size=16)
@@ -296,7 +296,7 @@ def test_tables_show_recall_with_its_interval_a_row_a_method_or_group():
         == f"{100 * (methods['isa'] <= 5).mean():.1f} [{low:.1f}, {high:.1f}]"
     )
     found = groups(BENCH)
-    by_group = rendered.group_table(BENCH, methods, k=5)
+    by_group = scene_queries.group_table(BENCH, methods, k=5)
     assert list(by_group.index) == [f"{n} ({m.sum()})" for n, m in found.items() if m.any()]
     assert by_group.loc["all (60)", "isa"] == table.loc["isa", "R@5"]
     two = methods["image only"][found["two changes"]]

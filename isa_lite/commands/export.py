@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
     from isa_lite.deploy.onnx_files import quantize
     from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.retrieval.rendered import make_benchmark
+    from isa_lite.retrieval.scene_queries import make_benchmark
 
     vl = load_vl_model(args.vl_model, args.pretrained)
     # some backbones have layers that are made for tracing, and others that are not

@@ -25,7 +25,7 @@ def run(args: Namespace) -> None:
     from isa_lite.methods.isa import Isa
     from isa_lite.models.vl_model import load_vl_model
     from isa_lite.query_encoder import QueryEncoder
-    from isa_lite.retrieval.rendered import make_benchmark
+    from isa_lite.retrieval.scene_queries import make_benchmark
     from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()

@@ -40,7 +40,7 @@ from isa_lite.prompt import compose
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval import metrics
 from isa_lite.retrieval.gallery import Gallery
-from isa_lite.retrieval.rendered import Benchmark
+from isa_lite.retrieval.scene_queries import Benchmark
 from isa_lite.support.images import ImageFolder, Images
 from isa_lite.world import scenes
 

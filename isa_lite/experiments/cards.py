@@ -24,7 +24,7 @@ from isa_lite.models.vl_model import VLModel, load_vl_model
 from isa_lite.pretraining.towers import TRAINED_BY, TRAINING, SceneBatches, matching_inputs
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.metrics import KS, recall
-from isa_lite.retrieval.rendered import group_table, make_benchmark
+from isa_lite.retrieval.scene_queries import group_table, make_benchmark
 from isa_lite.support.checkpoint import read_json, read_tensors, write_bytes, write_text
 from isa_lite.support.settings import (
     DATA,

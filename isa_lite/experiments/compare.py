@@ -35,8 +35,8 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.metrics import KS, recall
 from isa_lite.retrieval.queries import Method, Queries
-from isa_lite.retrieval.rendered import Benchmark, make_benchmark
 from isa_lite.retrieval.results import RECALLS
+from isa_lite.retrieval.scene_queries import Benchmark, make_benchmark
 from isa_lite.support.checkpoint import read_json, write_text
 from isa_lite.support.settings import CompareConfig
 from isa_lite.world import scenes

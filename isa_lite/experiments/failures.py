@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from isa_lite.analysis.sentences import kept_and_followed
-from isa_lite.retrieval.rendered import Benchmark
+from isa_lite.retrieval.scene_queries import Benchmark
 from isa_lite.world.scenes import KINDS, POSITIONS, Scene
 
 _STYLE = """

@@ -25,7 +25,7 @@ from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.gallery import Gallery
 from isa_lite.retrieval.metrics import KS, recall, recall_interval, score_ranks
-from isa_lite.retrieval.rendered import Benchmark, make_benchmark
+from isa_lite.retrieval.scene_queries import Benchmark, make_benchmark
 from isa_lite.support.checkpoint import Between, read_info, read_shard, write_tensors
 from isa_lite.support.settings import GROWTH_SIZES
 from isa_lite.world.scenes import Scene, render_many, sample_scene

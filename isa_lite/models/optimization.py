@@ -18,16 +18,11 @@ from tqdm.auto import tqdm
 from isa_lite.models.backbones import stem
 from isa_lite.support import distributed
 from isa_lite.support.history import History
+from isa_lite.support.learning_rate import learning_rate
 from isa_lite.support.plugins import Loss
 from isa_lite.support.runs import Keeper
-from isa_lite.support.settings import BackboneConfig, DistillConfig
+from isa_lite.support.settings import DistillConfig
 from isa_lite.support.training import fit
-
-
-def learning_rate(step: int, config: DistillConfig | BackboneConfig) -> float:
-    """Linear warm-up, then a cosine to a hundredth."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return config.lr * warm * (0.505 + 0.495 * float(np.cos(np.pi * step / config.steps)))
 
 
 def frozen_stem(encoder: nn.Module, config: DistillConfig) -> list[nn.Module]:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from isa_lite.models.optimization import learning_rate
 from isa_lite.models.vl_model import VLModel
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.support.checkpoint import damaged, misfit
 from isa_lite.support.draws import loaded
 from isa_lite.support.images import Images, images_key
+from isa_lite.support.learning_rate import learning_rate
 from isa_lite.support.runs import MINUTES, Keeper
 from isa_lite.support.settings import BackboneConfig
 from isa_lite.support.training import fit

@@ -14,7 +14,7 @@ import pandas as pd
 from isa_lite.models.vl_model import VLModel, commit, machine
 from isa_lite.query_encoder import QueryEncoder
 from isa_lite.retrieval.metrics import KS, recall, recall_interval, seed_interval
-from isa_lite.retrieval.rendered import Benchmark, groups
+from isa_lite.retrieval.scene_queries import Benchmark, groups
 from isa_lite.support.checkpoint import Between, misfit, read_json
 
 #: What a results file holds (`checkpoint.misfit`): of each method its recall in percent; a run; a

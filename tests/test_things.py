@@ -525,6 +525,10 @@ def test_the_main_color_of_a_drawing_is_that_of_its_largest_part():
     image[2:8, 2:18] = (230, 40, 40, 255)
     hue, saturation, value, part = sprites.main_color(Image.fromarray(image))
     assert abs(hue - 0.64) < 0.03 and saturation > 0.8 and value > 0.8 and abs(part - 0.625) < 0.01
+    image[9:18, 2:18] = (60, 160, 60, 255)
+    image[2:9, 2:18] = (250, 180, 210, 255)  # a pale flower over its leaves
+    leaves, flower = (sprites.main_color(Image.fromarray(image), petals=p) for p in (False, True))
+    assert abs(leaves[0] - 0.33) < 0.03 and abs(flower[0] - 0.93) < 0.03
     assert sprites.main_color(Image.new("RGBA", (9, 9), (90, 90, 90, 255)))[3] == 0
 
 

@@ -32,15 +32,11 @@ def sentences_changed(
     """
     learner = encoder.mapping
     if not isinstance(learner, AdaptiveTokenLearner):
-        raise ValueError(
-            "encoder: only the adaptive token learner has two kinds of reads, not"
-            f" {encoder.config.mapping!r}"
-        )
+        fault = "encoder: only the adaptive token learner has two kinds of reads"
+        raise ValueError(f"{fault}, not {encoder.config.mapping!r}")
     if len(images) < 2:
-        raise ValueError(
-            "images: at least two are needed, since one borrows the maps of the next, not"
-            f" {len(images)}"
-        )
+        fault = "images: at least two are needed, since one borrows the maps of the next"
+        raise ValueError(f"{fault}, not {len(images)}")
     was_training = encoder.training
     encoder.eval()
     starts = range(0, len(images), batch_size)
@@ -104,10 +100,8 @@ def region_maps(images: np.ndarray, reads: Tensor, seed: int = 0) -> dict[str, T
     images B x H x W x 3, from each image's median colour, for which no model is needed.
     """
     if reads.shape[1] < 2:
-        raise ValueError(
-            "reads: a first and a second one are needed; these are of an encoder that reads the"
-            " image once"
-        )
+        fault = "reads: a first and a second one are needed"
+        raise ValueError(f"{fault}; these are of an encoder that reads the image once")
     first, second = reads[:, 0].mean(1), reads[:, 1:].mean((1, 2))
     chance = torch.rand(first.shape, generator=torch.Generator().manual_seed(seed))
     away = np.abs(images - np.median(images, (1, 2), keepdims=True)).mean(-1)  # B x H x W

@@ -41,10 +41,8 @@ def object_attention(maps: Tensor, masks: np.ndarray | Tensor) -> Tensor:
     masks = torch.as_tensor(np.asarray(masks), dtype=torch.float32)
     (height, width), (rows, columns) = masks.shape[-2:], maps.shape[-2:]
     if height % rows or width % columns:
-        raise ValueError(
-            f"masks of {height} x {width} pixels do not divide into maps of {rows} x {columns}"
-            " cells"
-        )
+        fault = f"masks of {height} x {width} pixels do not divide into maps"
+        raise ValueError(f"{fault} of {rows} x {columns} cells")
     # N x h x w: share of each cell
     covered = F.avg_pool2d(masks.unsqueeze(1), (height // rows, width // columns)).squeeze(1)
     return torch.einsum("lhw,nhw->ln", maps.float(), covered)

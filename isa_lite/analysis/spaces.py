@@ -75,10 +75,8 @@ def probes(
     (unless told otherwise), and always guessing the commonest answer.
     """
     if any(len(scene.objects) != 1 for scene in scenes):
-        raise ValueError(
-            "probes need scenes with exactly one object, so that its colour, shape, size and place"
-            " are defined"
-        )
+        fault = "probes need scenes with exactly one object, so that its colour"
+        raise ValueError(f"{fault}, shape, size and place are defined")
     if len(tokens) != len(scenes):
         raise ValueError(f"{len(tokens)} sentences but {len(scenes)} scenes")
     inputs = {f"token {i + 1}": tokens[:, i].numpy() for i in range(tokens.shape[1])}

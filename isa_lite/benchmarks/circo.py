@@ -71,10 +71,8 @@ def _queries(root: Path, split: str, shared_concept: bool) -> list[Query]:
         target, truths = answer or (None, [])
         aspects = record.get("semantic_aspects", [])
         if not isinstance(truths, list) or not isinstance(aspects, list):
-            raise ValueError(
-                f"query {number} of {where}: gt_img_ids and semantic_aspects are lists, not"
-                f" {truths!r} and {aspects!r}"
-            )
+            fault = f"query {number} of {where}: gt_img_ids and semantic_aspects are lists"
+            raise ValueError(f"{fault}, not {truths!r} and {aspects!r}")
         if not all(isinstance(aspect, str) for aspect in aspects):
             raise ValueError(
                 f"query {number} of {where}: semantic_aspects must be texts, not {aspects!r}"
@@ -86,20 +84,16 @@ def _queries(root: Path, split: str, shared_concept: bool) -> list[Query]:
         check_query_id(number, "id", where)
         check_ids([reference, *answer[:1], *truths], int, f"query {number} of {where}")
         if answer and target not in truths:
-            raise ValueError(
-                f"query {number} of {where}: its target {target} is not among its ground truths"
-                f" {truths}"
-            )
+            fault = f"query {number} of {where}: its target {target} is not"
+            raise ValueError(f"{fault} among its ground truths {truths}")
         text = f"{concept}, {caption}" if shared_concept else caption
         targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
         queries.append(
             Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record)
         )
     if split == "test" and {q.id for q in queries} != {str(i) for i in range(len(queries))}:
-        raise ValueError(
-            f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects; is"
-            " the file whole?"
-        )
+        fault = f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects"
+        raise ValueError(f"{fault}; is the file whole?")
     return queries
 
 

@@ -94,9 +94,8 @@ def _check_path(path: object, what: str) -> None:
         raise ValueError(f"{what} is {path!r}, and no path")
     for kind in (PurePosixPath(path), PureWindowsPath(path)):
         if kind.is_absolute() or kind.drive or kind.root or ".." in kind.parts:
-            raise ValueError(
-                f"{what} is {path!r}, which may lie outside the folder; is it the original file?"
-            )
+            fault = f"{what} is {path!r}, which may lie outside the folder"
+            raise ValueError(f"{fault}; is it the original file?")
 
 
 def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float]:

@@ -123,10 +123,8 @@ def entries(
     for i, record in enumerate(records):
         lacking = [key for key in keys if key not in record]
         if lacking:
-            raise ValueError(
-                f"entry {i} of {where} has no {', '.join(lacking)}; is this the annotation file of"
-                " another split?"
-            )
+            fault = f"entry {i} of {where} has no {', '.join(lacking)}"
+            raise ValueError(f"{fault}; is this the annotation file of another split?")
         yield (record, *(record[key] for key in keys))
 
 
@@ -135,10 +133,8 @@ def check_ids(values: Iterable[object], kind: type, where: str) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, kind) or value == "":
             wanted = "a name, a text" if kind is str else "a whole number"
-            raise ValueError(
-                f"{where}: an image id is {wanted}, and this one is {value!r}, empty or of another"
-                " type"
-            )
+            fault = f"{where}: an image id is {wanted}, and this one is {value!r}"
+            raise ValueError(f"{fault}, empty or of another type")
 
 
 def check_query_id(value: object, what: str, where: str) -> None:
@@ -221,20 +217,16 @@ def checked_task(
 def _check_queries(task: Task, what: str) -> None:
     twice = [query for query, count in Counter(q.id for q in task.queries).items() if count > 1]
     if twice:  # a submission has one list an id
-        raise ValueError(
-            f"{len(twice)} ids of {what} are those of several queries, the first: {twice[0]}; is"
-            " the file whole?"
-        )
+        fault = f"{len(twice)} ids of {what} are those of several queries, the first: {twice[0]}"
+        raise ValueError(f"{fault}; is the file whole?")
     for query in task.queries:
         if not all(isinstance(text, str) for text in query.texts):
             raise ValueError(
                 f"the caption of query {query.id} of {what} is {query.texts[0]!r}, and no text"
             )
         if strange := sorted(map(str, query.images - task.files.keys())):
-            raise ValueError(
-                f"query {query.id} of {what} names {', '.join(strange)}, which the list of its"
-                " gallery does not hold"
-            )
+            fault = f"query {query.id} of {what} names {', '.join(strange)}"
+            raise ValueError(f"{fault}, which the list of its gallery does not hold")
 
 
 def _without_missing(task: Task, what: str, searched: Iterable[Path], partial: bool) -> Task:
@@ -253,10 +245,8 @@ def _without_missing(task: Task, what: str, searched: Iterable[Path], partial: b
             "with partial=True (--partial) both are left out, and no number compares with a"
             " complete run's"
         )
-        raise FileNotFoundError(
-            f"{lack}. Put them there (an empty file is a missing one);"
-            f" {go_on if kept else 'no query is left'}"
-        )
+        fault = f"{lack}. Put them there (an empty file is a missing one)"
+        raise FileNotFoundError(f"{fault}; {go_on if kept else 'no query is left'}")
     note = f"PARTIAL: {lack}; left out, so no number here compares with a complete run's"
     files = {i: path for i, path in task.files.items() if i not in missing}
     return replace(task, files=files, queries=kept, notes=[note, *task.notes])
@@ -276,10 +266,8 @@ def rank(task: Task, answer: Tensor | Scores, gallery: Tensor, k: int = 50) -> R
     """
     values = answer.values if isinstance(answer, Scores) else answer
     if (len(values), len(gallery)) != (len(task.queries), len(task.files)):
-        raise ValueError(
-            f"{task.name} {task.split} has {len(task.queries)} queries and {len(task.files)}"
-            f" images, not {len(values)} and {len(gallery)} embeddings"
-        )
+        fault = f"{task.name} {task.split} has {len(task.queries)} queries and {len(task.files)}"
+        raise ValueError(f"{fault} images, not {len(values)} and {len(gallery)} embeddings")
     if not (values.isfinite().all() and gallery.isfinite().all()):
         raise ValueError(f"{task.name} {task.split}: an embedding is not finite")
     queries = task.embedded(None, gallery)

@@ -85,9 +85,8 @@ def _load(
     queries = _queries(root, category, split, captions)
     names = read_json(root, listing := f"image_splits/split.{category}.{split}.json", _LAYOUT)
     if not isinstance(names, list):
-        raise ValueError(
-            f"{listing} is no list of image names; is it another file under this name?"
-        )
+        fault = f"{listing} is no list of image names"
+        raise ValueError(f"{fault}; is it another file under this name?")
     check_ids(names, str, listing)
     twice = len(names) - len(set(names))
     if gallery == "triplets":
@@ -193,10 +192,8 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
         if {**e, **q.entry} != e
     ]
     if changed:
-        problems.append(
-            f"{len(changed)} entries are not those of the annotations in their order, the first:"
-            f" {changed[0]}"
-        )
+        fault = f"{len(changed)} entries are not those of the annotations in their order, the first"
+        problems.append(f"{fault}: {changed[0]}")
     bare = sum("ranking" not in entry for entry in content)
     if bare:
         problems.append(f"{bare} entries have no ranking")

@@ -89,16 +89,13 @@ def _check_out(out: str | Path | None, tasks: Sequence[Task]) -> None:
     if out is not None:
         above = (Path(out), *Path(out).absolute().parents)
         if files := [p for p in above if p.exists() and not p.is_dir()]:
-            raise ValueError(
-                f"out= names a folder, and {files[0]} is a file; choose another folder (--out)"
-            )
+            fault = f"out= names a folder, and {files[0]} is a file"
+            raise ValueError(f"{fault}; choose another folder (--out)")
     if all(task.answered for task in tasks):
         return
     if out is None:
-        raise ValueError(
-            f"the split {tasks[0].split} has no answers here; give a folder (--out) for the"
-            " submission files"
-        )
+        fault = f"the split {tasks[0].split} has no answers here"
+        raise ValueError(f"{fault}; give a folder (--out) for the submission files")
     if short := [task.name for task in tasks if task.left_out]:
         raise ValueError(
             f"a submission needs every query, and images are missing from {', '.join(short)}"

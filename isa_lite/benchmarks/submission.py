@@ -16,10 +16,8 @@ def write_submission(
 ) -> Path:
     """Content as JSON to `path` if `check` finds no fault; else ValueError, and no file is left."""
     if task.left_out:
-        raise ValueError(
-            f"{path.name} would be rejected: {task.left_out} queries lack their images and were"
-            " left out"
-        )
+        told = f"{path.name} would be rejected"
+        raise ValueError(f"{told}: {task.left_out} queries lack their images and were left out")
     with tempfile.TemporaryDirectory() as folder:
         unchecked = Path(folder) / path.name
         write_text(unchecked, json.dumps(content))

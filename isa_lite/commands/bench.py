@@ -39,10 +39,8 @@ def _step(args: Namespace) -> None:
     config, vl = DistillConfig(**{name: getattr(args, name) for name in STEP}), load_vl_model()
     encoder = QueryEncoder.for_model(vl, stride=16, num_tokens=20, **recipe("default").encoder)
     table = step_cost(vl, encoder, config, args.rounds)
-    print(
-        f"one step of notebook 02: {config.batch_size} images, LAR on {config.lar_share:g} of them;"
-        f" {machine()}"
-    )
+    told = "one step of notebook 02"
+    print(f"{told}: {config.batch_size} images, LAR on {config.lar_share:g} of them; {machine()}")
     print(f"float32 products of this machine, in this run: {table.attrs['rate']:.0f} GFLOP/s")
     print(table.round(3).to_string())
 
@@ -80,15 +78,11 @@ def _query(args: Namespace) -> None:
         name = f"ViT-B-32 and {kind} up to stride {stride}, random weights"
         pairs[name] = large, encoder
     pairs["the shipped models"] = load_vl_model(), QueryEncoder.load(DATA / SCENES_ENCODER)
-    print(
-        "light: by a sentence; symmetric: late fusion with the large image tower; symmetric ISA: by"
-        " a sentence of it"
-    )
+    told = "light: by a sentence; symmetric: late fusion with the large image tower"
+    print(f"{told}; symmetric ISA: by a sentence of it")
     for name, (vl, encoder) in pairs.items():
-        print(
-            f"\n{name}; {encoder.config.image_size} px, {encoder.config.num_tokens} tokens, batch"
-            f" 1, ms; {machine()}"
-        )
+        told = f"\n{name}; {encoder.config.image_size} px"
+        print(f"{told}, {encoder.config.num_tokens} tokens, batch 1, ms; {machine()}")
         _print_times("PyTorch", *end_to_end(vl, encoder))
         with tempfile.TemporaryDirectory() as folder:
             export(encoder, vl, folder)
@@ -122,10 +116,8 @@ def _backbones(args: Namespace) -> None:
 
     untrained = args.pretrained is None and args.vl_model in open_clip.list_models()
     vl = random_model(args.vl_model) if untrained else load_vl_model(args.vl_model, args.pretrained)
-    print(
-        f"{vl.name} at {vl.image_size} px, backbones at {args.image_size or vl.image_size} px,"
-        f" batch 1; {machine()}"
-    )
+    told = f"{vl.name} at {vl.image_size} px"
+    print(f"{told}, backbones at {args.image_size or vl.image_size} px, batch 1; {machine()}")
     print("parameters and multiply-adds in millions")
     print(backbones(vl, args.image_size or vl.image_size, rounds=args.rounds).round(2).to_string())
 

@@ -142,10 +142,8 @@ def _check(paths: Sequence[Path], benchmark: str, root: Path, split: str, option
     for path in paths:
         name = path.name.split(".")[0] if benchmark == "fashioniq" else benchmark
         if name not in tasks:
-            raise ValueError(
-                f"{path.name}: FashionIQ's files begin with their category, one of"
-                f" {', '.join(tasks)}"
-            )
+            fault = f"{path.name}: FashionIQ's files begin with their category"
+            raise ValueError(f"{fault}, one of {', '.join(tasks)}")
         problems = module.check_submission(path, tasks[name])
         bad += bool(problems)
         print(f"{path}: {'; '.join(problems) or 'good'}")

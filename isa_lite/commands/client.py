@@ -28,16 +28,13 @@ def run(args: Namespace) -> None:
 
     embeddings, ids, model = read_gallery(args.gallery)
     if not model:
-        raise ValueError(
-            f"{args.gallery} does not say which model embedded it; save the Gallery with vl_model="
-        )
+        fault = f"{args.gallery} does not say which model embedded it"
+        raise ValueError(f"{fault}; save the Gallery with vl_model=")
     client = QueryClient(args.folder, vl_model=model)
     query = client.encode([read_image(args.image)], [args.modifier])[0]  # E
     if embeddings.shape[1] != len(query):
-        raise ValueError(
-            f"{args.gallery} holds embeddings of {embeddings.shape[1]} numbers, and the query has"
-            f" {len(query)}"
-        )
+        fault = f"{args.gallery} holds embeddings of {embeddings.shape[1]} numbers"
+        raise ValueError(f"{fault}, and the query has {len(query)}")
     scores, encoding = embeddings @ query, sys.stdout.encoding or "utf-8"  # N
     # of equal ones, the first in the gallery
     for i in np.argsort(-scores, kind="stable")[: args.k]:

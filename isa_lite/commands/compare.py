@@ -82,10 +82,8 @@ def run(args: Namespace) -> None:
         for folders in (args.isa, args.symmetric)
     )
     if symmetric and set(symmetric) != set(encoders):
-        raise ValueError(
-            f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}; they"
-            " must be the same"
-        )
+        fault = f"--symmetric has the seeds {sorted(symmetric)}, and --isa {sorted(encoders)}"
+        raise ValueError(f"{fault}; they must be the same")
     runs = []
     for seed in sorted(encoders):
         found = compare.kept_rivals(vl, seed, config, args.run)
@@ -104,7 +102,5 @@ def run(args: Namespace) -> None:
         shares = compare.relative(runs)
         low, high = seed_interval(shares)
         by_seed = shares.round(3).tolist()
-        print(
-            f"R@1 of asymmetric / symmetric ISA: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by"
-            f" seed {by_seed}"
-        )
+        told = "R@1 of asymmetric / symmetric ISA"
+        print(f"{told}: {shares.mean():.3f} [{low:.3f}, {high:.3f}], by seed {by_seed}")

@@ -86,7 +86,5 @@ def run(args: Namespace) -> None:
             info |= {"machine": machine(), "seconds": round(history.seconds, 1)}
             encoder.cpu().save(args.out, info | {"processes": distributed.count()})
             write_text(args.out / "history.json", json.dumps(asdict(history)) + "\n")
-            print(
-                f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back;"
-                " QueryEncoder.load reads it"
-            )
+            told = f"{args.out}: own image found in {history.recall[-1][1]:.0f}% of those held back"
+            print(f"{told}; QueryEncoder.load reads it")

@@ -34,10 +34,8 @@ def run(args: Namespace) -> None:
         return
     # all of them, before anything is printed
     for found in [read_metrics(path) for path in args.metrics]:
-        print(
-            f"Retrieval, {found['data']}: {found['queries']} queries, gallery of"
-            f" {found['gallery']}, seed {found['seed']}"
-        )
+        told = f"Retrieval, {found['data']}: {found['queries']} queries"
+        print(f"{told}, gallery of {found['gallery']}, seed {found['seed']}")
         print("Recall@K in percent [95% Wilson interval over queries]")
         rows = {
             name: [

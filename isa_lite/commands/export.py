@@ -47,9 +47,7 @@ def run(args: Namespace) -> None:
     print(f"largest difference from PyTorch: {most:.2g}")
     if args.int8:
         bench = make_benchmark(size=vl.image_size).embedded(vl)
-        print(
-            f"Recall@K in percent on rendered scenes, {len(bench)} queries, gallery of"
-            f" {len(bench.scenes)}"
-        )
+        told = f"Recall@K in percent on rendered scenes, {len(bench)} queries"
+        print(f"{told}, gallery of {len(bench.scenes)}")
         found = {str(where): measured_recall(QueryClient(where), bench) for where in folders}
         print(pd.DataFrame(found).T.round(1).to_string())

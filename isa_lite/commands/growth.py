@@ -35,7 +35,5 @@ def run(args: Namespace) -> None:
     found = growth(vl, encoder, args.cache, sizes, seed=args.seed)
     found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
     write_text(args.out, json.dumps(found, indent=1) + "\n")
-    print(
-        f"rendered scenes, {found['queries']} queries;"
-        f" {found['machine']}\n{growth_table(found).to_string()}"
-    )
+    told = f"rendered scenes, {found['queries']} queries"
+    print(f"{told}; {found['machine']}\n{growth_table(found).to_string()}")

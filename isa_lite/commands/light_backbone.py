@@ -53,7 +53,5 @@ def run(args: Namespace) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     write_text(args.out / f"{WEIGHTS}.json", json.dumps(record, indent=1) + "\n")
-    print(
-        f"{args.out}: loss {loss:.3f} of the features' variance left; {seconds / 60:.0f} minutes on"
-        f" {machine()}"
-    )
+    told = f"{args.out}: loss {loss:.3f} of the features' variance left"
+    print(f"{told}; {seconds / 60:.0f} minutes on {machine()}")

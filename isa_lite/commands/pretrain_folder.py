@@ -34,7 +34,5 @@ def run(args: Namespace) -> None:
     pretrain_folder(
         images, captions, config, args.out, run, checkpoint_minutes=args.checkpoint_minutes
     )
-    print(
-        f"{args.out}: load_vl_model({str(args.out)!r}) loads it, and so does open_clip as"
-        f" local-dir:{args.out}"
-    )
+    told = f"{args.out}: load_vl_model({str(args.out)!r}) loads it"
+    print(f"{told}, and so does open_clip as local-dir:{args.out}")

@@ -23,9 +23,8 @@ def _seeds(text: str) -> list[int]:
     try:
         return [whole(0)(int(part)) for part in text.split(",")]
     except ValueError:
-        raise ArgumentTypeError(
-            f"seeds are whole numbers with commas between them, such as 0,1,2; not {text!r}"
-        ) from None
+        fault = "seeds are whole numbers with commas between them, such as 0,1,2"
+        raise ArgumentTypeError(f"{fault}; not {text!r}") from None
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -55,9 +55,8 @@ def same_as(name: str, right: Callable[..., float], mine: Callable, cases: Itera
                 f"good so far, but for {shown} {name} gives {expected:g}, not {answer:g}"
             )
         if repr(given) != repr(case):
-            raise NotAnAnswer(
-                f"the numbers are right, but what was given has changed: {shown}; work on a copy"
-            )
+            fault = f"the numbers are right, but what was given has changed: {shown}"
+            raise NotAnAnswer(f"{fault}; work on a copy")
 
 
 def self_check(check: Callable[[], str]) -> Callable[[], str]:

@@ -448,9 +448,8 @@ def training_panel(history: History | Mapping[str, History]) -> Panel:
     """
     runs = {"this run": history} if isinstance(history, History) else dict(history)
     if not runs or not all(h.gcd for h in runs.values()):
-        raise ValueError(
-            "a history without steps has nothing to show; train first (isa_lite.distill.distill returns it)"
-        )
+        fault = "a history without steps has nothing to show"
+        raise ValueError(f"{fault}; train first (isa_lite.distill.distill returns it)")
     last = max(len(h.gcd) for h in runs.values())
     smooth = "How many steps a running mean goes over; 1 shows every step"
     controls = _number("step", last, last, "The step that the numbers below belong to")

@@ -99,21 +99,16 @@ class QueryClient:
     def __init__(self, folder: str | Path, threads: int = 0, vl_model: str | None = None):
         folder = Path(folder)
         if not (folder / SETTINGS).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {SETTINGS}; give the folder that python -m isa_lite export"
-                " wrote"
-            )
+            fault = f"{folder} holds no {SETTINGS}; give the folder"
+            raise FileNotFoundError(f"{fault} that python -m isa_lite export wrote")
         self.settings = _read_settings(folder / SETTINGS)
         for name, expected in self.settings["files"].items():
             if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no {name}, which its {SETTINGS} names; export again"
-                )
+                fault = f"{folder} holds no {name}, which its {SETTINGS} names"
+                raise FileNotFoundError(f"{fault}; export again")
             if checksum(folder / name) != expected:
-                raise ValueError(
-                    f"{folder / name} is not the file that was exported (its checksum differs);"
-                    " export again"
-                )
+                fault = f"{folder / name} is not the file that was exported (its checksum differs)"
+                raise ValueError(f"{fault}; export again")
         if vl_model is not None and vl_model != self.settings["vl_model"]:
             raise ValueError(
                 f"the query side in {folder} belongs to VL model {self.settings['vl_model']}, and"
@@ -126,10 +121,8 @@ class QueryClient:
         # absent from files of earlier versions
         for text, ids in self.settings.get("read", {}).items():
             if self.words(text) != ids:
-                raise ValueError(
-                    f"{folder / TOKENIZER} reads {text!r} otherwise than when it was exported;"
-                    " export again"
-                )
+                fault = f"{folder / TOKENIZER} reads {text!r} otherwise than when it was exported"
+                raise ValueError(f"{fault}; export again")
 
     def _run(
         self, network: onnxruntime.InferenceSession, output: str, inputs: dict[str, np.ndarray]
@@ -137,10 +130,8 @@ class QueryClient:
         try:
             return network.run([output], inputs)[0]
         except Exception as error:  # onnxruntime's errors have no common kind but this
-            raise ValueError(
-                f"the networks do not fit {self._settings_file} ({_first_line(error)}); export"
-                " again"
-            ) from error
+            fault = f"the networks do not fit {self._settings_file} ({_first_line(error)})"
+            raise ValueError(f"{fault}; export again") from error
 
     def pixels(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """Images (PIL, or uint8 H x W x 3) -> B x 3 x H x W float32: the shorter side to size
@@ -214,9 +205,8 @@ class QueryClient:
         """Images and one modifier each -> L2-normalised query embeddings, B x E float32."""
         check_images(images)
         if len(images) != len(check_texts(modifiers, "modifiers")):
-            raise ValueError(
-                f"{len(images)} images but {len(modifiers)} modifiers; give one for each image"
-            )
+            fault = f"{len(images)} images but {len(modifiers)} modifiers"
+            raise ValueError(f"{fault}; give one for each image")
         starts = range(0, len(images), batch_size)
         # first, as it may refuse one
         prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]
@@ -245,8 +235,6 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
         raise ValueError(f"{path}: the ids must be different texts or whole numbers")
     lengths = np.linalg.norm(embeddings.astype(np.float32, copy=False), axis=1)
     if (wrong := ~(np.abs(lengths - 1) <= 0.01)).any():
-        raise ValueError(
-            f"{path}: the embedding of {ids[int(wrong.argmax())]!r} is not finite or has not the"
-            " length 1"
-        )
+        told = f"{path}: the embedding of {ids[int(wrong.argmax())]!r} is not finite"
+        raise ValueError(f"{told} or has not the length 1")
     return embeddings, ids, info["vl_model"]

@@ -92,15 +92,11 @@ def tokenizer_of(vl: VLModel) -> Tokenizer:
     """
     ours = vl.tokenizer
     if not hasattr(ours, "bpe_ranks"):
-        raise ValueError(
-            f"{vl.name}: only open_clip's own tokenizer can be exported, and this model has a"
-            f" {type(ours).__name__}"
-        )
+        fault = f"{vl.name}: only open_clip's own tokenizer can be exported"
+        raise ValueError(f"{fault}, and this model has a {type(ours).__name__}")
     if ours.clean_fn("An  Ä, b") != "an ä, b":
-        raise ValueError(
-            f"{vl.name}: its tokenizer cleans texts in a way of its own, which"
-            " isa_lite.deploy.client does not know"
-        )
+        fault = f"{vl.name}: its tokenizer cleans texts in a way of its own"
+        raise ValueError(f"{fault}, which isa_lite.deploy.client does not know")
     merges = [pair for pair, _ in sorted(ours.bpe_ranks.items(), key=lambda item: item[1])]
     made = Tokenizer(models.BPE(dict(ours.encoder), merges, end_of_word_suffix="</w>"))
     made.normalizer = normalizers.Lowercase()
@@ -157,10 +153,8 @@ def difference(
             ids, places = prompt_ids(vl, tokens.shape[1], said, template)
             prompts = client.prompts(said)
             if not np.array_equal(ids.masked_fill(places, PLACEHOLDER).cpu().numpy(), prompts):
-                raise ValueError(
-                    f"the exported tokenizer gives other ids than open_clip's for {modifier!r} in"
-                    f" {template!r}"
-                )
+                fault = "the exported tokenizer gives other ids than open_clip's"
+                raise ValueError(f"{fault} for {modifier!r} in {template!r}")
             query = compose(vl, tokens, said, template).numpy()
             most = max(most, float(np.abs(client.compose(found, prompts) - query).max()))
     return most
@@ -182,10 +176,8 @@ def export(
     """
     check_template(template)
     if encoder.config.vl_model != vl.fingerprint:
-        raise ValueError(
-            f"the query encoder belongs to VL model {encoder.config.vl_model}, not {vl.fingerprint}"
-            f" ({vl.name})"
-        )
+        fault = f"the query encoder belongs to VL model {encoder.config.vl_model}"
+        raise ValueError(f"{fault}, not {vl.fingerprint} ({vl.name})")
     # before the networks, which take minutes
     folder, tokenizer = Path(folder), tokenizer_of(vl)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +190,8 @@ def export(
         write_text(part / SETTINGS, json.dumps(settings))
         most = difference(QueryClient(part), encoder, vl, template)
         if not most <= tolerance:  # also where it is not a number
-            raise ValueError(
-                f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}; {folder} is"
-                " as it was"
-            )
+            fault = f"the files differ from PyTorch by {most:.2g}, more than {tolerance:g}"
+            raise ValueError(f"{fault}; {folder} is as it was")
         libraries = ("torch", "onnx", "onnxscript", "onnxruntime")
         settings["made"] = {"difference": most, "date": str(date.today()), "commit": commit()}
         settings["made"] |= {"versions": {name: version(name) for name in libraries}}

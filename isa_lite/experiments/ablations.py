@@ -99,9 +99,8 @@ def plan(defaults: Mapping, only: Sequence[str] = (), seeds: Sequence[int] = (0,
     everything = ablations(defaults)
     unknown = sorted(set(only) - set(everything))
     if unknown:
-        raise ValueError(
-            f"unknown ablation {', '.join(unknown)}; there are: {', '.join(everything)}"
-        )
+        fault = f"unknown ablation {', '.join(unknown)}"
+        raise ValueError(f"{fault}; there are: {', '.join(everything)}")
     runs: dict[str, dict] = {}
     for seed in seeds:
         chosen = only or everything

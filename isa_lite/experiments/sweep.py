@@ -47,9 +47,8 @@ _STORED = {
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
     """A notebook's parameters with their defaults. Raises FileNotFoundError or ValueError."""
     if not notebook.is_file():
-        raise FileNotFoundError(
-            f"there is no notebook {notebook}; run this in a checkout, or give --notebook"
-        )
+        fault = f"there is no notebook {notebook}"
+        raise FileNotFoundError(f"{fault}; run this in a checkout, or give --notebook")
     try:
         found = papermill.inspect_notebook(str(notebook))
         defaults = {name: ast.literal_eval(about["default"]) for name, about in found.items()}
@@ -58,10 +57,8 @@ def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
             f"{notebook} is no notebook that can be read: {type(error).__name__}: {error}"
         ) from error
     if not {"recipe", "steps", "num_tokens", "vl_model"} <= set(defaults):
-        raise ValueError(
-            f"{notebook} has not the parameters of notebook 02, of which every run is one; see"
-            " --notebook"
-        )
+        fault = f"{notebook} has not the parameters of notebook 02, of which every run is one"
+        raise ValueError(f"{fault}; see --notebook")
     return defaults
 
 
@@ -144,10 +141,8 @@ def sweep(args: Namespace) -> None:
     if args.add and out.exists():
         stored = read_json(out, "the record of a sweep", RECORD)
     if stored["runs"] and (why := _foreign(stored, defaults, models)):
-        raise ValueError(
-            f"--add: the record {out} is of {why}; choose another --out, or leave out --add to"
-            " write over it"
-        )
+        fault = f"--add: the record {out} is of {why}"
+        raise ValueError(f"{fault}; choose another --out, or leave out --add to write over it")
     results = _finished(runs, models, stored, args.runs)
     waiting = [run for run in runs if run["key"] and run["key"] not in results]
     _print_plan(runs, waiting, results, defaults, args.jobs)
@@ -184,10 +179,8 @@ def _defaults(args: Namespace) -> dict:
     defaults = notebook_defaults(args.notebook)
     shorter = args.smoke or args.steps not in (None, defaults["steps"])
     if shorter and args.out is None and not args.dry_run:
-        raise ValueError(
-            "a sweep of other steps does not replace one of full length: say with --out where its"
-            " record goes"
-        )
+        fault = "a sweep of other steps does not replace one of full length"
+        raise ValueError(f"{fault}: say with --out where its record goes")
     given = {"steps": args.steps, "smoke": args.smoke or None}
     given |= {"device": args.device, "recipe": args.recipe}
     return complete(defaults | {name: v for name, v in given.items() if v is not None})
@@ -201,10 +194,8 @@ def _models(args: Namespace, runs: Sequence[Mapping], defaults: Mapping) -> dict
         kept = {name: training["config"][name] for name in ("steps", "matching_steps")}
         config, folder = PretrainConfig(change=0.0, **kept), "runs/pretrain-without-change"
         took = sum(training["minutes"].values())
-        print(
-            f"{WITHOUT_CHANGE} is missing; the shipped model's training took {took:.0f} minutes."
-            " Make it by"
-        )
+        told = f"{WITHOUT_CHANGE} is missing"
+        print(f"{told}; the shipped model's training took {took:.0f} minutes. Make it by")
         print(f"  {command_line('pretrain', config)} --out={WITHOUT_CHANGE} --run={folder}")
         print("  (or give --pretrain)")
         if args.pretrain and not (args.dry_run or args.gather):
@@ -259,10 +250,8 @@ def _print_plan(
         what = ", ".join(f"{n}={v!r}" for n, v in set_here.items()) or "defaults"
         print(f"{state:12} seed {run['parameters']['seed']}  {what}")
     ahead, source = seconds_ahead(waiting, list(results.values()))
-    print(
-        f"{len(waiting)} of {len(runs)} runs to go: about {ahead / jobs / 3600:.1f} hours"
-        f" ({source}); {machine()}"
-    )
+    told = f"{len(waiting)} of {len(runs)} runs to go"
+    print(f"{told}: about {ahead / jobs / 3600:.1f} hours ({source}); {machine()}")
 
 
 def _attention(

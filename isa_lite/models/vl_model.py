@@ -64,10 +64,8 @@ class VLModel(nn.Module):
         self.words = Words(tokenizer, called, self.tower.reserved)
         self.context_length: int = self.words.context_length
         if self.tower.context_length not in (0, self.context_length):
-            raise ValueError(
-                f"{called}: its tokenizer makes rows of {self.context_length}"
-                f" ids, and its text tower reads {self.tower.context_length}"
-            )
+            fault = f"{called}: its tokenizer makes rows of {self.context_length} ids"
+            raise ValueError(f"{fault}, and its text tower reads {self.tower.context_length}")
         # transformers guesses what is not there
         if self.words.pad != getattr(self.tower, "pad", self.words.pad):
             raise ValueError(
@@ -167,10 +165,8 @@ class VLModel(nn.Module):
         """Embeddings B x E of length 1. Raises ValueError for others, as of damaged weights."""
         # False for nan, too
         if not ((torch.linalg.vector_norm(embeddings.float(), dim=-1) - 1).abs() <= 0.01).all():
-            raise ValueError(
-                f"{self.name or 'the model'} gives embeddings that are zero or no numbers; are its"
-                " weights damaged?"
-            )
+            fault = f"{self.name or 'the model'} gives embeddings that are zero or no numbers"
+            raise ValueError(f"{fault}; are its weights damaged?")
         return embeddings
 
     # ------------------------------------------------------------------------------------------
@@ -216,10 +212,8 @@ class VLModel(nn.Module):
         """
         project = self._patch_projection()
         if project is None:
-            raise ValueError(
-                f"{self.name}: a {type(self.clip.visual).__name__} does not project patches; set"
-                " lar_weight to 0"
-            )
+            fault = f"{self.name}: a {type(self.clip.visual).__name__} does not project patches"
+            raise ValueError(f"{fault}; set lar_weight to 0")
         return F.normalize(project(patches).float(), dim=-1)
 
     def _patch_projection(self) -> Callable[[Tensor], Tensor] | None:
@@ -307,10 +301,8 @@ def load_vl_model(
         or Path(name).is_dir()
     )
     if pretrained and own:
-        raise ValueError(
-            f"pretrained={pretrained!r} is for names of open_clip alone: {name} comes with its own"
-            " weights"
-        )
+        fault = f"pretrained={pretrained!r} is for names of open_clip alone"
+        raise ValueError(f"{fault}: {name} comes with its own weights")
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
     if name.startswith("blip:") or is_blip(folder):
         clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)
@@ -335,10 +327,8 @@ def _checked(vl: VLModel) -> VLModel:
     ways = vl.encode_ids(short), vl.pool(vl.text_tokens(vl.word_vectors(short), short), short)
     off = max(float((ours - theirs).abs().max()) for ours in ways)
     if not off <= 1e-2:
-        raise ValueError(
-            f"{vl.name}: its text tower gives something else from word vectors than from ids (off"
-            f" by {off:.2g})"
-        )
+        fault = f"{vl.name}: its text tower gives something else from word vectors than from ids"
+        raise ValueError(f"{fault} (off by {off:.2g})")
     return vl
 
 

@@ -75,11 +75,8 @@ def pretrain_folder(
     seconds = {"towers": took}
     cut = sum(int(ids[-1]) != 0 for ids in vl.tokenize(batches.texts))
     if cut:
-        warnings.warn(
-            f"{cut} captions are longer than {config.context_length} tokens; the model has read"
-            " their beginnings",
-            stacklevel=2,
-        )
+        fault = f"{cut} captions are longer than {config.context_length} tokens"
+        warnings.warn(f"{fault}; the model has read their beginnings", stacklevel=2)
     if config.matching_steps:
         matching = run / "matching_encoder.safetensors" if run else None
         how = log, batches.source, checkpoint_minutes

@@ -98,9 +98,8 @@ def embed_files(
     if tower.broken:
         raise ValueError(_told(tower.broken, files))
     if len({part["embeddings"].shape[1] for part in parts}) > 1:
-        raise ValueError(
-            f"the shards in {cache} have embeddings of different widths; delete that folder"
-        )
+        fault = f"the shards in {cache} have embeddings of different widths"
+        raise ValueError(f"{fault}; delete that folder")
     _count_copies(files, [bytes(d) for part in parts for d in part["digests"].tolist()])
     return torch.cat([part["embeddings"] for part in parts])
 
@@ -108,10 +107,8 @@ def embed_files(
 def _checked_files(files: object, cache: str | Path | None) -> list[Path]:
     listed = hasattr(files, "__getitem__") and not isinstance(files, (str, bytes, Mapping))
     if not listed or not all(isinstance(f, (str, os.PathLike)) for f in files):
-        raise ValueError(
-            "files must be a list of paths; isa_lite.support.images.ImageFolder(FOLDER).files lists"
-            " those of a folder"
-        )
+        fault = "files must be a list of paths; isa_lite.support.images.ImageFolder(FOLDER).files"
+        raise ValueError(f"{fault} lists those of a folder")
     if not files:
         raise ValueError("there are no files to embed")
     if cache and Path(cache).is_file():

@@ -73,10 +73,8 @@ def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
     if values.ndim == 1 and what == "queries":
         values = values[None]
     if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(
-            f"{what} must have the shape {'B' if what == 'queries' else 'N'} x E, not"
-            f" {tuple(values.shape)}"
-        )
+        fault = f"{what} must have the shape {'B' if what == 'queries' else 'N'} x E"
+        raise ValueError(f"{fault}, not {tuple(values.shape)}")
     return values
 
 
@@ -107,10 +105,8 @@ class Gallery:
         if len(self.embeddings) != len(self.ids):
             raise ValueError(f"{len(self.embeddings)} embeddings but {len(self.ids)} ids")
         if not isinstance(self.vl_model, str):
-            raise ValueError(
-                "vl_model must be a model's fingerprint, a text, not a"
-                f" {type(self.vl_model).__name__}"
-            )
+            fault = "vl_model must be a model's fingerprint, a text"
+            raise ValueError(f"{fault}, not a {type(self.vl_model).__name__}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,22 +117,16 @@ class Gallery:
         """Queries B x E float32, k, and B indices to leave out, checked. Raises ValueError."""
         queries = _vectors("queries", queries).to(self.embeddings.device)
         if queries.shape[1] != self.embeddings.shape[1]:
-            raise ValueError(
-                f"queries have {queries.shape[1]} numbers each, and the gallery's embeddings"
-                f" {self.embeddings.shape[1]}; both must come from one model"
-            )
+            fault = f"queries have {queries.shape[1]} numbers each, and the gallery's embeddings"
+            raise ValueError(f"{fault} {self.embeddings.shape[1]}; both must come from one model")
         if not queries.isfinite().all():
-            raise ValueError(
-                f"queries must be finite, and row {int((~queries.isfinite().all(1)).nonzero()[0])}"
-                " is not"
-            )
+            fault = "queries must be finite, and row"
+            raise ValueError(f"{fault} {int((~queries.isfinite().all(1)).nonzero()[0])} is not")
         if exclude is not None:
             exclude = indices(exclude).to(queries.device)
             if exclude.shape != (len(queries),) or exclude.is_floating_point():
-                raise ValueError(
-                    f"exclude must hold one index for each of the {len(queries)} queries, or -1 for"
-                    " none"
-                )
+                fault = f"exclude must hold one index for each of the {len(queries)} queries"
+                raise ValueError(f"{fault}, or -1 for none")
             if int(exclude.min()) < -1 or int(exclude.max()) >= len(self):
                 raise ValueError(f"exclude must hold indices from -1 (none) to {len(self) - 1}")
         most = len(self) - (exclude is not None and bool((exclude >= 0).any()))
@@ -190,9 +180,8 @@ class Gallery:
                 raise ValueError("it lacks embeddings or ids")
             return cls(tensors["embeddings"], info["ids"], info.get("vl_model"))
         except ValueError as error:
-            raise ValueError(
-                f"{path} is no gallery that can be used: {error}; save it again"
-            ) from error
+            fault = f"{path} is no gallery that can be used: {error}"
+            raise ValueError(f"{fault}; save it again") from error
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,8 @@ def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor)
             and not points.isnan().any()
         )
         if not good or points.shape[1] != gallery.shape[1]:
-            raise ValueError(
-                f"{name} must be numbers, of the same width in queries and gallery, and a row for"
-                " each"
-            )
+            fault = f"{name} must be numbers, of the same width in queries and gallery"
+            raise ValueError(f"{fault}, and a row for each")
     return score_ranks(queries.float() @ gallery.float().T, reference, hits)
 
 
@@ -56,10 +54,8 @@ def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarr
     mask_reference(scores, reference)
     hits = hits & scores.isfinite()
     if not hits.any(1).all():
-        raise ValueError(
-            f"query {int((~hits.any(1)).nonzero()[0])} has no hit in the gallery apart from its"
-            " reference"
-        )
+        fault = f"query {int((~hits.any(1)).nonzero()[0])} has no hit"
+        raise ValueError(f"{fault} in the gallery apart from its reference")
     best = scores.masked_fill(~hits, float("-inf")).amax(1, keepdim=True)  # B x 1
     return ((scores >= best) & ~hits).sum(1).add(1).numpy()
 
@@ -69,10 +65,8 @@ def recall(rank: np.ndarray, k: int) -> float:
     """Recall@K in percent: the share of queries with a best hit (rank, from 1) in the first K."""
     rank = np.asarray(rank)
     if rank.dtype.kind not in "iu" or not rank.size or rank.min() < 1:
-        raise ValueError(
-            "rank must hold a whole number of at least 1 for each query, not"
-            f" {np.array2string(rank, threshold=5)}"
-        )
+        fault = "rank must hold a whole number of at least 1 for each query"
+        raise ValueError(f"{fault}, not {np.array2string(rank, threshold=5)}")
     return float(100 * np.mean(rank <= k))
 
 
@@ -89,10 +83,8 @@ def wilson_interval(
     """
     hits, count = np.asarray(hits, float), np.asarray(count, float)
     if not ((count >= 1) & (hits >= 0) & (hits <= count)).all():
-        raise ValueError(
-            "wilson_interval: hits must lie between 0 and count, and count be at least 1, not"
-            f" {hits} of {count}"
-        )
+        fault = "wilson_interval: hits must lie between 0 and count"
+        raise ValueError(f"{fault}, and count be at least 1, not {hits} of {count}")
     z, share = stats.norm.ppf((1 + level) / 2), hits / count
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
@@ -116,10 +108,8 @@ def bootstrap_interval(values: ArrayLike, draws: int = 2000, seed: int = 0) -> t
     """
     values = np.asarray(values, float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            "bootstrap_interval: values must be at least two finite numbers in a row, not of shape"
-            f" {values.shape}"
-        )
+        fault = "bootstrap_interval: values must be at least two finite numbers in a row"
+        raise ValueError(f"{fault}, not of shape {values.shape}")
     rng = np.random.default_rng((seed, 6))
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -137,10 +127,8 @@ def paired_interval(
     """
     first, second = np.asarray(first, float), np.asarray(second, float)
     if first.shape != second.shape:
-        raise ValueError(
-            f"paired_interval: first and second must hold the same queries, not {first.shape} and"
-            f" {second.shape}"
-        )
+        fault = "paired_interval: first and second must hold the same queries"
+        raise ValueError(f"{fault}, not {first.shape} and {second.shape}")
     return bootstrap_interval(first - second, draws, seed)
 
 

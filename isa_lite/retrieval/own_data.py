@@ -110,19 +110,15 @@ class _Names:
             if path.is_absolute() or ".." in path.parts:
                 whole = (self.folder / path).resolve()
                 if not whole.is_relative_to(self.folder):
-                    raise ValueError(
-                        f"{name!r} lies outside the folder {self.folder.name}; copy it into the"
-                        " folder"
-                    )
+                    fault = f"{name!r} lies outside the folder {self.folder.name}"
+                    raise ValueError(f"{fault}; copy it into the folder")
                 path = PurePosixPath(whole.relative_to(self.folder).as_posix())
             key = self._key(str(path))
             if key in self.number:
                 return self.number[key]
             if key in self.broken:
-                raise ValueError(
-                    f"{name!r} cannot be read as an image ({self.broken[key]}); replace it, or"
-                    " delete the entry"
-                )
+                fault = f"{name!r} cannot be read as an image ({self.broken[key]})"
+                raise ValueError(f"{fault}; replace it, or delete the entry")
         # False also for what no file can be called, such as a long caption
         if os.path.exists(self.folder / name.strip()):
             raise ValueError(f"{name!r} is no image that Pillow reads; save it as PNG or JPEG")
@@ -145,9 +141,8 @@ def _text_of(path: Path, name: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8 (Excel: 'CSV UTF-8')"
-        ) from None
+        fault = f"{path} is not UTF-8 (at byte {error.start})"
+        raise ValueError(f"{fault}; save it as UTF-8 (Excel: 'CSV UTF-8')") from None
 
 
 def plain(caption: str) -> str:
@@ -163,30 +158,24 @@ def _rows(path: Path, content: str) -> np.ndarray:
         try:
             columns = [c.strip().lower() for c in next(csv.reader([head], delimiter=delimiter), [])]
         except csv.Error as error:
-            raise ValueError(
-                f"{path}: the first row cannot be read ({error}); save the table as CSV again"
-            ) from None
+            fault = f"{path}: the first row cannot be read ({error})"
+            raise ValueError(f"{fault}; save the table as CSV again") from None
         if {"image", "caption"} <= set(columns):
             break
     else:
-        raise ValueError(
-            f"{path}: the first row must name the columns image and caption; it is {head[:80]!r}"
-        )
+        fault = f"{path}: the first row must name the columns image and caption"
+        raise ValueError(f"{fault}; it is {head[:80]!r}")
     if columns.count("image") > 1 or columns.count("caption") > 1:
-        raise ValueError(
-            f"{path}: the first row names a column twice ({head[:80]!r}); several captions are"
-            " several rows"
-        )
+        fault = f"{path}: the first row names a column twice ({head[:80]!r})"
+        raise ValueError(f"{fault}; several captions are several rows")
     # with its header, pandas would take the first column for an index where a row is too long
     plain = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
     try:
         table = pd.read_csv(io.StringIO(content), sep=delimiter, **plain)
     except pd.errors.ParserError as error:
         detail = str(error).removeprefix("Error tokenizing data. C error: ").strip()
-        raise ValueError(
-            f"{path}: {detail}; put a text that contains {delimiter!r} or a line break in double"
-            " quotes"
-        ) from None
+        fault = f"{path}: {detail}; put a text that contains {delimiter!r}"
+        raise ValueError(f"{fault} or a line break in double quotes") from None
     return table.fillna("")[[columns.index("image"), columns.index("caption")]].to_numpy()[1:]
 
 
@@ -264,9 +253,8 @@ def read_triplets(
 
 def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:
     if not isinstance(entry, Mapping):
-        raise ValueError(
-            f"is {str(entry)[:40]!r}; it must be an object with reference, modifier and targets"
-        )
+        fault = f"is {str(entry)[:40]!r}"
+        raise ValueError(f"{fault}; it must be an object with reference, modifier and targets")
     missing = [key for key in ("reference", "modifier", "targets") if key not in entry]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
@@ -281,9 +269,8 @@ def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int
     start = names.find(entry["reference"], hint)
     found = sorted({names.find(t, hint) for t in entry["targets"]} - {start})
     if not found:
-        raise ValueError(
-            "has no target but its own reference, which a ranking leaves out; name another image"
-        )
+        fault = "has no target but its own reference, which a ranking leaves out"
+        raise ValueError(f"{fault}; name another image")
     return start, " ".join(entry["modifier"].split()), found
 
 

@@ -96,10 +96,8 @@ def read_metrics(path: str | Path) -> dict:
         Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS
     )
     if without := sorted(set(found["methods"]) ^ set(found["intervals"])):
-        raise ValueError(
-            f"{path} has only a recall or only its interval of {without[0]!r}; run notebook 02"
-            " again"
-        )
+        fault = f"{path} has only a recall or only its interval of {without[0]!r}"
+        raise ValueError(f"{fault}; run notebook 02 again")
     return found
 
 
@@ -110,10 +108,8 @@ def read_alike(path: Path, what: str, shape: dict, rows: str = "runs") -> dict:
     for i, row in enumerate(found[rows]):
         for key in ("methods", "training_seconds", "weights"):
             if key in shape[rows][0] and (other := set(row[key]) ^ set(first[key])):
-                raise ValueError(
-                    f"{path} should hold {what}, but {min(other)!r} is not in the {key} of all"
-                    f" {rows}, see {rows}[{i}]"
-                )
+                fault = f"{path} should hold {what}, but {min(other)!r} is not"
+                raise ValueError(f"{fault} in the {key} of all {rows}, see {rows}[{i}]")
     return found
 
 

@@ -50,10 +50,8 @@ class Benchmark(Queries):
 def check_gallery(queries: int, gallery: int) -> None:
     """Raises ValueError for a gallery too small for the queries (`make_benchmark`)."""
     if gallery < 4 * queries:
-        raise ValueError(
-            f"parameter 'gallery' must be at least {4 * queries}, four times 'queries', not"
-            f" {gallery}"
-        )
+        fault = f"parameter 'gallery' must be at least {4 * queries}"
+        raise ValueError(f"{fault}, four times 'queries', not {gallery}")
 
 
 @checked(

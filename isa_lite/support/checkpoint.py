@@ -267,10 +267,8 @@ def resume_run(
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no state of a run; choose another file")
     if changed := list(_differences(found, wanted)):
-        raise ValueError(
-            f"{path} belongs to another run ({'; '.join(changed)}); delete it or choose another"
-            " file"
-        )
+        fault = f"{path} belongs to another run ({'; '.join(changed)})"
+        raise ValueError(f"{fault}; delete it or choose another file")
     if type(info.get("step")) is not int or not 0 <= info["step"] <= steps:
         raise damaged(path, f"its step is {info.get('step')!r}")
     state, moments = _sorted_out(path, tensors, modules)

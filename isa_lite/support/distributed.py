@@ -46,17 +46,13 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     if device not in ("cpu", "cuda"):
-        raise ValueError(
-            f"several processes share no {device!r}: give device cuda, and each takes a GPU of its"
-            " own, or cpu"
-        )
+        fault = f"several processes share no {device!r}"
+        raise ValueError(f"{fault}: give device cuda, and each takes a GPU of its own, or cpu")
     if device == "cuda":
         own = int(os.environ["LOCAL_RANK"])
         if own >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {own} has no GPU of its own, as there are {torch.cuda.device_count()}:"
-                " start fewer"
-            )
+            fault = f"process {own} has no GPU of its own, as there are {torch.cuda.device_count()}"
+            raise ValueError(f"{fault}: start fewer")
         torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     yield
@@ -122,9 +118,8 @@ def same(value: object, what: str) -> None:
     if count() > 1:
         distributed.all_gather_object(values, value)
     if any(other != value for other in values):
-        raise ValueError(
-            f"the {count()} processes differ in {what}: {values}; give all of them the same files"
-        )
+        fault = f"the {count()} processes differ in {what}: {values}"
+        raise ValueError(f"{fault}; give all of them the same files")
 
 
 def told(value: Value) -> Value:

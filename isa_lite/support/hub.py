@@ -71,10 +71,8 @@ def _reach(url: str, what: str, advice: str) -> None:
     """Raises ConnectionError, with what to do, where `url` cannot or must not be reached."""
     hub = url.startswith(constants.ENDPOINT)
     if folder := _asking.get():
-        raise ConnectionError(
-            f"{what} is not on this machine, and a local folder fetches nothing: put its files into"
-            f" {folder}"
-        )
+        fault = f"{what} is not on this machine, and a local folder fetches nothing"
+        raise ConnectionError(f"{fault}: put its files into {folder}")
     reason = "HF_HUB_OFFLINE is set" if hub and constants.HF_HUB_OFFLINE else no_answer(url)
     if reason:
         cache = f"{constants.HF_HUB_CACHE}, which HF_HOME moves" if hub else "~/.cache/clip"
@@ -148,9 +146,8 @@ def repository(
     try:
         there = HfApi(endpoint=constants.ENDPOINT).list_repo_files(repo)
     except Exception as error:
-        raise ValueError(
-            f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}; is the name right?"
-        ) from error
+        fault = f"{repo} on the hub cannot be listed: {str(error).splitlines()[0]}"
+        raise ValueError(f"{fault}; is the name right?") from error
     chosen = [name for name in weights if name in there][:1]
     if must not in there or (weights and not chosen):
         missing = must if must not in there else f"weights (one of {', '.join(weights)})"

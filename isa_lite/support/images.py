@@ -82,9 +82,8 @@ class ImageFolder(Sequence):
     def __init__(self, folder: str | Path, keep_duplicates: bool = False):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {self.folder}; images= names a folder of images"
-            )
+            fault = f"there is no folder {self.folder}"
+            raise FileNotFoundError(f"{fault}; images= names a folder of images")
         self.files: list[Path] = []
         self.broken: dict[Path, str] = {}
         self.duplicates: dict[Path, Path] = {}
@@ -224,10 +223,8 @@ def reason(error: Exception) -> str:
 def file_bytes(path: str | Path) -> bytes:
     """An image file's bytes. Raises OSError, or ValueError for more than `LARGEST_FILE`."""
     if (size := os.stat(path).st_size) > LARGEST_FILE:
-        raise ValueError(
-            f"the file has {size / 2**30:.1f} GiB, more than any picture; is it another kind of"
-            " file?"
-        )
+        fault = f"the file has {size / 2**30:.1f} GiB, more than any picture"
+        raise ValueError(f"{fault}; is it another kind of file?")
     return Path(path).read_bytes()
 
 
@@ -260,19 +257,15 @@ def check_images(images: object, what: str = "images") -> None:
         images, "__getitem__"
     ):
         kind = type(images).__name__
-        raise ValueError(
-            f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}; put a"
-            " picture into a list"
-        )
+        fault = f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}"
+        raise ValueError(f"{fault}; put a picture into a list")
     if len(images) == 0:
         raise ValueError(f"{what} is empty; give at least one picture")
     if isinstance(images, np.ndarray):
         _check_array(images, what)
         if images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(
-                f"{what} must have the shape N x H x W x 3, not {images.shape}; for one picture"
-                f" give {what}[None]"
-            )
+            fault = f"{what} must have the shape N x H x W x 3, not {images.shape}"
+            raise ValueError(f"{fault}; for one picture give {what}[None]")
         return
     for i, image in enumerate(images):
         if isinstance(image, np.ndarray):
@@ -282,10 +275,8 @@ def check_images(images: object, what: str = "images") -> None:
         elif not isinstance(image, Image.Image):
             hint = "; isa_lite.support.images.read_image opens a file"
             hint *= isinstance(image, (str, os.PathLike))
-            raise ValueError(
-                f"{what}[{i}] must be a PIL image or a uint8 array H x W x 3, not a"
-                f" {type(image).__name__}{hint}"
-            )
+            fault = f"{what}[{i}] must be a PIL image or a uint8 array H x W x 3"
+            raise ValueError(f"{fault}, not a {type(image).__name__}{hint}")
 
 
 def _check_array(array: np.ndarray, what: str) -> None:

@@ -185,10 +185,8 @@ def check_texts(texts: object, what: str = "texts") -> list[str]:
     A text alone would be taken for a list of its letters.
     """
     if isinstance(texts, (str, bytes, Mapping)) or not hasattr(texts, "__getitem__"):
-        raise ValueError(
-            f"{what} must be a list of texts, not one {type(texts).__name__}; put a text into a"
-            " list"
-        )
+        fault = f"{what} must be a list of texts, not one {type(texts).__name__}"
+        raise ValueError(f"{fault}; put a text into a list")
     if len(texts) == 0:
         raise ValueError(f"{what} is empty; give at least one text")
     for i, one in enumerate(texts):
@@ -214,9 +212,8 @@ def check_device(name: str) -> None:
             raise RuntimeError(f"CUDA devices here: {count}")
     # no such device, or a build that knows none
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; take 'cpu'"
-        ) from None
+        fault = f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        raise ValueError(f"{fault}; take 'cpu'") from None
 
 
 def memory() -> float:

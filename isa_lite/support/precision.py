@@ -35,11 +35,8 @@ def training_dtype(wanted: str, device: torch.device | str, recorded: str | None
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return recorded or ("bfloat16" if fast else "float32")
     if wanted == "bfloat16" and device.type == "cpu" and (ratio := bfloat16_cost()) > 1:
-        warnings.warn(
-            f"dtype='bfloat16': a matrix product on this CPU takes {ratio:.1f} times as long as in"
-            " float32; 'auto' takes float32",
-            stacklevel=4,
-        )
+        fault = f"dtype='bfloat16': a matrix product on this CPU takes {ratio:.1f} times as long as"
+        warnings.warn(f"{fault} in float32; 'auto' takes float32", stacklevel=4)
     return wanted
 
 

@@ -45,10 +45,8 @@ class Lock:
     def __enter__(self) -> Lock:
         try:
             if owner := distributed.told(self._take() if distributed.rank() == 0 else ""):
-                raise ValueError(
-                    f"{self.path} is in use by {owner}: wait until that has ended, or choose"
-                    " another place"
-                )
+                fault = f"{self.path} is in use by {owner}"
+                raise ValueError(f"{fault}: wait until that has ended, or choose another place")
         except BaseException:
             self._forget()
             raise
@@ -82,10 +80,8 @@ class Lock:
                 file.close()
                 return owner
             except OSError as error:  # a file system without locks
-                warnings.warn(
-                    f"{self.path} cannot be locked ({error}): start no second run on it",
-                    stacklevel=4,
-                )
+                fault = f"{self.path} cannot be locked ({error})"
+                warnings.warn(f"{fault}: start no second run on it", stacklevel=4)
             with suppress(OSError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.name)):
                     break

@@ -290,10 +290,8 @@ class PretrainConfig:
             singles=whole(0, 10_000),
         )
         if 5 * self.families + self.singles < 2:
-            raise ValueError(
-                f"families and singles make {self.singles} images in a batch; two are needed to"
-                " tell apart"
-            )
+            fault = f"families and singles make {self.singles} images in a batch"
+            raise ValueError(f"{fault}; two are needed to tell apart")
 
     def model_cfg(self) -> dict:
         """The model as open_clip describes one (`model_cfg` of open_clip_config.json)."""

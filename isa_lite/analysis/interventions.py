@@ -73,9 +73,8 @@ def sentences_changed(
 def covered(images: np.ndarray, regions: Tensor, share: float) -> np.ndarray:
     """Images B x H x W x 3 with a share of their pixels painted over, in each image's mean colour.
 
-    regions: B x h x w maps, stretched over the image as figures show them; the pixels with the
-    highest values are covered. Raises ValueError for a share outside 0 to 1 or another number of
-    maps.
+    regions: B x h x w maps, stretched over the image as in figures; the pixels with the highest
+    values are covered. Raises ValueError for a share outside 0 to 1, or another number of maps.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: the covered part of an image lies between 0 and 1, not {share}")

@@ -1,7 +1,6 @@
 """What a sentence holds: its reads, the words it is near, and what follows a change. Ours.
 
-Attention says where the weight of a read goes. What the sentence depends on is another question:
-see `interventions`.
+Attention says where a read's weight goes; `interventions` says what the sentence depends on.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ def look(encoders: Sequence[QueryEncoder], images: int = 200, seed: int = 4000) 
 
 
 def look_scene(images: int = 200, seed: int = 4000) -> tuple[int, Scene]:
-    """The scene of `look`'s maps, with its place among the scenes, which is also its rendering
-    seed.
+    """The scene of `look`'s maps, with its place among them, which is also its rendering seed.
 
     The first with three filled objects on white: that shows well under a map.
     """

@@ -29,8 +29,7 @@ def modality_gap(a: Tensor, b: Tensor) -> float:
 def project(
     groups: Mapping[str, Tensor], method: str = "pca", seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Named sets of embeddings n x E -> the same names with points n x 2, all sets in one common
-    map.
+    """Named sets of embeddings n x E -> the same names with points n x 2, all in one map.
 
     method: "pca" (linear: distances mean something) or "tsne" (neighbourhoods mean something,
     distances do not). Raises ValueError for another method, or fewer than three embeddings.

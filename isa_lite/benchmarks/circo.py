@@ -88,9 +88,8 @@ def _queries(root: Path, split: str, shared_concept: bool) -> list[Query]:
             raise ValueError(f"{fault} among its ground truths {truths}")
         text = f"{concept}, {caption}" if shared_concept else caption
         targets = tuple(dict.fromkeys([target, *truths])) if answer else ()
-        queries.append(
-            Query(str(number), reference, (text,), targets, aspects=tuple(aspects), entry=record)
-        )
+        more = {"aspects": tuple(aspects), "entry": record}
+        queries.append(Query(str(number), reference, (text,), targets, **more))
     if split == "test" and {q.id for q in queries} != {str(i) for i in range(len(queries))}:
         fault = f"the ids of {where} are not 0 to {len(queries) - 1}, which the test server expects"
         raise ValueError(f"{fault}; is the file whole?")
@@ -103,18 +102,14 @@ def _gallery(root: Path, folder: Path) -> dict[int, Path | None]:
     info = read_json(root, where, _LAYOUT)
     if not isinstance(info, dict) or "images" not in info:
         raise ValueError(f"{where} has no list of images; is it another file under this name?")
-    pictures = [
-        (number, name) for _, number, name in entries(info["images"], ("id", "file_name"), where)
-    ]
+    pictures = [pair for _, *pair in entries(info["images"], ("id", "file_name"), where)]
     check_ids((number for number, _ in pictures), int, where)
     for _, name in pictures:
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise ValueError(
                 f"{where}: the file_name {name!r} is no name of a file in {folder.name}"
             )
-    found = {
-        number: path if is_picture(path := folder / name) else None for number, name in pictures
-    }
+    found = {i: path if is_picture(path := folder / name) else None for i, name in pictures}
     if None in found.values():
         others = by_stem(folder)  # with another ending
         found = {number: found[number] or others.get(Path(name).stem) for number, name in pictures}
@@ -130,17 +125,14 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
     """
     (task,), (ranking,) = tasks, rankings
     rows = list(zip(task.queries, ranking.top, strict=True))
-    precision = {
-        k: 100 * np.array([average_precision_at(k, row, q.targets) for q, row in rows]) for k in KS
-    }
+    by_k = {k: [average_precision_at(k, row, q.targets) for q, row in rows] for k in KS}
+    precision = {k: 100 * np.array(values) for k, values in by_k.items()}
+    targets = [q.targets[0] for q in task.queries]
     found = {f"mAP@{k}": float(precision[k].mean()) for k in KS}
-    found |= {
-        f"Recall@{k}": recall_at(k, ranking.top, [q.targets[0] for q in task.queries]) for k in KS
-    }
+    found |= {f"Recall@{k}": recall_at(k, ranking.top, targets) for k in KS}
     for aspect in sorted({a for q in task.queries for a in q.aspects}):
-        found[f"mAP@10 {aspect}"] = float(
-            precision[10][[aspect in q.aspects for q in task.queries]].mean()
-        )
+        asked = [aspect in q.aspects for q in task.queries]
+        found[f"mAP@10 {aspect}"] = float(precision[10][asked].mean())
     return found
 
 
@@ -150,9 +142,8 @@ def write_submissions(
     """`circo.{split}.json`: for each query the numbers of its 50 best images."""
     (task,), (ranking,) = tasks, rankings
     lists = {q.id: row[:50] for q, row in zip(task.queries, ranking.top, strict=True)}
-    return [
-        write_submission(Path(folder) / f"circo.{task.split}.json", lists, check_submission, task)
-    ]
+    path = Path(folder) / f"circo.{task.split}.json"
+    return [write_submission(path, lists, check_submission, task)]
 
 
 def check_submission(path: str | Path, task: Task) -> list[str]:
@@ -161,7 +152,5 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
     if not isinstance(content, dict):
         return ["the file is no object with a list for each query"]
     numbered = {str(i) for i in range(len(task.queries))} == {q.id for q in task.queries}
-    problems = (
-        [] if numbered else ["the annotations' ids are not 0 to N-1, which the server expects"]
-    )
-    return problems + check_lists(content, 50, task, lambda q: task.files.keys())
+    other = ["the annotations' ids are not 0 to N-1, which the server expects"] * (not numbered)
+    return other + check_lists(content, 50, task, lambda q: task.files.keys())

@@ -60,12 +60,8 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
             raise ValueError(f"the img_set of query {pair} of {where} names an image twice")
         others = tuple(name for name in group["members"] if name != reference)
         queries.append(Query(str(pair), reference, (caption,), tuple(target), others, entry=record))
-    folders = [
-        base / below
-        for base in (root, annotations, annotations.parent)
-        for below in ("", "img_raw", "images")
-    ]
-    places = list(dict.fromkeys(folders))
+    bases, below = (root, annotations, annotations.parent), ("", "img_raw", "images")
+    places = list(dict.fromkeys(base / name for base in bases for name in below))
     listing = f"image_splits/split.rc2.{split}.json"
     paths = read_json(annotations, listing, _LAYOUT)
     if not isinstance(paths, dict):
@@ -81,10 +77,8 @@ def load(root: str | Path, split: str = "val", partial: bool = False) -> list[Ta
     task = Task("cirr", split, found, queries, protocol, remove_reference=True)
     task = checked_task(task, places, SIZES.get(split), partial=partial)
     if lost := sum(not set(q.targets) <= set(q.subset) for q in task.queries):
-        task.notes.append(
-            f"the target of {lost} queries is not in their img_set: each is a miss in every"
-            " Recall_subset"
-        )
+        note = f"the target of {lost} queries is not in their img_set"
+        task.notes.append(f"{note}: each is a miss in every Recall_subset")
     return [task]
 
 
@@ -115,11 +109,8 @@ def write_submissions(
     for metric, rows, k in (("recall", ranking.top, 50), ("recall_subset", ranking.subset, 3)):
         lists = {q.id: row[:k] for q, row in zip(task.queries, rows, strict=True)}
         path = Path(folder) / f"cirr.{task.split}.{metric}.json"
-        written.append(
-            write_submission(
-                path, {"version": "rc2", "metric": metric} | lists, check_submission, task
-            )
-        )
+        content = {"version": "rc2", "metric": metric} | lists
+        written.append(write_submission(path, content, check_submission, task))
     return written
 
 
@@ -128,12 +119,8 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
     content = read_submission(Path(path))
     if not isinstance(content, dict):
         return ["the file is no object with a list for each pairid"]
-    problems = (
-        []
-        if content.get("version") == "rc2"
-        else [f'"version" must be "rc2", not {content.get("version")!r}']
-    )
-    metric = content.get("metric")
+    version, metric = content.get("version"), content.get("metric")
+    problems = [] if version == "rc2" else [f'"version" must be "rc2", not {version!r}']
     if metric not in ("recall", "recall_subset"):
         return [*problems, f'"metric" must be "recall" or "recall_subset", not {metric!r}']
     if (size := Path(path).stat().st_size) > 5_000_000:

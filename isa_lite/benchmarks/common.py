@@ -114,11 +114,8 @@ def entries(
     records: Sequence[Mapping], keys: Sequence[str], where: str
 ) -> Iterator[tuple[Mapping, ...]]:
     """Each record with its values of `keys`. Raises ValueError for no list, or for one lacking."""
-    if (
-        not isinstance(records, list)
-        or not records
-        or not all(isinstance(record, Mapping) for record in records)
-    ):
+    good = isinstance(records, list) and all(isinstance(record, Mapping) for record in records)
+    if not good or not records:
         raise ValueError(f"{where} is no list of entries; is it another file under this name?")
     for i, record in enumerate(records):
         lacking = [key for key in keys if key not in record]
@@ -170,11 +167,8 @@ def find_picture(places: Iterable[Path], name: str) -> Path | None:
 
 def by_stem(folder: Path) -> dict[str, Path]:
     """Files in `folder` that are not empty, by name without ending (the first of `ENDINGS`)."""
-    found = (
-        [p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and is_picture(p)]
-        if folder.is_dir()
-        else []
-    )
+    listed = folder.iterdir() if folder.is_dir() else ()
+    found = [p for p in listed if p.suffix.lower() in ENDINGS and is_picture(p)]
     order = sorted(found, key=lambda p: (-ENDINGS.index(p.suffix.lower()), p.name))
     return {p.stem: p for p in order}
 
@@ -201,9 +195,8 @@ def checked_task(
     task = _without_missing(task, what, searched, partial)
     queries, images, notes = len(task.queries), len(task.files), list(task.notes)
     if silent := [q.id for q in task.queries if not any(text.strip() for text in q.texts)]:
-        notes.append(
-            f"{what}: the caption of {len(silent)} of the queries is empty (the first: {silent[0]})"
-        )
+        note = f"{what}: the caption of {len(silent)} of the queries is empty"
+        notes.append(f"{note} (the first: {silent[0]})")
     enough = known and (images == known[1] or (or_more and images > known[1]))
     if known and not (queries == known[0] and enough):
         notes.append(
@@ -241,10 +234,8 @@ def _without_missing(task: Task, what: str, searched: Iterable[Path], partial: b
         f" {len(task.queries) - len(kept)} of {len(task.queries)} queries need one of them"
     )
     if not partial or not kept:
-        go_on = (
-            "with partial=True (--partial) both are left out, and no number compares with a"
-            " complete run's"
-        )
+        go_on = "with partial=True (--partial) both are left out"
+        go_on = f"{go_on}, and no number compares with a complete run's"
         fault = f"{lack}. Put them there (an empty file is a missing one)"
         raise FileNotFoundError(f"{fault}; {go_on if kept else 'no query is left'}")
     note = f"PARTIAL: {lack}; left out, so no number here compares with a complete run's"
@@ -292,9 +283,8 @@ def recall_at(k: int, ranked: Sequence[Sequence[Id]], targets: Sequence[Id]) -> 
     >>> recall_at(1, [["a", "b"], ["b", "a"]], ["a", "a"])
     50.0
     """
-    return 100 * float(
-        np.mean([target in row[:k] for row, target in zip(ranked, targets, strict=True)])
-    )
+    rows = zip(ranked, targets, strict=True)
+    return 100 * float(np.mean([target in row[:k] for row, target in rows]))
 
 
 def average_precision_at(k: int, ranked: Sequence[Id], relevant: Iterable[Id]) -> float:

@@ -92,19 +92,11 @@ def _load(
     if gallery == "triplets":
         used = set().union(*(q.images for q in queries))
         names = [name for name in names if name in used]
-    protocol = {
-        "gallery": (
-            "all images of the split file"
-            if gallery == "split"
-            else "only the images of the triplets"
-        ),
-        "reference": "stays in the ranking",
-        "captions": (
-            "joined by 'and' in both orders, embeddings averaged"
-            if captions == CAPTIONS[0]
-            else "joined by 'and' in the order given"
-        ),
-    }
+    both = captions == CAPTIONS[0]
+    order = "both orders, embeddings averaged" if both else "the order given"
+    which = {"split": "all images of the split file", "triplets": "only the images of the triplets"}
+    protocol = {"gallery": which[gallery], "reference": "stays in the ranking"}
+    protocol |= {"captions": f"joined by 'and' in {order}"}
     known = SIZES[category] if split == "val" else None
     task = checked_task(
         Task(category, split, {name: files.get(name) for name in names}, queries, protocol),
@@ -118,15 +110,11 @@ def _load(
         for q in task.queries
     )
     if empty:
-        task.notes.append(
-            f"{category} {split}: an empty caption in {empty} of the queries, where the other one"
-            " stands alone"
-        )
+        note = f"{category} {split}: an empty caption in {empty} of the queries"
+        task.notes.append(f"{note}, where the other one stands alone")
     if twice:
-        task.notes.append(
-            f"{category} {split}: {twice} names stand more than once in {listing}; each image is in"
-            " the gallery once"
-        )
+        note = f"{category} {split}: {twice} names stand more than once in {listing}"
+        task.notes.append(f"{note}; each image is in the gallery once")
     return task
 
 
@@ -142,9 +130,8 @@ def _queries(root: Path, category: str, split: str, captions: str) -> list[Query
                 f"the captions of entry {i} of {where} are no list of texts, but {texts!r}"
             )
         check_ids([reference, *target], str, f"entry {i} of {where}")
-        queries.append(
-            Query(str(i), reference, joined(texts, captions), tuple(target), entry=record)
-        )
+        said = joined(texts, captions)
+        queries.append(Query(str(i), reference, said, tuple(target), entry=record))
     return queries
 
 
@@ -155,27 +142,21 @@ def score(tasks: Sequence[Task], rankings: Sequence[Ranking]) -> dict[str, float
         for task, ranking in zip(tasks, rankings, strict=True)
         for k in KS
     }
-    return found | {
-        f"mean R@{k}": sum(found[f"{task.name} R@{k}"] for task in tasks) / len(tasks) for k in KS
-    }
+    sums = {k: sum(found[f"{task.name} R@{k}"] for task in tasks) for k in KS}
+    return found | {f"mean R@{k}": total / len(tasks) for k, total in sums.items()}
 
 
 def write_submissions(
     folder: str | Path, tasks: Sequence[Task], rankings: Sequence[Ranking]
 ) -> list[Path]:
     """`{category}.{split}.pred.json`: the annotations' entries, each with 50 names as `ranking`."""
-    return [
-        write_submission(
-            Path(folder) / f"{task.name}.{task.split}.pred.json",
-            [
-                {**q.entry, "ranking": row[:50]}
-                for q, row in zip(task.queries, ranking.top, strict=True)
-            ],
-            check_submission,
-            task,
-        )
-        for task, ranking in zip(tasks, rankings, strict=True)
-    ]
+    written = []
+    for task, ranking in zip(tasks, rankings, strict=True):
+        rows = zip(task.queries, ranking.top, strict=True)
+        content = [{**q.entry, "ranking": row[:50]} for q, row in rows]
+        path = Path(folder) / f"{task.name}.{task.split}.pred.json"
+        written.append(write_submission(path, content, check_submission, task))
+    return written
 
 
 def check_submission(path: str | Path, task: Task) -> list[str]:
@@ -186,24 +167,15 @@ def check_submission(path: str | Path, task: Task) -> list[str]:
     problems = []
     if len(content) != len(task.queries):
         problems.append(f"{len(content)} entries, not {len(task.queries)}")
-    changed = [
-        i
-        for i, (e, q) in enumerate(zip(content, task.queries, strict=False))
-        if {**e, **q.entry} != e
-    ]
+    rows = enumerate(zip(content, task.queries, strict=False))
+    changed = [i for i, (entry, q) in rows if {**entry, **q.entry} != entry]
     if changed:
         fault = f"{len(changed)} entries are not those of the annotations in their order, the first"
         problems.append(f"{fault}: {changed[0]}")
     bare = sum("ranking" not in entry for entry in content)
     if bare:
         problems.append(f"{bare} entries have no ranking")
-    lists = {
-        str(i): entry["ranking"]
-        for i, entry in enumerate(content[: len(task.queries)])
-        if "ranking" in entry
-    }
-    return problems + [
-        p
-        for p in check_lists(lists, 50, task, lambda q: task.files.keys())
-        if "have no list" not in p
-    ]
+    rows = enumerate(content[: len(task.queries)])
+    lists = {str(i): entry["ranking"] for i, entry in rows if "ranking" in entry}
+    found = check_lists(lists, 50, task, lambda q: task.files.keys())
+    return problems + [problem for problem in found if "have no list" not in problem]

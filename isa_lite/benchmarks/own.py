@@ -34,10 +34,8 @@ class OwnBenchmark:
         found = {}
         for task, ranking in zip(tasks, rankings, strict=True):
             for k in KS:
-                hits = [
-                    bool(set(row[:k]) & set(query.targets))
-                    for query, row in zip(task.queries, ranking.top, strict=True)
-                ]
+                rows = zip(task.queries, ranking.top, strict=True)
+                hits = [bool(set(row[:k]) & set(query.targets)) for query, row in rows]
                 found[f"{task.name} R@{k}"] = 100 * float(np.mean(hits))
         if len(tasks) == 1:
             return {name.removeprefix(f"{tasks[0].name} "): v for name, v in found.items()}

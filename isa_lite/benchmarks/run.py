@@ -135,10 +135,8 @@ def run(
         sets.append(task.embedded(vl, embed_files(files, vl, cache, dtype=config.dtype, **how)))
     found, written = {}, []
     for name, method in chosen.items():
-        rankings = [
-            rank(task, method(queries), queries.gallery)
-            for task, queries in zip(tasks, sets, strict=True)
-        ]
+        pairs = zip(tasks, sets, strict=True)
+        rankings = [rank(task, method(queries), queries.gallery) for task, queries in pairs]
         if all(task.answered for task in tasks):
             scored = module.score(tasks, rankings)
             found[name] = {metric: round(value, 2) for metric, value in scored.items()}
@@ -187,9 +185,8 @@ def table(result: Result) -> pd.DataFrame:
 
 def report(result: Result) -> str:
     """The table, with what makes it comparable: data, model, protocol, notes."""
-    sizes = ", ".join(
-        f"{name} {n} queries / {result.gallery[name]} images" for name, n in result.queries.items()
-    )
+    images, counts = result.gallery, result.queries.items()
+    sizes = ", ".join(f"{name} {n} queries / {images[name]} images" for name, n in counts)
     lines = [f"{result.data}, split {result.split}: {sizes}", f"VL model: {result.vl_model}"]
     lines += [f"protocol: {name}: {value}" for name, value in result.protocol.items()]
     lines += [f"NOTE: {note}" for note in result.notes]

@@ -38,15 +38,10 @@ def check_lists(
 ) -> list[str]:
     """Faults of the lists of k ids by query id that answer `task`: a sentence each, or none."""
     known = {q.id for q in task.queries}
-    lacking, extra = (
-        [q.id for q in task.queries if q.id not in lists],
-        [key for key in lists if key not in known],
-    )
-    problems = (
-        [f"{len(lacking)} of {len(known)} queries have no list, the first: {lacking[0]}"]
-        if lacking
-        else []
-    )
+    problems, extra = [], [key for key in lists if key not in known]
+    if lacking := [q.id for q in task.queries if q.id not in lists]:
+        told = f"{len(lacking)} of {len(known)} queries have no list"
+        problems.append(f"{told}, the first: {lacking[0]}")
     if len(known) < len(task.queries):
         problems.append(f"the annotations' {len(task.queries)} queries have only {len(known)} ids")
     if extra:
@@ -58,29 +53,22 @@ def check_lists(
         row, allowed = lists.get(query.id, ()), candidates(query)
         if row == ():
             continue
-        if not isinstance(row, list) or not all(
-            isinstance(i, (str, int)) and not isinstance(i, bool) for i in row
-        ):
+        if not isinstance(row, list) or not all(type(i) in (str, int) for i in row):
             faults.setdefault("are no list of image ids", []).append(query.id)
             continue
         strange = set(row) - allowed
         as_text = {str(i) for i in allowed} if strange else set()
+        known_as_text = [str(i) in as_text for i in strange]
+        most = len(allowed) - (task.remove_reference and query.reference in allowed)
+        other_type = "write image ids as another type (a text for a number, or the other way)"
         wrong = {
-            f"do not hold {k} ids": (
-                len(row)
-                != min(k, len(allowed) - (task.remove_reference and query.reference in allowed))
-            ),
+            f"do not hold {k} ids": len(row) != min(k, most),
             "name an image twice": len(set(row)) < len(row),
-            "write image ids as another type (a text for a number, or the other way)": any(
-                str(i) in as_text for i in strange
-            ),
-            "name something that is no image of the gallery or subset": any(
-                str(i) not in as_text for i in strange
-            ),
+            other_type: any(known_as_text),
+            "name something that is no image of the gallery or subset": not all(known_as_text),
             "name their own reference": task.remove_reference and query.reference in row,
         }
         for fault in (fault for fault, found in wrong.items() if found):
             faults.setdefault(fault, []).append(query.id)
-    return problems + [
-        f"{len(where)} lists {fault}, the first: {where[0]}" for fault, where in faults.items()
-    ]
+    told = [f"{len(where)} lists {fault}, the first: {where[0]}" for fault, where in faults.items()]
+    return problems + told

@@ -47,9 +47,8 @@ def write_tiny(
     """
     one_of("benchmark", benchmark, tuple(_WRITERS))
     root = Path(root)
-    write_text(
-        root / "README.txt", f"{LABEL} ({benchmark}, {queries} queries a split, seed {seed})\n"
-    )
+    said = f"{LABEL} ({benchmark}, {queries} queries a split, seed {seed})\n"
+    write_text(root / "README.txt", said)
     _WRITERS[benchmark](root, queries, seed, size)
     return root
 
@@ -93,27 +92,22 @@ def _category(
 
     def picture(scene: Scene) -> str:
         names.append(f"{split}-{category}-{len(names):04d}")
-        _picture(
-            root / "images" / f"{names[-1]}.{'jpg' if len(names) % 2 else 'png'}", scene, rng, size
-        )
+        ending = "jpg" if len(names) % 2 else "png"
+        _picture(root / "images" / f"{names[-1]}.{ending}", scene, rng, size)
         return names[-1]
 
     entries = []
     for i in range(queries):
         empty = split == "val" and i == 0 and category != "dress"
-        kinds = (
-            ("color",)
-            if empty
-            else ("background", str(rng.choice(["color", "size", "move", "style"])))
-        )
+        kinds = ("color",)
+        if not empty:
+            kinds = ("background", str(rng.choice(["color", "size", "move", "style"])))
         base = scenes.sample_scene(rng)
         (target, change), *others = _changed(base, rng, 3, kinds)
         candidate, wanted = picture(base), picture(target)
         captions = change.text.split(" and ") + [""] * empty
-        entries.append(
-            {"candidate": candidate, "captions": captions}
-            | ({"target": wanted} if split == "val" else {})
-        )
+        answer = {"target": wanted} if split == "val" else {}
+        entries.append({"candidate": candidate, "captions": captions} | answer)
         for scene, _ in others:  # in the split file, in no triplet
             picture(scene)
     _json(root / f"captions/cap.{category}.{split}.json", entries)
@@ -133,27 +127,14 @@ def _cirr(root: Path, queries: int, seed: int, size: int) -> None:
                 paths[name] = f"./{folder}/{name}.png"
                 _picture(root / "img_raw" / folder / f"{name}.png", scene, rng, size)
             chosen = int(rng.integers(5))
-            entry = {
-                "pairid": 10 * i + s,
-                "reference": members[0],
-                "caption": others[chosen][1].text,
-            }
+            reference, target = members[0], members[1 + chosen]
+            entry = {"pairid": 10 * i + s, "reference": reference}
+            entry |= {"caption": others[chosen][1].text}
             if split == "val":
-                entry |= {
-                    "target_hard": members[1 + chosen],
-                    "target_soft": {members[1 + chosen]: 1.0},
-                }
+                entry |= {"target_hard": target, "target_soft": {target: 1.0}}
             order = [members[j] for j in rng.permutation(6)]
-            entries.append(
-                entry
-                | {
-                    "img_set": {
-                        "id": i,
-                        "members": order,
-                        "reference_rank": order.index(members[0]),
-                    }
-                }
-            )
+            group = {"id": i, "members": order, "reference_rank": order.index(reference)}
+            entries.append(entry | {"img_set": group})
         _json(root / f"cirr/captions/cap.rc2.{split}.json", entries)
         _json(root / f"cirr/image_splits/split.rc2.{split}.json", paths)
 
@@ -171,9 +152,8 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
         number = 7 * len(pictures) + 1000
         shown.setdefault(scene, []).append(number)
         pictures.append({"id": number, "file_name": f"{number:012d}.jpg"})
-        _picture(
-            root / "COCO2017_unlabeled/unlabeled2017" / pictures[-1]["file_name"], scene, rng, size
-        )
+        folder = root / "COCO2017_unlabeled/unlabeled2017"
+        _picture(folder / pictures[-1]["file_name"], scene, rng, size)
         return number
 
     answers: dict[str, list[tuple[dict, Scene]]] = {}
@@ -182,9 +162,8 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
         for i in range(queries):
             base = scenes.sample_scene(rng)
             (target, change), *others = _changed(base, rng, 3)
-            kept = sorted(
-                {f"a {o.color} {o.shape}" for o in set(base.objects) & set(target.objects)}
-            )
+            both = set(base.objects) & set(target.objects)
+            kept = sorted({f"a {o.color} {o.shape}" for o in both})
             entry = {
                 "id": i,
                 "reference_img_id": picture(base),
@@ -203,14 +182,11 @@ def _circo(root: Path, queries: int, seed: int, size: int) -> None:
         for entry, target in entries:
             # the target first, then its other renderings, wherever they come from
             if split == "val":
-                others_too = [
-                    number for number in shown[target] if number != entry["target_img_id"]
-                ]
-                entry["gt_img_ids"] = [entry["target_img_id"], *others_too]
+                first = entry["target_img_id"]
+                entry["gt_img_ids"] = [first, *(i for i in shown[target] if i != first)]
         _json(root / f"annotations/{split}.json", [entry for entry, _ in entries])
-    _json(
-        root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"images": pictures}
-    )
+    info = root / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+    _json(info, {"images": pictures})
 
 
 _WRITERS = {"fashioniq": _fashioniq, "cirr": _cirr, "circo": _circo}

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isa_lite.support.parameters import Rule, number, option, output
-from isa_lite.support.settings import DATA, MINUTES, SCENES_CLIP, SCENES_ENCODER
+from isa_lite.support.settings import DATA, MINUTES, SCENES_CLIP, SCENES_ENCODER, TEMPLATE
 
 #: What each command does, in the order in which a newcomer meets them.
 COMMANDS = {
@@ -51,6 +51,7 @@ _SHARED = {
     "pretrained": {"help": "tag or file of weights, for an open_clip model (default: none)"},
     "checkpoint-minutes": {"help": "how often the state of the run is saved", "default": MINUTES},
 }
+_SHARED["template"] = {"default": TEMPLATE, "help": "the prompt, with {sentence} and {modifier}"}
 _SHARED["vl-model"]["default"] = SCENES_CLIP
 _SHARED["checkpoint-minutes"]["type"] = option(number(0), float)
 
@@ -98,9 +99,8 @@ def overview() -> str:
 def parser_of(name: str) -> Parser:
     """The parser of one command. Its description is what the command's module says of itself."""
     module = importlib.import_module(f"isa_lite.commands.{name}")
-    parser = Parser(
-        prog=f"python -m isa_lite {name}", description=(module.__doc__ or "").replace("`", "")
-    )
+    said = (module.__doc__ or "").replace("`", "")
+    parser = Parser(prog=f"python -m isa_lite {name}", description=said)
     module.add_arguments(parser)
     return parser
 

@@ -100,10 +100,9 @@ def _embed(args: Namespace) -> None:
     from isa_lite.deploy.bench import embedding, random_model
     from isa_lite.models.vl_model import load_vl_model, machine
 
-    for name, vl, images, side in (
-        ("the shipped model", load_vl_model(), 2048, 0),
-        ("ViT-B-32, random weights", random_model("ViT-B-32"), 128, 320),
-    ):
+    shipped = "the shipped model", load_vl_model(), 2048, 0
+    large = "ViT-B-32, random weights", random_model("ViT-B-32"), 128, 320
+    for name, vl, images, side in (shipped, large):
         print(f"\n{name}: {images} JPEG files of {side or vl.image_size} px; {machine()}")
         print(embedding(vl, images, side=side, rounds=args.rounds).round(2).to_string())
 

@@ -9,15 +9,12 @@ from isa_lite.support.parameters import whole_number
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="what python -m isa_lite export wrote")
-    parser.add_argument(
-        "--gallery", required=True, help="a file of isa_lite.retrieval.gallery.Gallery.save"
-    )
-    parser.add_argument("--image", required=True, help="the reference image")
-    parser.add_argument(
-        "--modifier", default="", help="what should be different (default: nothing)"
-    )
-    parser.add_argument("--k", type=whole_number(1), default=5, help="answers to print")
+    add = parser.add_argument
+    add("folder", help="what python -m isa_lite export wrote")
+    add("--gallery", required=True, help="a file of isa_lite.retrieval.gallery.Gallery.save")
+    add("--image", required=True, help="the reference image")
+    add("--modifier", default="", help="what should be different (default: nothing)")
+    add("--k", type=whole_number(1), default=5, help="answers to print")
 
 
 def run(args: Namespace) -> None:

@@ -6,56 +6,26 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from isa_lite.commands import add_shared
-from isa_lite.support.parameters import file, folder, option, output, whole_number
+from isa_lite.commands import add_output, add_shared
+from isa_lite.support.parameters import file, folder, option, whole_number
 from isa_lite.support.plugins import either
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--isa",
-        type=Path,
-        nargs="+",
-        default=[],
-        help=(
-            "out_dir of a run of notebook 02 with -p steps 800, one for each seed (no default: give"
-            " this or --rivals)"
-        ),
-    )
-    parser.add_argument(
-        "--symmetric",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="the same of runs with -p backbone vl and the same seeds (default: none)",
-    )
-    parser.add_argument(
-        "--rivals",
-        type=whole_number(0),
-        nargs="+",
-        default=[],
-        help="only measure all other methods, for these seeds (default: none)",
-    )
+    isa = "out_dir of a run of notebook 02 with -p steps 800, one for each seed"
+    symmetric = "the same of runs with -p backbone vl and the same seeds (default: none)"
+    rivals = "only measure all other methods, for these seeds (default: none)"
+    own = "methods of your own beside them, each as FILE.py:NAME (default: none)"
+    for name, kind, meaning in (
+        ("isa", Path, f"{isa} (no default: give this or --rivals)"),
+        ("symmetric", Path, symmetric),
+        ("rivals", whole_number(0), rivals),
+        ("method", option(either()), own),
+    ):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", default=[], help=meaning)
     add_shared(parser, "mapping")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        type=option(either()),
-        default=[],
-        help="methods of your own beside them, each as FILE.py:NAME (default: none)",
-    )
-    parser.add_argument(
-        "--run",
-        type=output(folder()),
-        default=Path("runs/compare"),
-        help="folder of the results seed by seed",
-    )
-    parser.add_argument(
-        "--out",
-        type=output(file()),
-        default=Path("runs/compare.json"),
-        help="all seeds in one file",
-    )
+    add_output(parser, "run", folder(), "runs/compare", "folder of the results seed by seed")
+    add_output(parser, "out", file(), "runs/compare.json", "all seeds in one file")
 
 
 def run(args: Namespace) -> None:
@@ -93,10 +63,8 @@ def run(args: Namespace) -> None:
         methods |= {n: compare.fitted(m, vl, seed, config) for n, m in own.items()}
         measured = compare.recalls(compare.benchmark(vl, seed, config), methods)
         runs.append({**found, "methods": {**measured, **found["methods"]}})
-    write_text(
-        args.out,
-        json.dumps({"machine": machine(), "commit": commit(), "runs": runs}, indent=1) + "\n",
-    )
+    record = {"machine": machine(), "commit": commit(), "runs": runs}
+    write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(runs_table(runs, None).to_string())
     if symmetric:
         shares = compare.relative(runs)

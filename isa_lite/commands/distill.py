@@ -11,15 +11,11 @@ from isa_lite.commands import add_output, add_shared
 from isa_lite.support import plugins
 from isa_lite.support.parameters import add_settings, folder, option, settings_from
 from isa_lite.support.recipes import RECIPES, recipe
-from isa_lite.support.settings import MAPPING_NAMES, DistillConfig, QueryEncoderConfig
+from isa_lite.support.settings import MAPPING_NAMES, START, WORDS, DistillConfig, QueryEncoderConfig
 
 #: Of the query encoder, what can be chosen here.
 ENCODER = ("backbone", "pretrained", "image_size", "stride", "num_tokens", "width", "depth")
-AIDS = {
-    "backbone_weights": "weights that the backbone starts from: scenes, lite0 (an extra), or a"
-    " folder of light_backbone",
-    "start_words": "a text whose words the sentence is before training; '' for none",
-}
+AIDS = {"backbone_weights": START, "start_words": f"{WORDS}; '' for none"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,25 +23,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     meaning = "folder of the query encoder; targets and states are in OUT/run"
     add_output(parser, "out", folder(), None, meaning)
     add_shared(parser, "vl-model")
-    parser.add_argument(
-        "--tag",
-        help="of the VL model's weights, where it is named by an open_clip model (default: none)",
-    )
+    meaning = "of the VL model's weights, where it is named by an open_clip model (default: none)"
+    parser.add_argument("--tag", help=meaning)
     add_shared(parser, "checkpoint-minutes")
     add_settings(parser, QueryEncoderConfig, ENCODER)
-    parser.add_argument(
-        "--mapping",
-        type=option(plugins.either(*MAPPING_NAMES)),
-        default=QueryEncoderConfig.mapping,
-        help="the network from the feature map to the sentence:"
-        f" {', '.join(map(repr, MAPPING_NAMES))}, or FILE.py:NAME",
-    )
+    names = f"{', '.join(map(repr, MAPPING_NAMES))}, or FILE.py:NAME"
+    meaning = f"the network from the feature map to the sentence: {names}"
+    how = {"type": option(plugins.either(*MAPPING_NAMES)), "default": QueryEncoderConfig.mapping}
+    parser.add_argument("--mapping", **how, help=meaning)
     meaning = "FILE.py:NAME of a loss of your own, added to those that have a weight"
     parser.add_argument("--loss", help=f"{meaning} (default: none)")
     for name, meaning in AIDS.items():
-        parser.add_argument(
-            "--" + name.replace("_", "-"), help=f"{meaning} (default: the recipe's)"
-        )
+        option_name = "--" + name.replace("_", "-")
+        parser.add_argument(option_name, help=f"{meaning} (default: the recipe's)")
     add_settings(parser, DistillConfig, recipe=tuple(RECIPES))
 
 

@@ -10,14 +10,10 @@ from isa_lite.support.parameters import file, output
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "metrics", type=Path, nargs="+", help="metrics.json, as notebook 02 writes it"
-    )
-    parser.add_argument(
-        "--gather",
-        type=output(file()),
-        help="write all of them into this one JSON file (default: print them)",
-    )
+    meaning = "metrics.json, as notebook 02 writes it"
+    parser.add_argument("metrics", type=Path, nargs="+", help=meaning)
+    meaning = "write all of them into this one JSON file (default: print them)"
+    parser.add_argument("--gather", type=output(file()), help=meaning)
 
 
 def run(args: Namespace) -> None:
@@ -37,12 +33,9 @@ def run(args: Namespace) -> None:
         told = f"Retrieval, {found['data']}: {found['queries']} queries"
         print(f"{told}, gallery of {found['gallery']}, seed {found['seed']}")
         print("Recall@K in percent [95% Wilson interval over queries]")
-        rows = {
-            name: [
-                f"{values[f'R@{k}']:.1f}"
-                f" [{', '.join(f'{v:.1f}' for v in found['intervals'][name][f'R@{k}'])}]"
-                for k in KS
-            ]
-            for name, values in found["methods"].items()
-        }
-        print(pd.DataFrame.from_dict(rows, "index", columns=[f"R@{k}" for k in KS]).to_string())
+        rows, columns = {}, [f"R@{k}" for k in KS]
+        for name, values in found["methods"].items():
+            ends = found["intervals"][name]
+            told = "{:.1f} [{:.1f}, {:.1f}]"
+            rows[name] = [told.format(values[column], *ends[column]) for column in columns]
+        print(pd.DataFrame.from_dict(rows, "index", columns=columns).to_string())

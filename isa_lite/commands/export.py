@@ -6,18 +6,14 @@ from argparse import ArgumentParser, Namespace
 
 from isa_lite.commands import add_output, add_shared
 from isa_lite.support.parameters import folder
-from isa_lite.support.settings import TEMPLATE, check_template
+from isa_lite.support.settings import check_template
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    add_shared(parser, "encoder", "mapping", "vl-model", "pretrained")
-    parser.add_argument(
-        "--template", default=TEMPLATE, help="the prompt, with {sentence} and {modifier}"
-    )
+    add_shared(parser, "encoder", "mapping", "vl-model", "pretrained", "template")
     add_output(parser, "out", folder(), None, "folder of the exported files")
-    parser.add_argument(
-        "--int8", action="store_true", help="also with 8 bits a weight, in the subfolder int8"
-    )
+    meaning = "also with 8 bits a weight, in the subfolder int8"
+    parser.add_argument("--int8", action="store_true", help=meaning)
 
 
 def run(args: Namespace) -> None:

@@ -14,9 +14,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     searched = "images that are searched, at least four times --queries"
     parser.add_argument("--gallery", type=whole_number(4), default=5000, help=searched)
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of queries and gallery")
-    parser.add_argument(
-        "--each", type=whole_number(1), default=6, help="queries shown of each kind"
-    )
+    shown = "queries shown of each kind"
+    parser.add_argument("--each", type=whole_number(1), default=6, help=shown)
     add_output(parser, "out", file(), "runs/failures.html", "the page")
 
 

@@ -15,9 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_shared(parser, "encoder", "mapping")
     number, most = whole_number(GROWTH_SIZES[0]), GROWTH_SIZES[-1]
     parser.add_argument("--to", type=number, default=most, help="distractors at most")
-    parser.add_argument(
-        "--seed", type=whole_number(0), default=0, help="of queries and distractors"
-    )
+    meaning = "of queries and distractors"
+    parser.add_argument("--seed", type=whole_number(0), default=0, help=meaning)
     add_output(parser, "cache", folder(), "runs/growth", "folder of the embedded shards")
     add_output(parser, "out", file(), "runs/growth.json", "file of the result")
 

@@ -12,9 +12,8 @@ from isa_lite.support.settings import FolderConfig
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument(
-        "--captions", type=Path, required=True, help="CSV file with the columns image and caption"
-    )
+    meaning = "CSV file with the columns image and caption"
+    parser.add_argument("--captions", type=Path, required=True, help=meaning)
     add_output(parser, "out", folder(), None, "folder of the model")
     resumed = "folder of the checkpoints, to resume from (default: OUT/run)"
     parser.add_argument("--run", type=output(folder()), help=resumed)
@@ -31,8 +30,7 @@ def run(args: Namespace) -> None:
 
     images = ImageFolder(args.images)
     captions, run = read_captions(args.captions, images), args.run or args.out / "run"
-    pretrain_folder(
-        images, captions, config, args.out, run, checkpoint_minutes=args.checkpoint_minutes
-    )
+    minutes = args.checkpoint_minutes
+    pretrain_folder(images, captions, config, args.out, run, checkpoint_minutes=minutes)
     told = f"{args.out}: load_vl_model({str(args.out)!r}) loads it"
     print(f"{told}, and so does open_clip as local-dir:{args.out}")

@@ -6,22 +6,15 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 from isa_lite.commands import add_output
-from isa_lite.support.parameters import (
-    device_name,
-    file,
-    folder,
-    option,
-    output,
-    whole,
-    whole_number,
-)
+from isa_lite.support import parameters
+from isa_lite.support.parameters import file, folder, option, output, whole_number
 from isa_lite.support.recipes import RECIPES
 from isa_lite.support.settings import NOTEBOOK, WITHOUT_CHANGE
 
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [whole(0)(int(part)) for part in text.split(",")]
+        return [parameters.whole(0)(int(part)) for part in text.split(",")]
     except ValueError:
         fault = "seeds are whole numbers with commas between them, such as 0,1,2"
         raise ArgumentTypeError(f"{fault}; not {text!r}") from None
@@ -38,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     recipe = "core or default, of every run that does not vary it (default: the notebook's)"
     parser.add_argument("--recipe", choices=tuple(RECIPES), help=recipe)
     device = "cpu, cuda, cuda:1, ... (default: the notebook's)"
-    parser.add_argument("--device", type=option(device_name()), help=device)
+    parser.add_argument("--device", type=option(parameters.device_name()), help=device)
     shared = "runs at a time, sharing the cores; if interrupted, those that run are finished first"
     parser.add_argument("--jobs", type=whole_number(1, 256), default=1, help=shared)
     missing = f"also train the VL model for {WITHOUT_CHANGE}, if it is missing"

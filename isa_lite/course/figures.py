@@ -135,17 +135,14 @@ def _rankings(rows: Sequence[tuple], title: str) -> Figure:
 
 
 def retrieval(queries: Queries, rows: Sequence[int], found: np.ndarray, title: str = "") -> Figure:
-    """One row per query: the reference with its modifier, then the best images. found: gallery
-    indices, a row of them for each of `rows`.
+    """One row per query: its reference and modifier, then the images of `found`, by gallery index.
 
-    A right answer has a green frame and the word "target" above it. Photographs are drawn at most
-    192 pixels wide and high.
+    A right answer has a green frame and "target" above it. Photographs are at most 192 pixels wide.
     """
 
     def picture(i: int):
         image = queries.images[int(i)]
-        large = not isinstance(image, np.ndarray) and max(image.size) > 192
-        return ImageOps.contain(image, (192, 192)) if large else image
+        return image if isinstance(image, np.ndarray) else shrunk(image, 192)
 
     def row(i: int, best: np.ndarray) -> tuple:
         answers = [(picture(j), int(j) in queries.targets[i]) for j in best]
@@ -318,8 +315,7 @@ def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
     order, where there are none.
 
     The default is orange (a diamond on a curve, "default" beside a bar). Means over seeds, with 95%
-    intervals if there are several. Dashed: the composition ceiling of the same runs, which differs
-    where the VL model does.
+    intervals if there are several. Dashed: the composition ceiling of the same runs.
     """
     shown: dict[str, dict[str, list[Mapping]]] = {}
     for entry in record["runs"]:
@@ -330,9 +326,8 @@ def ablations(record: Mapping, only: Sequence[str] = (), k: int = 1) -> Figure:
     rows = max(1, -(-len(shown) // columns))
     figure, grid = _plot(4.6 * columns, 3.4 * rows, rows, columns, squeeze=False)
     names = ("isa", "composition ceiling")
-    for axes, (ablation, values) in itertools.zip_longest(
-        grid.flat, shown.items(), fillvalue=("", {})
-    ):
+    panels = itertools.zip_longest(grid.flat, shown.items(), fillvalue=("", {}))
+    for axes, (ablation, values) in panels:
         if not values:
             axes.axis("off")
             continue
@@ -401,11 +396,10 @@ def _lay_over(axes, attention: np.ndarray, image: np.ndarray) -> None:
 def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12) -> Figure:
     """One image as sentences of several lengths see it: of each its maps (L x h x w) in rows."""
     image = np.asarray(image)
-    blocks = [
-        (f"L = {length}" if s == 0 else "", found[s : s + columns])
-        for length, found in maps.items()
-        for s in range(0, len(found), columns)
-    ]
+    blocks = []
+    for length, found in maps.items():
+        cut = [found[s : s + columns] for s in range(0, len(found), columns)]
+        blocks += zip([f"L = {length}"] + [""] * (len(cut) - 1), cut, strict=True)
     size = columns + 1, 1.16 * len(blocks)
     figure, grid = _plot(*size, len(blocks), columns + 1, squeeze=False)
     for axes in grid.flat:
@@ -421,8 +415,7 @@ def attention_by_length(image, maps: Mapping[str, np.ndarray], columns: int = 12
 
 @_styled
 def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
-    """For each kind of change, what wrong first answers kept of the image and followed of the words
-    (percent), joined by a line.
+    """What wrong first answers kept of the image and followed of the words (%), by kind of change.
 
     summary: a row a kind, with the columns wrong (a count), kept and followed, as
     `failures.summary` gives it.
@@ -431,10 +424,8 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
     for y, (kept, followed) in enumerate(zip(summary["kept"], summary["followed"], strict=True)):
         axes.plot([kept, followed], [y, y], color=PALE, linewidth=3, zorder=1)
     rows = range(len(summary))
-    for name, what, color, mark in (
-        ("kept", "image", BLUE, "o"),
-        ("followed", "words", ORANGE, "^"),
-    ):
+    marks = ("kept", "image", BLUE, "o"), ("followed", "words", ORANGE, "^")
+    for name, what, color, mark in marks:
         how = {"s": 110, "color": color, "marker": mark, "zorder": 2}
         axes.scatter(summary[name], rows, label=f"{name} of the {what}", **how)
     axes.set_yticks(rows, [f"{kind} ({count} wrong)" for kind, count in summary["wrong"].items()])
@@ -446,21 +437,14 @@ def kept_and_followed(summary: pd.DataFrame, title: str = "") -> Figure:
 
 @_styled
 def latency(table: pd.DataFrame, title: str = "") -> Figure:
-    """The parts of one query's time, stacked, a bar a system, and a mark for the whole query in one
-    call.
+    """The parts of one query's time, stacked, a bar a system; a mark: the whole in one call.
 
     table: a row a part and a last one for the whole, a column a system, ms (`query_timing.timed`).
     Parts are timed one by one, so that a bar need not end at its mark.
     """
     figure, axes = _plot(9.5, 0.7 * len(table.columns) + 1.9)
-    fills = [
-        (PALE, ""),
-        (ORANGE, ""),
-        (GREEN, "//"),
-        ("#DDDDDD", ".."),
-        (BLUE, ""),
-        (PURPLE, "\\\\"),
-    ]
+    fills = [(PALE, ""), (ORANGE, ""), (GREEN, "//")]
+    fills += [("#DDDDDD", ".."), (BLUE, ""), (PURPLE, "\\\\")]
     for y, system in enumerate(table.columns):
         left, whole = 0.0, table[system].iloc[-1]
         for (part, ms), (color, hatch) in zip(table[system].iloc[:-1].items(), fills, strict=False):
@@ -569,11 +553,9 @@ def cover_curves(
 def search_curve(
     times: Mapping[str, float], found: Mapping[str, float], line: Sequence[str], title: str = ""
 ) -> Figure:
-    """Share of the exact answers found against the time of one search, a point a way of searching;
-    `line` joins some in order.
+    """Share of the exact answers found against a search's time: points; `line` joins some in order.
 
-    The names in `line` are a kind and a number, "IVF, 8": the kind becomes the legend, the numbers
-    stand beside the points.
+    The names in `line` are a kind and a number, "IVF, 8": in the legend, and beside the points.
     """
     figure, axes = _plot(8.5, 4.4)
     kind = f"{line[0].split(', ')[0]}, with the number of lists opened"
@@ -584,8 +566,7 @@ def search_curve(
             # Right below its point: the curve comes from the left.
             text, shift = name.split(", ")[-1], {"xytext": (7, -14), "ha": "left"}
         else:
-            # Above its point, clear of the curve, and one line higher than the last: points of
-            # like times lie side by side.
+            # Above its point, clear of the curve; one line higher than the last, if beside it.
             text, shift = name, {"xytext": (0, 12 + 15 * others.index(name)), "ha": "center"}
             how = {"color": ORANGE, "markersize": 10, "markeredgecolor": "white"}
             axes.plot(times[name], found[name], "s", **how)

@@ -1,5 +1,4 @@
-"""The query side without PyTorch: runs the files that `isa_lite.deploy.export` wrote, with
-onnxruntime.
+"""The query side without PyTorch: runs what `isa_lite.deploy.export` wrote, with onnxruntime.
 
 What a small server has to do, in numpy: cut the image to size, put the prompt together, run two
 networks, and search. It imports neither torch nor torchvision, nor does what it uses of this
@@ -51,8 +50,7 @@ def session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     """A network to run on the CPU, with `threads` threads (0: as many as onnxruntime likes)."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads wait in a loop for more work, also after a run is over, and then take the cores from
-    # the next network's threads.
+    # Threads wait in a loop for more work, and would take the cores from the next network's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -90,8 +88,7 @@ class QueryClient:
     """Images and modifiers -> query embeddings, from a folder that `isa_lite.deploy.export` wrote.
 
     Raises FileNotFoundError for a folder without an export, and ValueError for a file that is not
-    the one that was exported, or for a gallery's model (`vl_model`, a fingerprint) that is not the
-    one of this query side.
+    the exported one, or for a gallery of another model (`vl_model`, its fingerprint).
     """
 
     # of a thousand million threads, onnxruntime would ask for the memory
@@ -134,8 +131,7 @@ class QueryClient:
             raise ValueError(f"{fault}; export again") from error
 
     def pixels(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
-        """Images (PIL, or uint8 H x W x 3) -> B x 3 x H x W float32: the shorter side to size
-        (bicubic), the middle, normalised.
+        """PIL or uint8 H x W x 3 -> B x 3 x H x W float32: short side to size, middle, normalised.
 
         Raises ValueError for what is no list of pictures, and what `decode` raises.
         """
@@ -152,12 +148,10 @@ class QueryClient:
             rows.append(np.asarray(image.crop((left, top, left + size, top + size))))
         # in memory too, or all that follows is slow
         pixels = np.stack(rows).transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        mean, std = (
-            np.array(self.settings[key], np.float32)[:, None, None] for key in ("mean", "std")
-        )
+        mean, std = (np.array(self.settings[key], np.float32) for key in ("mean", "std"))
         pixels /= 255
-        pixels -= mean
-        pixels /= std
+        pixels -= mean[:, None, None]
+        pixels /= std[:, None, None]
         return pixels
 
     def sentences(self, pixels: np.ndarray) -> np.ndarray:
@@ -172,8 +166,7 @@ class QueryClient:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompts(self, modifiers: Sequence[str]) -> np.ndarray:
-        """Token ids of one prompt a modifier, B x T, with `PLACEHOLDER` where pseudo-words go; an
-        empty modifier is left out.
+        """Ids of a prompt a modifier, B x T, `PLACEHOLDER` for pseudo-words; empty ones left out.
 
         Raises ValueError for a modifier that does not fit, or is no text.
         """
@@ -211,18 +204,15 @@ class QueryClient:
         # first, as it may refuse one
         prompts = [self.prompts(modifiers[s : s + batch_size]) for s in starts]
         sentences = (self.sentences(self.pixels(images[s : s + batch_size])) for s in starts)
-        return np.concatenate(
-            [self.compose(tokens, ids) for tokens, ids in zip(sentences, prompts, strict=True)]
-        )
+        pairs = zip(sentences, prompts, strict=True)
+        return np.concatenate([self.compose(tokens, ids) for tokens, ids in pairs])
 
 
 @checked(path=path_name())
 def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
-    """What `isa_lite.retrieval.gallery.Gallery.save` wrote: embeddings N x E, their ids, and the
-    fingerprint of the model.
+    """What `Gallery.save` wrote: embeddings N x E, their ids, and the model's fingerprint.
 
-    Raises FileNotFoundError, or ValueError naming the file, and the first row that is not finite or
-    has not the length 1.
+    Raises FileNotFoundError, or ValueError naming the file, and the first row not of length 1.
     """
     arrays, info = read_arrays(Path(path))
     if fault := misfit(info, {"ids": [object, ...], "vl_model": str}):

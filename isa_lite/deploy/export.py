@@ -79,9 +79,8 @@ class SentenceToQuery(nn.Module):
         # masked_scatter in words that ONNX has: the first place takes token 0, and so on.
         which = (places.long().cumsum(1) - 1).clamp(0, tokens.shape[1] - 1)  # B x T
         said = tokens.gather(1, which.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))  # B x T x D
-        return self.vl.encode_vectors(
-            torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words)), words
-        )
+        vectors = torch.where(places.unsqueeze(-1), said, self.vl.word_vectors(words))
+        return self.vl.encode_vectors(vectors, words)
 
 
 def tokenizer_of(vl: VLModel) -> Tokenizer:
@@ -130,8 +129,7 @@ def _fits(vl: VLModel, encoder: QueryEncoder, modifier: str, template: str) -> b
 def difference(
     client: QueryClient, encoder: QueryEncoder, vl: VLModel, template: str, seed: int = 0
 ) -> float:
-    """The largest difference between the exported files and PyTorch, over sentences (relative to a
-    word's length) and queries.
+    """The largest difference from PyTorch, over sentences (in lengths of a word) and queries.
 
     On rendered scenes and noise of several sizes, each with every modifier of `TRIED` that fits, in
     batches of 1, 2 and 5. Raises ValueError where a prompt's ids differ.

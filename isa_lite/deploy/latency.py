@@ -142,8 +142,7 @@ def latency(
     threads: int = 1,
     rounds: int = 30,
 ) -> pd.DataFrame:
-    """Median ms of every part of one query (batch 1) and of the whole, a row each: light and
-    symmetric, both runtimes.
+    """Median ms of each part of a query (batch 1), and of the whole: light, symmetric; runtimes.
 
     exported: what `export.export` wrote; pieces: what `export_pieces` wrote. The search is
     `gallery`'s, ten best, for all alike. PyTorch keeps `threads` threads for this time only.
@@ -170,8 +169,7 @@ def end_to_end_onnx(
     """`query_timing.end_to_end` with every network in onnxruntime: median ms, and ratios.
 
     Light (by a sentence) and symmetric (late fusion), cut and uncut, from a picture of the large
-    tower's size.
-    exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
+    tower's size. exported: what `export.export` wrote; pieces: what `export_pieces` wrote.
     """
     client, run = QueryClient(exported, threads), piece_sessions(pieces, threads)
     pictures, search, systems = blank(vl.image_size), _ten_best(random_gallery(vl, gallery)), {}
@@ -193,7 +191,6 @@ def search_times(
     """
     calls = {name: lambda g=g: g.search(queries[:1], k) for name, g in galleries.items()}
     with _threads(threads):
-        there, back = (
-            side_by_side(dict(order), rounds) for order in (calls.items(), reversed(calls.items()))
-        )
+        there = side_by_side(calls, rounds)
+        back = side_by_side(dict(reversed(calls.items())), rounds)
     return {name: min(there[name], back[name]) for name in calls}

@@ -83,8 +83,7 @@ class _Held(TorchDispatchMode):
 
 
 def peak_activations(call: Callable[[], object]) -> float:
-    """The most memory in MiB that one call's intermediate and final tensors hold at once; weights
-    and inputs are not among them.
+    """The most MiB that one call's tensors hold at once, weights and inputs left out.
 
     Counted, not measured: it knows neither the machine nor a kernel's own scratch memory.
     """

@@ -25,9 +25,8 @@ from isa_lite.support.checkpoint import write_bytes, write_text
 def _quiet():
     """Without the two notes of the exporter that ask for nothing.
 
-    onnxscript leaves a node as it is where it could have computed it beforehand ("Skipping constant
-    folding"), and torch says that an axis shared by two inputs keeps one name ("will not be used,
-    since it shares").
+    onnxscript leaves a node that it could have computed beforehand ("Skipping constant folding"),
+    and torch says that an axis of two inputs keeps one name ("will not be used, since it shares").
     """
     logger = logging.getLogger("onnxscript.optimizer._constant_folding")
     level = logger.level

@@ -130,8 +130,7 @@ def _symmetric(vl: VLModel, encoder: QueryEncoder) -> QueryEncoder:
 def cost(
     vl: VLModel, encoder: QueryEncoder, batch: int = 1, rounds: int = 30, gallery: int = GALLERY
 ) -> pd.DataFrame:
-    """Multiply-adds (millions an image) and time (ms an image) of what a query is made of, both
-    relative to the VL image tower.
+    """Multiply-adds (millions) and time (ms) an image of a query's parts, also beside the tower.
 
     "query, light": by a sentence of the encoder; "query, symmetric": by late fusion. Both from
     pictures of the model's size to the ten best of `gallery` random embeddings.
@@ -168,8 +167,7 @@ def beside_tower(table: pd.DataFrame) -> pd.DataFrame:
 def split(
     vl: VLModel, encoder: QueryEncoder, gallery: int = GALLERY, rounds: int = 30
 ) -> pd.DataFrame:
-    """One query (batch 1) part by part: a row a part, for the asymmetric and the symmetric query
-    side.
+    """One query (batch 1): a row a part, for the asymmetric and the symmetric query side.
 
     Both start from a picture of the model's size and end with the ten best of `gallery` random
     embeddings. Columns for each: ms (median), multiply-adds in millions, and MiB of weights. The
@@ -179,10 +177,10 @@ def split(
     encoders = {"asymmetric": encoder, "symmetric": _symmetric(vl, encoder)}
     stored = random_gallery(vl, gallery)
     search = partial(stored.search, k=10)
-    systems = {
-        s: sentence_steps(vl, e, blank(e.config.image_size), [MODIFIER], search)
-        for s, e in encoders.items()
-    }
+    systems = {}
+    for side, model in encoders.items():
+        pictures = blank(model.config.image_size)
+        systems[side] = sentence_steps(vl, model, pictures, [MODIFIER], search)
     made = {side: calls(steps) for side, steps in systems.items()}
     image_tower = list(vl.clip.visual.parameters())
     large = set(map(id, image_tower))
@@ -221,10 +219,9 @@ def end_to_end(
     """Milliseconds of one query and its parts (batch 1), a column a system; and ratios.
 
     light: by a sentence; symmetric: by late fusion with the large image tower; symmetric ISA: by a
-    sentence of that tower.
-    cut: the text tower computes what its pooled position needs (`VLModel.encode_vectors`), the same
-    code for all; uncut: all positions in all layers, every time, as open_clip does it and others
-    run it. The large tower is open_clip's throughout.
+    sentence of that tower. cut: the text tower computes what its pooled position needs
+    (`VLModel.encode_vectors`), the same code for all; uncut: all positions in all layers, as
+    open_clip does it and others run it. The large tower is open_clip's throughout.
     """
     search = partial(random_gallery(vl, gallery).search, k=10)
     systems, encoders = {}, {"light": encoder, "symmetric ISA": _symmetric(vl, encoder)}

@@ -40,9 +40,8 @@ from isa_lite.world import scenes
 _MADE = {"machine": str, "commit": str}
 #: What a card reads of the record of a training (`checkpoint.misfit`).
 _ENCODER = {"info": TRAINED["info"] | _MADE | {"seconds": float}}
-_BACKBONE = (
-    RECORD | _MADE | {"stride": int, "loss": float, "minutes": float, "command": str, "date": str}
-)
+_BACKBONE = RECORD | _MADE | {"stride": int, "loss": float, "minutes": float}
+_BACKBONE |= dict.fromkeys(("command", "date"), str)
 _BACKBONE |= {"config": dict.fromkeys(("num_images", "seed", "steps", "batch_size"), int)}
 
 
@@ -54,9 +53,8 @@ def matching_accuracy(
 
     families: with families of edits in the batch (others differ in one thing); or unrelated scenes.
     """
-    config = PretrainConfig(
-        seed=seed, families=24 if families else 0, singles=32 if families else 128, partial=0.0
-    )
+    sizes = {"families": 24, "singles": 32} if families else {"families": 0, "singles": 128}
+    config = PretrainConfig(seed=seed, partial=0.0, **sizes)
     rates = []
     for i in range(batches):
         tokens, mask, patches, similarity = matching_inputs(vl, *SceneBatches(config, 9)[i])
@@ -111,9 +109,8 @@ def vl_card(folder: Path, vl: VLModel) -> str:
     towers = {"image": vl.clip.visual, "match": vl.matcher}
     millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in towers.items()}
     batch = 5 * config["families"] + config["singles"]
-    minutes = " and ".join(
-        f"{value:g} minutes for the {name}" for name, value in record["minutes"].items()
-    )
+    took = [f"{value:g} minutes for the {name}" for name, value in record["minutes"].items()]
+    minutes = " and ".join(took)
     return f"""# scenes-clip: the small vision-language model of rendered scenes
 
 A CLIP in open_clip's format (`local-dir:`), with a matching encoder. Image tower: a ModifiedResNet with {millions["image"]:.1f} million

@@ -43,18 +43,12 @@ from isa_lite.world import scenes
 
 # what the name of a one-word recipe ends with that was given those of the shipped query encoder
 AIDED = " with our aids"
-#: What files hold (`checkpoint.misfit`): what notebook 02 says of its query encoder, and what
-#: `kept_rivals` keeps.
-TRAINED = {
-    "info": {"parameters": {"seed": int, "num_images": int, "steps": int, "batch_size": int}}
-}
-RIVALS = {
-    "seed": int,
-    "params": dict,
-    "methods": RECALLS | dict.fromkeys(UNTRAINED, RECALLS[str]),
-    "training_seconds": {str: float},
-    "weights": {str: float},
-}
+#: What files hold (`checkpoint.misfit`): what notebook 02 says of an encoder, and `kept_rivals`.
+_SETTINGS = dict.fromkeys(("seed", "num_images", "steps", "batch_size"), int)
+TRAINED = {"info": {"parameters": _SETTINGS}}
+RIVALS = {"seed": int, "params": dict}
+RIVALS |= {"methods": RECALLS | dict.fromkeys(UNTRAINED, RECALLS[str])}
+RIVALS |= {"training_seconds": {str: float}, "weights": {str: float}}
 # and what the command writes in the end
 COMPARED = {"machine": str, "commit": str, "runs": [RIVALS, ...]}
 # the benchmark on which weights are chosen has the seed of the reported one plus this
@@ -104,10 +98,11 @@ def trainings(
 
     found = {}
     for name, s, n, m in (("", {}, {}, {}), (AIDED, start, noise, negatives)):
+        how = fit | s | n
         found |= {
-            f"Pic2Word-like{name}": partial(pic2word_like, vl, unlabeled, **fit, **s, **n, **m),
+            f"Pic2Word-like{name}": partial(pic2word_like, vl, unlabeled, **how, **m),
             f"SEARLE-like{name}": partial(searle, s | n, s | m),
-            f"LinCIR-like{name}": partial(lincir_like, vl, captions, **fit, **s, **n),
+            f"LinCIR-like{name}": partial(lincir_like, vl, captions, **how),
         }
     return found
 
@@ -143,16 +138,13 @@ def encoders_by_seed(
     found: dict[int, QueryEncoder] = {}
     for folder in folders:
         encoder = QueryEncoder.load(folder, vl, mapping)
-        parameters = read_json(
-            folder / "query_encoder.json", "a query encoder of notebook 02", TRAINED
-        )["info"]["parameters"]
+        found_in = folder / "query_encoder.json"
+        said = read_json(found_in, "a query encoder of notebook 02", TRAINED)
+        parameters = said["info"]["parameters"]
         for name in ("num_images", "steps", "batch_size"):
-            if parameters[name] != getattr(config, name):
-                wanted = (
-                    f"{getattr(config, name)} of all other methods; train it with -p {name}"
-                    f" {getattr(config, name)}"
-                )
-                raise ValueError(f"{folder} had {name} {parameters[name]}, and not the {wanted}")
+            if parameters[name] != (wanted := getattr(config, name)):
+                fault = f"{folder} had {name} {parameters[name]}, and not the {wanted} of all other"
+                raise ValueError(f"{fault} methods; train it with -p {name} {wanted}")
         seed = parameters["seed"]
         if seed in found:
             raise ValueError(f"{folder} is a second run with seed {seed}; give one a seed")
@@ -163,11 +155,8 @@ def encoders_by_seed(
 def kept_rivals(vl: VLModel, seed: int, config: CompareConfig, folder: Path) -> dict:
     """`rivals`, or what an earlier call with the same model, seed and settings left in `folder`."""
     path = folder / f"{vl.fingerprint}-{seed}.json"
-    done = (
-        read_json(path, "results of compare; delete it, and they are measured again", RIVALS)
-        if path.exists()
-        else {}
-    )
+    what = "results of compare; delete it, and they are measured again"
+    done = read_json(path, what, RIVALS) if path.exists() else {}
     if done.get("params") != asdict(config):
         done = rivals(vl, seed, config)
         write_text(path, json.dumps(done, indent=1) + "\n")
@@ -178,7 +167,6 @@ def relative(
     runs: Sequence[Mapping], k: int = 1, method: str = "isa", other: str = "symmetric isa"
 ) -> np.ndarray:
     """Recall@K of `method` over `other`'s, a number a seed (paired), where both were run."""
-    both = [run["methods"] for run in runs if method in run["methods"] and other in run["methods"]]
-    return np.array(
-        [methods[method][f"R@{k}"] / max(methods[other][f"R@{k}"], 1e-9) for methods in both]
-    )
+    both = [run["methods"] for run in runs if {method, other} <= set(run["methods"])]
+    pairs = [(found[method][f"R@{k}"], found[other][f"R@{k}"]) for found in both]
+    return np.array([own / max(theirs, 1e-9) for own, theirs in pairs])

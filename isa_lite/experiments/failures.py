@@ -134,10 +134,8 @@ def _card(bench: Benchmark, q: int, row: pd.Series) -> str:
         if bench.labels[i] == bench.labels[target]:
             answers.append(_picture(bench, i, f"{place}: the target", style="target"))
         else:
-            scenes = (bench.scenes[j] for j in (reference, target, i))
-            answers.append(
-                _picture(bench, i, f"answer {place}", _bars(*kept_and_followed(*scenes)))
-            )
+            shares = kept_and_followed(*(bench.scenes[j] for j in (reference, target, i)))
+            answers.append(_picture(bench, i, f"answer {place}", _bars(*shares)))
     less = "both alike" if row["ignored"] == "both alike" else f"less of the {row['ignored']}"
     return f"""<article data-ignored="{row["ignored"]}"><h3>“{html.escape(bench.texts[q])}”</h3>
 <div class="row"><div class="asked">{_picture(bench, reference, "reference")}

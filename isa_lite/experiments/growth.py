@@ -89,10 +89,8 @@ def growth_ranks(
     """
     everything = _joined(gallery, shards)
     own = [scene_key(scene) for scene in bench.scenes]
-    keys, targets = (
-        torch.cat([torch.tensor(own), *(k for _, k in shards)]),
-        np.array(own)[bench.target],
-    )
+    keys = torch.cat([torch.tensor(own), *(k for _, k in shards)])
+    targets = np.array(own)[bench.target]
     ranks = {name: np.zeros((len(sizes), len(bench)), int) for name in queries}
     # a few queries at a time: against a million images they are as many numbers
     for rows in np.array_split(np.arange(len(bench)), -(-len(bench) // 50)):
@@ -131,10 +129,8 @@ def growth(
     gallery = bench.gallery
     shards = list(distractors(vl, max(sizes), seed, cache, progress=progress))
     # What every shard took when it was made, in this call or an earlier one.
-    embedding = sum(
-        read_info(_shard(vl, seed, cache, start, SHARD))["seconds"]
-        for start in range(0, max(sizes), SHARD)
-    )
+    files = [_shard(vl, seed, cache, start, SHARD) for start in range(0, max(sizes), SHARD)]
+    embedding = sum(read_info(file)["seconds"] for file in files)
     methods = {
         "isa": Isa(encoder)(bench),
         "image + text": image_plus_text(bench),

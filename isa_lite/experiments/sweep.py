@@ -39,9 +39,8 @@ from isa_lite.support.parameters import command_line
 from isa_lite.support.recipes import complete
 from isa_lite.support.settings import DATA, NOTEBOOK, SCENES_CLIP, WITHOUT_CHANGE, PretrainConfig
 
-_STORED = {
-    "runs": [{"training_seconds": {"isa": float}, "params": {"steps": Between(1, 1e9)}}, ...]
-}
+_STORED = {"training_seconds": {"isa": float}, "params": {"steps": Between(1, 1e9)}}
+_STORED = {"runs": [_STORED, ...]}
 
 
 def notebook_defaults(notebook: Path = NOTEBOOK) -> dict:
@@ -74,9 +73,8 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     given = {**parameters, "out_dir": str(folder)}
-    papermill.execute_notebook(
-        notebook, folder / "executed.ipynb", given, progress_bar=False, cwd=Path.cwd()
-    )
+    how = {"progress_bar": False, "cwd": Path.cwd()}
+    papermill.execute_notebook(notebook, folder / "executed.ipynb", given, **how)
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     kept = ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")
     result = {name: found[name] for name in kept}
@@ -222,9 +220,8 @@ def _finished(runs: Sequence[dict], models: Mapping, stored: Mapping, folder: Pa
 
 def _foreign(stored: Mapping, defaults: Mapping, models: Mapping) -> str:
     """What makes a record one that this sweep cannot go on with; "" if nothing does."""
-    if other := [
-        n for n, v in defaults.items() if n not in ASIDE and stored["defaults"].get(n) != v
-    ]:
+    told = stored["defaults"]
+    if other := [n for n, v in defaults.items() if n not in ASIDE and told.get(n) != v]:
         return f"another default of {', '.join(other)}"
     for entry in stored["runs"]:
         default = {**defaults, "single_vector": False, "seed": entry["seed"]}

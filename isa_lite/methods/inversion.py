@@ -53,9 +53,8 @@ class Inversion(nn.Module):
 
     def __init__(self, embed_dim: int, word_width: int, word_norm: float, width: int = 512):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
-        )
+        first, second = nn.Linear(embed_dim, width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU())
         self.to_word = ToWords(width, word_width, word_norm)
 
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -200,9 +199,8 @@ def optimize_words(
     if start_words:
         start = F.normalize(start_vectors(vl, start_words)[:1], dim=-1).repeat(len(images), 1)
     found = []
-    for s in trange(
-        0, len(images), batch_size, desc="words for images", disable=not progress, mininterval=5
-    ):
+    how = {"desc": "words for images", "disable": not progress, "mininterval": 5}
+    for s in trange(0, len(images), batch_size, **how):
         target = images[s : s + batch_size].to(vl.device)
         free = start[s : s + batch_size].to(vl.device).requires_grad_(True)
         optimizer = torch.optim.Adam([free], lr=lr)
@@ -240,14 +238,9 @@ def searle_like(
         raise ValueError(f"{len(images)} images but {len(words)} words")
 
     def loss_of(batch: Tensor, step: int) -> Tensor:
-        guess, word, others = (
-            F.normalize(x.to(vl.device), dim=-1)
-            for x in (
-                mapping(images[batch].to(vl.device)),
-                words[batch],
-                training.others(words, batch, step),
-            )
-        )
+        guess, others = mapping(images[batch].to(vl.device)), training.others(words, batch, step)
+        parts = (F.normalize(x.to(vl.device), dim=-1) for x in (guess, words[batch], others))
+        guess, word, others = parts
         return gcd_loss(guess, word, temperature, others)
 
     return training.fit("SEARLE-like", mapping, loss_of, len(images))
@@ -289,11 +282,9 @@ def lincir_like(vl: VLModel, captions: Sequence[str], noise: float = 0.5, **sett
     mapping = training.mapping(vl, embedded)
     start, end = vl.tokenizer.sot_token_id, vl.tokenizer.eot_token_id
     prompts = [keyword_prompt(vl, caption) for caption in captions]
-    without = next(
-        (c for c, (_, marks) in zip(captions, prompts, strict=True) if not any(marks)), None
-    )
-    if without is not None:
-        raise ValueError(f"the caption {without!r} holds no key word to replace")
+    for caption, (_, marks) in zip(captions, prompts, strict=True):
+        if not any(marks):
+            raise ValueError(f"the caption {caption!r} holds no key word to replace")
     ids = torch.zeros(len(captions), vl.context_length, dtype=torch.long)
     places = torch.zeros_like(ids, dtype=torch.bool)
     for row, (tokens, marks) in enumerate(prompts):
@@ -305,16 +296,14 @@ def lincir_like(vl: VLModel, captions: Sequence[str], noise: float = 0.5, **sett
     def loss_of(batch: Tensor, step: int) -> Tensor:
         latent = embedded[batch]
         size = noise * torch.rand(len(batch), 1, generator=generator)
-        latent = latent + size * torch.randn(latent.shape, generator=generator) / float(
-            np.sqrt(latent.shape[1])
-        )
+        drawn = torch.randn(latent.shape, generator=generator)
+        latent = latent + size * drawn / float(np.sqrt(latent.shape[1]))
         rows = vl.cut(ids[batch].to(vl.device))
         marks = places[batch, : rows.shape[1]].to(vl.device)
         words = training.noisy(mapping(latent.to(vl.device)), step)
         words = words.repeat_interleave(marks.sum(1), dim=0)  # one copy a placeholder
         vectors = splice(vl, words, rows, marks)
-        return (
-            1 - (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)
-        ).mean()
+        cosine = (vl.encode_vectors(vectors, rows) * embedded[batch].to(vl.device)).sum(-1)
+        return (1 - cosine).mean()
 
     return training.fit("LinCIR-like", mapping, loss_of, len(captions))

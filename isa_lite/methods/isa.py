@@ -48,6 +48,5 @@ class Isa:
 
     def __call__(self, queries: Queries) -> Tensor:
         tokens = queries.each(self.sentences(queries))
-        return queries.joined(
-            compose(queries.vl, tokens, queries.texts, self.template, self.truncate)
-        )
+        how = self.template, self.truncate
+        return queries.joined(compose(queries.vl, tokens, queries.texts, *how))

@@ -28,9 +28,8 @@ def attend(
         query = F.linear(x, w[:width], b[:width])
         key, value = F.linear(memory, w[width:], b[width:]).chunk(2, -1)
     # B x T x W -> B x heads x T x W / heads
-    query, key, value = (
-        t.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
-    )
+    heads = (layer.num_heads, -1)
+    query, key, value = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
     seen = None if mask is None else mask[:, None, None]  # the same for all heads and all that look
     looked = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     out = layer.out_proj(looked.transpose(1, 2).flatten(2))

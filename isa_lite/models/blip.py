@@ -80,9 +80,8 @@ class BlipTower(TextTower):
         """B x T x D word vectors and the ids they stand for -> contextual tokens, B x T x W."""
         # the vectors are cloned: transformers adds the positions to them in place
         mask = (ids != self.pad).long()
-        return self.module.encoder(
-            inputs_embeds=vectors.clone(), attention_mask=mask
-        ).last_hidden_state
+        read = self.module.encoder(inputs_embeds=vectors.clone(), attention_mask=mask)
+        return read.last_hidden_state
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """B x T x W -> B x W, the class token."""
@@ -109,9 +108,8 @@ class Blip(nn.Module):
     def encode_text(self, ids: Tensor, normalize: bool = False) -> Tensor:
         """B x T ids -> B x E, as BLIP does it itself, from ids."""
         mask = (ids != self.text.encoder.config.pad_token_id).long()
-        out = self.text.proj(
-            self.text.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
-        )
+        read = self.text.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        out = self.text.proj(read[:, 0])
         return nn.functional.normalize(out, dim=-1) if normalize else out
 
     def match(self, vectors: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
@@ -143,9 +141,8 @@ def load_blip(
     folder = repository(name, "a BLIP", "config.json", HF_WEIGHTS, ("preprocessor_config.json",))
     kind = _kind(folder)
     if kind != "blip":
-        raise ValueError(
-            f"{name} holds no BLIP: its config.json " + (f"says {kind!r}" if kind else "is missing")
-        )
+        says = f"says {kind!r}" if kind else "is missing"
+        raise ValueError(f"{name} holds no BLIP: its config.json {says}")
     weights = next((path for name in HF_WEIGHTS if (path := folder / name).is_file()), None)
     if weights is None:
         fault = f"{name} holds no weights"
@@ -155,16 +152,14 @@ def load_blip(
     look = read_json(settings, "how images are prepared") if there else {}
     look = {key: look[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in look}
     check_preprocessing(settings, look)
+    how = {"local_files_only": True, "output_loading_info": True}
     with fitting(weights, "holds no BLIP that fits its config.json"):
-        model, report = BlipForImageTextRetrieval.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
+        model, report = BlipForImageTextRetrieval.from_pretrained(folder, **how)
     if report["missing_keys"]:  # a BLIP for captions or questions has no matching head
         missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are"
-            f" missing, among them {missing[0]}; take one like Salesforce/blip-itm-base-coco"
-        )
+        fault = f"{weights} is not of a BLIP for image-text retrieval: {len(missing)} weights are"
+        fault = f"{fault} missing, among them {missing[0]}"
+        raise ValueError(f"{fault}; take one like Salesforce/blip-itm-base-coco")
     check_loaded(weights, model)
     with fitting(folder, "holds no tokenizer that works (tokenizer.json, tokenizer_config.json)"):
         tokenizer = hf_tokenizer(folder, context_length=CONTEXT)
@@ -183,6 +178,5 @@ def is_blip(folder: Path) -> bool:
 
 def _kind(folder: Path) -> str | None:
     config = folder / "config.json"
-    return (
-        read_json(config, "the settings of a model").get("model_type") if config.is_file() else None
-    )
+    found = read_json(config, "the settings of a model") if config.is_file() else {}
+    return found.get("model_type")

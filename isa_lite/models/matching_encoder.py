@@ -13,8 +13,7 @@ class MatchingEncoder(nn.Module):
 
     The image-text matching branch of ALBEF/BLIP in small (paper: "matching encoder"; its size is
     ours): `depth` blocks of self-attention among text tokens, cross-attention to patch tokens and
-    an MLP. The mean over the text positions goes to a linear head of two classes: 0 = no match, 1 =
-    match.
+    an MLP. The mean over the text positions goes to a head of two classes: 0 = no match, 1 = match.
     """
 
     def __init__(

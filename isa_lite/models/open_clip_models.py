@@ -33,9 +33,8 @@ _UNFIT += (pickle.UnpicklingError, SafetensorError)
 def unknown(what: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for a name that is not among those known, with the nearest ones."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return ValueError(
-        f"unknown {what} {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
-    )
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return ValueError(f"unknown {what} {name!r}{hint}")
 
 
 #: What a model folder may set, by section. It may come from strangers, and open_clip hands some
@@ -74,12 +73,10 @@ def check_settings(path: Path, settings: object, section: str) -> dict:
             continue
         for item in value if isinstance(value, list) else [value]:
             number = isinstance(item, (int, float))
-            if not (number or isinstance(item, (str, type(None)))) or (
-                number and not abs(item) <= _LARGEST
-            ):
-                raise ValueError(
-                    f"{path}: {section} sets {key!r} to {str(value)[:60]}, which cannot work"
-                )
+            good = abs(item) <= _LARGEST if number else isinstance(item, (str, type(None)))
+            if not good:
+                told = f"{path}: {section} sets {key!r} to {str(value)[:60]}"
+                raise ValueError(f"{told}, which cannot work")
     return settings
 
 
@@ -110,15 +107,11 @@ def check_loaded(path: Path, module: nn.Module) -> None:
         with safe_open(path, "pt") as file:
             kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}
     for name, value in module.state_dict().items():
+        fault = f"{path} is damaged: its weights {name}"
         if name in kinds and kinds[name].startswith(("F", "BF")) != value.is_floating_point():
-            raise ValueError(
-                f"{path} is damaged: its weights {name} are {kinds[name]}, and not {value.dtype}"
-            )
-    for name, value in module.state_dict().items():
+            raise ValueError(f"{fault} are {kinds[name]}, and not {value.dtype}")
         if not (value.isnan().logical_not().all() if name.endswith("mask") else sound(value)):
-            raise ValueError(
-                f"{path} is damaged: its weights {name} hold values that are no numbers"
-            )
+            raise ValueError(f"{fault} hold values that are no numbers")
 
 
 @contextmanager
@@ -242,9 +235,8 @@ def from_name(
         more |= {"force_quick_gelu": True} if look.get("quick_gelu") else {}
     file = pretrained if Path(pretrained).is_file() else weights_file(name, pretrained)
     try:
-        clip, preprocess = open_clip.create_model_from_pretrained(
-            name, pretrained=str(file), device=device, **more
-        )
+        load = open_clip.create_model_from_pretrained
+        clip, preprocess = load(name, pretrained=str(file), device=device, **more)
     except _UNFIT as error:
         raise ValueError(
             f"{file} cannot be loaded as weights of {name}: {type(error).__name__}: {error}"

@@ -175,15 +175,13 @@ class VLModel(nn.Module):
     def pixels(self, images: np.ndarray | Sequence[Image.Image]) -> Tensor:
         """Images -> B x 3 x H x W on the CPU, normalised as the model wants them."""
         visual = self.clip.visual
-        return to_pixels(
-            images, self.preprocess, self.image_size, visual.image_mean, visual.image_std
-        )
+        look = self.image_size, visual.image_mean, visual.image_std
+        return to_pixels(images, self.preprocess, *look)
 
     def _at_home(self, pixels: Tensor) -> Tensor:
         """Pixels where the image tower is, in its precision: half, for one."""
-        kind = next(
-            (p.dtype for p in self.clip.visual.parameters() if p.is_floating_point()), pixels.dtype
-        )
+        kinds = (p.dtype for p in self.clip.visual.parameters() if p.is_floating_point())
+        kind = next(kinds, pixels.dtype)
         return pixels.to(self.device, kind)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -220,9 +218,8 @@ class VLModel(nn.Module):
         visual = self.clip.visual
         if hasattr(visual, "project_patches"):
             return visual.project_patches
-        parts = [
-            getattr(visual, part, None) is not None for part in ("ln_post", "proj", "attn_pool")
-        ]
+        names = ("ln_post", "proj", "attn_pool")
+        parts = [getattr(visual, name, None) is not None for name in names]
         if parts == [True, True, False]:  # CoCa's pooler stands between patches and projection
             return lambda patches: visual.ln_post(patches) @ visual.proj
         if hasattr(getattr(visual, "attnpool", None), "c_proj"):
@@ -295,12 +292,8 @@ def load_vl_model(
     """
     check_device(device)
     name = os.fspath(name)
-    own = (
-        name == SCENES_CLIP
-        or name.startswith(("blip:", "hf-hub:", "local-dir:"))
-        or Path(name).is_dir()
-    )
-    if pretrained and own:
+    named = name == SCENES_CLIP or name.startswith(("blip:", "hf-hub:", "local-dir:"))
+    if pretrained and (named or Path(name).is_dir()):
         fault = f"pretrained={pretrained!r} is for names of open_clip alone"
         raise ValueError(f"{fault}: {name} comes with its own weights")
     folder = DATA / name if name == SCENES_CLIP else Path(name.removeprefix("local-dir:"))
@@ -308,9 +301,8 @@ def load_vl_model(
         clip, preprocess, tokenizer = load_blip(name.removeprefix("blip:"), device)
         return VLModel(clip, preprocess, tokenizer, clip.match, name)
     if name.startswith("hf-hub:"):
-        folder = repository(
-            name.removeprefix("hf-hub:"), "a model of open_clip", "open_clip_config.json", WEIGHTS
-        )
+        wanted = "a model of open_clip", "open_clip_config.json", WEIGHTS
+        folder = repository(name.removeprefix("hf-hub:"), *wanted)
     if folder.is_dir():
         return _checked(VLModel(*from_folder(folder, name, device), name))
     if name not in open_clip.list_models():

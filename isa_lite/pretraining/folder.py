@@ -54,9 +54,8 @@ def pretrain_folder(
 
     captions: for each image of the folder its captions (`own_data.read_captions`). run: a folder of
     checkpoints, to resume from (see `runs.Keeper`). `out` is then a folder in open_clip's local-dir
-    layout, with training.json beside the weights. Warns of captions that are too long for the text
-    tower. Raises ValueError for too few different captions, and for a `run` of other settings or
-    data.
+    layout, with training.json beside the weights. Warns of captions too long for the text tower.
+    Raises ValueError for too few different captions, and for a `run` of other settings or data.
     """
     out, run = Path(out), Path(run) if run else None
     rows, unseen = split(captions, config.held_out, config.seed)

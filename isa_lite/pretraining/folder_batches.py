@@ -79,12 +79,10 @@ def words_of(caption: str) -> list[str]:
 
 
 class Relatives:
-    """Which captions differ in one run of at most `LONGEST` words of a clause (in one of the two it
-    may be empty), and in which.
+    """Which captions differ in one run of at most `LONGEST` words of a clause (or 0), and in which.
 
-    Every caption is filed under each of its frames: what is left of it around a run of words.
-    Captions of the same frame with other words in its place are relatives. A frame has at least one
-    word.
+    Every caption is filed under each of its frames: what is left of it, at least one word, around a
+    run of words. Captions of the same frame with other words in its place are relatives.
     """
 
     def __init__(self, captions: Sequence[str]):
@@ -94,11 +92,11 @@ class Relatives:
         for i, (caption, words) in enumerate(zip(captions, self.words, strict=True)):
             for start, stop in self._runs(caption) if 0 < len(words) <= TOO_LONG else ():
                 filed[hash((tuple(words[:start]), tuple(words[stop:])))].append((i, start, stop))
-        self.frames = {
-            key: found
-            for key, found in filed.items()
-            if len({tuple(self.words[i]) for i, _, _ in found}) > 1
-        }
+
+        def several(found: list[tuple[int, int, int]]) -> bool:
+            return len({tuple(self.words[i]) for i, _, _ in found}) > 1
+
+        self.frames = {key: found for key, found in filed.items() if several(found)}
         self.places: list[list[tuple[int, int, int]]] = [[] for _ in self.words]
         for key, found in self.frames.items():
             for i, start, stop in found:
@@ -110,12 +108,9 @@ class Relatives:
         runs, begin, total = [], 0, len(words_of(caption))
         for clause in clauses_of(caption):
             end = begin + len(clause)
-            runs += [
-                (s, t)
-                for s in range(begin, end + 1)
-                for t in range(s, min(s + LONGEST, end) + 1)
-                if t - s < total
-            ]
+            for s in range(begin, end + 1):
+                stops = range(s, min(s + LONGEST, end) + 1)
+                runs += [(s, t) for t in stops if t - s < total]
             begin = end
         return dict.fromkeys(runs)  # each once, in a fixed order
 

@@ -54,8 +54,7 @@ def learn_features(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = MINUTES,
 ) -> tuple[float, float]:
-    """Train `encoder.backbone` in place; goes on from `checkpoint`. Returns the mean loss of the
-    last hundred steps, and seconds.
+    """Train `encoder.backbone` in place, or go on. Returns the last 100 steps' mean loss; seconds.
 
     checkpoint: written at the start, every `checkpoint_minutes`, at the end, and on Ctrl-C. Raises
     ValueError for one of another run, a damaged one, and one that another process works on, and

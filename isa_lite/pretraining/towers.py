@@ -67,11 +67,10 @@ def _kinds(scene: Any, rng: np.random.Generator) -> tuple[str, ...] | None:
 
 
 class SceneBatches(Dataset):
-    """Batch number `i`: uint8 images B x S x S x 3, captions, and which image each caption belongs
-    to.
+    """Batch number `i`: uint8 images B x S x S x 3, captions, and the image of each caption.
 
-    Never a held-out pair. Batch `start + i` depends on the seed, the purpose (1
-    towers, 3 matching encoder, 9 measuring) and its number alone, so a run can resume.
+    Never a held-out pair. Batch `start + i` depends on the seed, the purpose (1 towers, 3 matching
+    encoder, 9 measuring) and its number alone, so a run can resume.
     """
 
     def __init__(self, config: PretrainConfig, purpose: int, start: int = 0, stop: int = 0):
@@ -157,18 +156,14 @@ def _encode_captions(vl: VLModel, table: _WordTable, texts: list[str], chunks: i
     """Captions -> embeddings, in chunks of similar length, each cut at its own longest caption."""
     ids = vl.tokenize(texts)
     order = ids.argmax(1).argsort()
-    parts = [
-        vl.encode_vectors(table(vl.cut(part)), vl.cut(part))
-        for part in (ids[p] for p in order.chunk(chunks))
-    ]
-    return torch.cat(parts)[order.argsort()]
+    rows = [vl.cut(ids[part]) for part in order.chunk(chunks)]
+    return torch.cat([vl.encode_vectors(table(row), row) for row in rows])[order.argsort()]
 
 
 def contrastive_loss(images: Tensor, texts: Tensor, owner: Tensor, scale: Tensor) -> Tensor:
     """InfoNCE both ways: images B x E, captions M x E, caption m belongs to image owner[m].
 
-    Image to text: each caption in turn is the positive, and the image's other caption is left out
-    of the sum.
+    Image to text: each caption in turn is the positive, without the image's other caption.
     """
     logits = scale * texts @ images.T  # M x B
     text_to_image = F.cross_entropy(logits, owner)

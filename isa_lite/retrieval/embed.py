@@ -80,9 +80,8 @@ def embed_files(
     num_workers = (0 if vl.device.type == "cpu" else 2) if num_workers is None else num_workers
     model = f"{vl.fingerprint} {vl.preprocess} {dtype} draft=False with digests" if cache else ""
     tower = _Tower(vl, batch_size, num_workers, dtype)
-    bar = tqdm(
-        total=len(files), desc="embedding images", unit="image", mininterval=1, disable=not progress
-    )
+    how = {"unit": "image", "mininterval": 1, "disable": not progress}
+    bar = tqdm(total=len(files), desc="embedding images", **how)
     parts: list[dict[str, Tensor]] = []
     with bar, quiet():
         for start in range(0, len(files), SHARD):
@@ -205,13 +204,9 @@ def _fits(part: Mapping[str, Tensor], files: int) -> bool:
 def _count_copies(files: Sequence[Path], digests: Sequence[bytes]) -> None:
     """One warning about all files whose digest is that of a file before them."""
     first: dict[bytes, Path] = {}
-    copies = [
-        (f, first[d]) for f, d in zip(files, digests, strict=True) if first.setdefault(d, f) != f
-    ]
+    both = zip(files, digests, strict=True)
+    copies = [(f, first[d]) for f, d in both if first.setdefault(d, f) != f]
     if copies:
         what = "files is a copy of another" if len(copies) == 1 else "files are copies of others"
-        message = (
-            f"{len(copies)} of {len(files)} {what} and all keep their rows, the first:"
-            f" {copies[0][0]} is {copies[0][1]}"
-        )
-        warnings.warn(message, stacklevel=3)
+        said = f"{len(copies)} of {len(files)} {what} and all keep their rows"
+        warnings.warn(f"{said}, the first: {copies[0][0]} is {copies[0][1]}", stacklevel=3)

@@ -63,11 +63,9 @@ def _vectors(what: str, values: Tensor | np.ndarray) -> Tensor:
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
         values = torch.from_numpy(np.ascontiguousarray(values))
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = (
-            values.dtype
-            if isinstance(values, (Tensor, np.ndarray))
-            else f"a {type(values).__name__}"
-        )
+        kind = f"a {type(values).__name__}"
+        if isinstance(values, (Tensor, np.ndarray)):
+            kind = values.dtype
         raise ValueError(f"{what} must be a tensor or an array of floats, not {kind}")
     values = values.detach().float()
     if values.ndim == 1 and what == "queries":
@@ -113,23 +111,23 @@ class Gallery:
 
     def _checked(
         self, queries: Tensor | np.ndarray, k: int, exclude: Tensor | np.ndarray | None
-    ) -> tuple[Tensor, int, Tensor | None]:
+    ) -> tuple[Tensor, int, Tensor]:
         """Queries B x E float32, k, and B indices to leave out, checked. Raises ValueError."""
         queries = _vectors("queries", queries).to(self.embeddings.device)
         if queries.shape[1] != self.embeddings.shape[1]:
             fault = f"queries have {queries.shape[1]} numbers each, and the gallery's embeddings"
             raise ValueError(f"{fault} {self.embeddings.shape[1]}; both must come from one model")
         if not queries.isfinite().all():
-            fault = "queries must be finite, and row"
-            raise ValueError(f"{fault} {int((~queries.isfinite().all(1)).nonzero()[0])} is not")
-        if exclude is not None:
-            exclude = indices(exclude).to(queries.device)
-            if exclude.shape != (len(queries),) or exclude.is_floating_point():
-                fault = f"exclude must hold one index for each of the {len(queries)} queries"
-                raise ValueError(f"{fault}, or -1 for none")
-            if int(exclude.min()) < -1 or int(exclude.max()) >= len(self):
-                raise ValueError(f"exclude must hold indices from -1 (none) to {len(self) - 1}")
-        most = len(self) - (exclude is not None and bool((exclude >= 0).any()))
+            row = int((~queries.isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"queries must be finite, and row {row} is not")
+        exclude = torch.full((len(queries),), -1) if exclude is None else indices(exclude)
+        exclude = exclude.to(queries.device)
+        if exclude.shape != (len(queries),) or exclude.is_floating_point():
+            fault = f"exclude must hold one index for each of the {len(queries)} queries"
+            raise ValueError(f"{fault}, or -1 for none")
+        if int(exclude.min()) < -1 or int(exclude.max()) >= len(self):
+            raise ValueError(f"exclude must hold indices from -1 (none) to {len(self) - 1}")
+        most = len(self) - int((exclude >= 0).any())
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= most:
             raise ValueError(
                 f"k must be between 1 and {most}, the images that every query may find, not {k}"
@@ -151,22 +149,21 @@ class Gallery:
         another width or not finite, for k or exclude out of range.
         """
         queries, k, exclude = self._checked(queries, k, exclude)
-        parts = []
-        for s in range(0, len(queries), chunk):
-            scores = queries[s : s + chunk] @ self.embeddings.T  # chunk x N
-            if exclude is not None:
-                mask_reference(scores, exclude[s : s + chunk])
-            parts.append(best(scores, k))
-        values, indices = zip(*parts, strict=True)
-        return torch.cat(values), torch.cat(indices)
+        starts = range(0, len(queries), chunk)
+        parts = [self._found(queries[s : s + chunk], k, exclude[s : s + chunk]) for s in starts]
+        scores, found = zip(*parts, strict=True)
+        return torch.cat(scores), torch.cat(found)
+
+    def _found(self, queries: Tensor, k: int, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        """`search` of a few queries, checked."""
+        scores = queries @ self.embeddings.T  # chunk x N
+        mask_reference(scores, exclude)
+        return best(scores, k)
 
     def save(self, path: str | Path) -> None:
         """To one safetensors file."""
-        write_tensors(
-            Path(path),
-            {"embeddings": self.embeddings},
-            {"ids": list(self.ids), "vl_model": self.vl_model},
-        )
+        info = {"ids": list(self.ids), "vl_model": self.vl_model}
+        write_tensors(Path(path), {"embeddings": self.embeddings}, info)
 
     @classmethod
     @checked(path=path_name())
@@ -228,7 +225,8 @@ class FaissGallery(Gallery):
 
     kind: "flat" compares a query with every image: exact. "ivf" (inverted file) is approximate:
     k-means puts the images into `lists` lists (0: the square root of their number), and a query
-    looks through the `probes` lists nearest to it. `agreement` measures what that loses.
+    looks through the `probes` lists nearest to it. `agreement` measures what that loses. Where it
+    finds fewer than k, index -1 and score minus infinity fill up.
     """
 
     kind: str = "flat"
@@ -260,29 +258,14 @@ class FaissGallery(Gallery):
     def _numpy(vectors: Tensor) -> np.ndarray:
         return np.ascontiguousarray(vectors.detach().cpu().float().numpy())
 
-    @checked(chunk=whole(1))
-    def search(
-        self,
-        queries: Tensor | np.ndarray,
-        k: int,
-        exclude: Tensor | np.ndarray | None = None,
-        chunk: int = 1024,
-    ) -> tuple[Tensor, Tensor]:
-        """As `Gallery.search`; fewer than k found are filled up with index -1, score -inf."""
-        queries, k, exclude = self._checked(queries, k, exclude)
-        parts = [
-            self._search(self._numpy(queries[s : s + chunk]), k + (exclude is not None))
-            for s in range(0, len(queries), chunk)
-        ]
-        scores, found = (
-            torch.cat(part) for part in zip(*parts, strict=True)
-        )  # B x (k, or one more for the one that is left out)
-        if exclude is not None:
-            unwanted = (found == exclude[:, None].cpu()) & (exclude >= 0)[:, None].cpu()
-            # to the end with them; the rest stays in order
-            order = unwanted.to(torch.uint8).argsort(dim=1, stable=True)
-            scores, found = scores.gather(1, order)[:, :k], found.gather(1, order)[:, :k]
-        return scores, found
+    def _found(self, queries: Tensor, k: int, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        exclude = exclude[:, None].cpu()  # B x 1
+        # one more, where one may be left out
+        scores, found = self._search(self._numpy(queries), k + int((exclude >= 0).any()))
+        unwanted = (found == exclude) & (exclude >= 0)
+        # to the end with them; the rest stays in order
+        order = unwanted.to(torch.uint8).argsort(dim=1, stable=True)
+        return scores.gather(1, order)[:, :k], found.gather(1, order)[:, :k]
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
         """Scores and indices, B x k each; of equal scores the smaller index first."""

@@ -20,13 +20,8 @@ KS = (1, 5, 10)
 def ranks(queries: Tensor, gallery: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarray:
     """`score_ranks` by cosine: queries B x E, gallery G x E, length 1. ValueError for misfits."""
     for name, points in (("gallery", gallery), ("queries", queries)):
-        good = (
-            isinstance(points, Tensor)
-            and points.is_floating_point()
-            and points.ndim == 2
-            and not points.isnan().any()
-        )
-        if not good or points.shape[1] != gallery.shape[1]:
+        good = isinstance(points, Tensor) and points.is_floating_point() and points.ndim == 2
+        if not good or points.isnan().any() or points.shape[1] != gallery.shape[1]:
             fault = f"{name} must be numbers, of the same width in queries and gallery"
             raise ValueError(f"{fault}, and a row for each")
     return score_ranks(queries.float() @ gallery.float().T, reference, hits)
@@ -42,11 +37,8 @@ def score_ranks(scores: Tensor, reference: np.ndarray, hits: Tensor) -> np.ndarr
     if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.isnan().any():
         raise ValueError("scores must be numbers, B x G")
     reference, (queries, images) = indices(reference), scores.shape
-    if (
-        reference.shape != (queries,)
-        or reference.is_floating_point()
-        or not ((reference >= -1) & (reference < images)).all()
-    ):
+    whole_numbers = reference.shape == (queries,) and not reference.is_floating_point()
+    if not whole_numbers or not ((reference >= -1) & (reference < images)).all():
         raise ValueError(f"reference must be {queries} indices from -1 to {images - 1}")
     if not isinstance(hits, Tensor) or hits.dtype != torch.bool or hits.shape != scores.shape:
         raise ValueError(f"hits must be bool, {queries} x {images}")
@@ -144,10 +136,9 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% interval (Student's t) of the mean over seeds; (nan, nan) for one seed."""
     if len(values) < 2:
         return float("nan"), float("nan")
-    half = float(
-        stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    )
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
+    t, mean = stats.t.ppf(0.975, len(values) - 1), float(np.mean(values))
+    half = float(t * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return mean - half, mean + half
 
 
 def cell(rank: np.ndarray, k: int) -> str:

@@ -52,17 +52,13 @@ class _Names:
         self.folder = images.folder.resolve()
         number = {f: i for i, f in enumerate(images.files)}
         # of what was kept
-        copies = {
-            copy: number[first] for copy, first in images.duplicates.items() if first in number
-        }
-        self.number = {
-            self._key(f.relative_to(images.folder).as_posix()): i
-            for f, i in (copies | number).items()
-        }
-        self.broken = {
-            self._key(f.relative_to(images.folder).as_posix()): why
-            for f, why in images.broken.items()
-        }
+        copies = {f: number[first] for f, first in images.duplicates.items() if first in number}
+
+        def by_key(known: Mapping[Path, object]) -> dict[str, object]:
+            inside = {f.relative_to(images.folder).as_posix(): v for f, v in known.items()}
+            return {self._key(name): value for name, value in inside.items()}
+
+        self.number, self.broken = by_key(copies | number), by_key(images.broken)
 
     @cached_property
     def _sorted(self) -> list[str]:
@@ -78,9 +74,8 @@ class _Names:
     @cached_property
     def _loose(self) -> list[dict[str, str]]:
         """For each of `_loosened`, the first name of the folder by what is left of it."""
-        return [
-            {loosen(name): name for name in reversed(self._sorted)} for loosen in self._loosened
-        ]
+        names = self._sorted[::-1]
+        return [{loosen(name): name for name in names} for loosen in self._loosened]
 
     @staticmethod
     def _key(name: str) -> str:
@@ -92,9 +87,8 @@ class _Names:
             if loosen(key) in known:
                 return known[loosen(key)]
         place = bisect(self._sorted, key)
-        alike = difflib.get_close_matches(
-            key, self._sorted[max(0, place - NEAR) : place + NEAR], n=50
-        )
+        around = self._sorted[max(0, place - NEAR) : place + NEAR]
+        alike = difflib.get_close_matches(key, around, n=50)
         # Of names that differ in a digit, one that begins alike.
         return max(alike, key=lambda known: len(commonprefix([known, key])), default=None)
 
@@ -130,9 +124,8 @@ class _Names:
 def _refuse(path: Path, problems: Sequence[str], what: str) -> None:
     if problems:
         more = f" ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ValueError(
-            f"{path}: {len(problems)} {what} cannot be used: " + "; ".join(problems[:SHOWN]) + more
-        )
+        first = "; ".join(problems[:SHOWN])
+        raise ValueError(f"{path}: {len(problems)} {what} cannot be used: {first}{more}")
 
 
 def _text_of(path: Path, name: str) -> str:
@@ -213,10 +206,8 @@ def read_captions(path: str | Path, images: ImageFolder) -> list[list[str]]:
 
 def beside(images: ImageFolder, name: str) -> Path | None:
     """The file `name` in a folder of images, else the one right beside the folder, else None."""
-    return next(
-        (p for p in (images.folder / name, images.folder.resolve().parent / name) if p.is_file()),
-        None,
-    )
+    places = images.folder, images.folder.resolve().parent
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 @checked(path=path_name())
@@ -235,20 +226,16 @@ def read_triplets(
             f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}},'
             " and not empty"
         )
-    reference, texts, targets, problems = [], [], [], []
+    read, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:
-            start, words, answers = _entry(entry, names, len(problems) < SHOWN)
+            read.append(_entry(entry, names, len(problems) < SHOWN))
         except ValueError as error:
             problems.append(f"entry {number}: {error}")
-            continue
-        reference.append(start)
-        texts.append(words)
-        targets.append(answers)
     _refuse(path, problems, f"of {len(entries)} entries")
-    return Queries(
-        images=images, reference=np.array(reference), texts=texts, targets=targets, said=captions
-    )
+    reference, texts, targets = map(list, zip(*read, strict=True))
+    known = {"texts": texts, "targets": targets, "said": captions}
+    return Queries(images=images, reference=np.array(reference), **known)
 
 
 def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int]]:
@@ -260,14 +247,13 @@ def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int
         raise ValueError(f"lacks {', '.join(missing)}")
     if not isinstance(entry["reference"], str) or not isinstance(entry["modifier"], str):
         raise ValueError("reference and modifier must be texts")
-    if not isinstance(entry["targets"], list) or not all(
-        isinstance(t, str) for t in entry["targets"]
-    ):
+    answers = entry["targets"]
+    if not isinstance(answers, list) or not all(isinstance(t, str) for t in answers):
         raise ValueError("targets must be a list of files, also where there is only one")
     if not entry["modifier"].strip():
         raise ValueError("has an empty modifier; say what should be different")
     start = names.find(entry["reference"], hint)
-    found = sorted({names.find(t, hint) for t in entry["targets"]} - {start})
+    found = sorted({names.find(t, hint) for t in answers} - {start})
     if not found:
         fault = "has no target but its own reference, which a ranking leaves out"
         raise ValueError(f"{fault}; name another image")
@@ -276,9 +262,8 @@ def _entry(entry: object, names: _Names, hint: bool) -> tuple[int, str, list[int
 
 def fingerprint(images: ImageFolder, captions: Sequence[Sequence[str]]) -> str:
     """A digest of the images and all that is said about them."""
-    return hashlib.sha256(
-        json.dumps([images.key, [list(c) for c in captions]]).encode()
-    ).hexdigest()[:16]
+    said = json.dumps([images.key, [list(c) for c in captions]])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def part(images: ImageFolder, rows: Sequence[int]) -> ImageFolder:
@@ -296,7 +281,5 @@ def unseen_words(vl: VLModel, texts: Sequence[str]) -> list[str]:
     Of another model, whose every vector is something, no word is named.
     """
     norms = vl.word_vectors(torch.arange(vl.vocab_size, device=vl.device)).norm(dim=-1)
-    words = sorted(
-        {word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()} - {""}
-    )
-    return [word for word in words if not norms[vl.words.ids(word)].any()]
+    said = {word.strip(",.;:!?\"'()").lower() for text in texts for word in text.split()}
+    return [word for word in sorted(said - {""}) if not norms[vl.words.ids(word)].any()]

@@ -51,9 +51,8 @@ class Queries:
 
     def embedded(self, vl: VLModel, gallery: Tensor | None = None) -> Queries:
         """The same queries, ready for methods. gallery: G x E, where it is known already."""
-        return replace(
-            self, vl=vl, gallery=vl.encode_images(self.images) if gallery is None else gallery
-        )
+        gallery = vl.encode_images(self.images) if gallery is None else gallery
+        return replace(self, vl=vl, gallery=gallery)
 
     # ---- what a method reads
 

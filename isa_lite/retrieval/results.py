@@ -20,23 +20,14 @@ from isa_lite.support.checkpoint import Between, misfit, read_json
 #: What a results file holds (`checkpoint.misfit`): of each method its recall in percent; a run; a
 #: run as notebook 02 writes it.
 RECALLS = {str: {f"R@{k}": Between(0, 100) for k in KS}}
-RUN = {
-    "seed": int,
-    "queries": int,
-    "gallery": int,
-    "params": dict,
-    "methods": RECALLS,
-    "training_seconds": {str: float},
-}
+RUN = dict.fromkeys(("seed", "queries", "gallery"), int) | {"params": dict, "methods": RECALLS}
+RUN |= {"training_seconds": {str: float}}
 METRICS = RUN | {"intervals": {str: {f"R@{k}": (Between(0, 100), Between(0, 100)) for k in KS}}}
 METRICS |= {"data": str, "machine": str, "groups": dict}
 #: Several runs of notebook 02 as `gather` puts them together.
 NAMED = ("isa", "image + text", "composition ceiling", "target ceiling")
-GATHERED = RUN | {
-    "params": {"lar_weight": float},
-    "methods": RECALLS | dict.fromkeys(NAMED, RECALLS[str]),
-}
-GATHERED = {"machine": str, "runs": [GATHERED, ...]}
+GATHERED = RUN | {"methods": RECALLS | dict.fromkeys(NAMED, RECALLS[str])}
+GATHERED = {"machine": str, "runs": [GATHERED | {"params": {"lar_weight": float}}, ...]}
 
 
 def provenance(vl: VLModel, encoder: QueryEncoder | None = None, dtype: str = "float32") -> dict:
@@ -92,9 +83,8 @@ def of_run(bench: Benchmark, methods: Mapping[str, np.ndarray], seed: int, param
 
 def read_metrics(path: str | Path) -> dict:
     """A metrics.json of notebook 02. Raises FileNotFoundError, or ValueError naming the file."""
-    found = read_json(
-        Path(path), "the results of notebook 02 (metrics.json in its out_dir)", METRICS
-    )
+    what = "the results of notebook 02 (metrics.json in its out_dir)"
+    found = read_json(Path(path), what, METRICS)
     if without := sorted(set(found["methods"]) ^ set(found["intervals"])):
         fault = f"{path} has only a recall or only its interval of {without[0]!r}"
         raise ValueError(f"{fault}; run notebook 02 again")
@@ -117,19 +107,13 @@ def gather(paths: Sequence[Path]) -> dict:
     """Several runs' metrics.json as one record, with the machine. Raises as `read_metrics`."""
     paths = list(paths)
     runs = [read_metrics(path) for path in paths]
-    if other := [
-        path
-        for path, run in zip(paths, runs, strict=True)
-        if misfit(run["params"], {"lar_weight": float})
-    ]:
-        raise ValueError(f"{other[0]} does not say its lar_weight; run notebook 02 again")
-    kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
-    for run in runs:
+    for path, run in zip(paths, runs, strict=True):
+        if misfit(run["params"], {"lar_weight": float}):
+            raise ValueError(f"{path} does not say its lar_weight; run notebook 02 again")
         run["params"].pop("out_dir", None)  # where a run wrote is of no interest to others
-    return {
-        "machine": " / ".join(sorted({r["machine"] for r in runs})),
-        "runs": [{k: r[k] for k in kept} for r in runs],
-    }
+    kept = ("seed", "queries", "gallery", "params", "methods", "training_seconds", "groups")
+    machines = " / ".join(sorted({r["machine"] for r in runs}))
+    return {"machine": machines, "runs": [{k: r[k] for k in kept} for r in runs]}
 
 
 def runs_table(
@@ -142,12 +126,10 @@ def runs_table(
     rows: dict[str, dict[int, Mapping[str, float]]] = {}
     for run in sorted(runs, key=lambda r: r["params"][parameter] if parameter else 0):
         for name, found in run["methods"].items():
+            row = name
+            if parameter and name == "isa":
+                row = f"{name}, {parameter} {run['params'][parameter]:g}"
             if methods is None or name in methods:
-                row = (
-                    f"{name}, {parameter} {run['params'][parameter]:g}"
-                    if parameter and name == "isa"
-                    else name
-                )
                 rows.setdefault(row, {})[run["seed"]] = found
     cells = {}
     for name, found in rows.items():
@@ -172,9 +154,8 @@ def effect(
     """
     found: dict[float, dict[int, float]] = {}
     for run in runs:
-        found.setdefault(run["params"][parameter], {})[run["seed"]] = run["methods"][method][
-            f"R@{k}"
-        ]
+        by_seed = found.setdefault(run["params"][parameter], {})
+        by_seed[run["seed"]] = run["methods"][method][f"R@{k}"]
     if len(found) != 2 or len({frozenset(by_seed) for by_seed in found.values()}) != 1:
         seeds = {value: sorted(by_seed) for value, by_seed in found.items()}
         raise ValueError(f"two values of {parameter} with the same seeds are needed, not {seeds}")

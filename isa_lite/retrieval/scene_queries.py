@@ -37,9 +37,8 @@ class Benchmark(Queries):
     def __post_init__(self):
         super().__post_init__()
         equal = [np.flatnonzero(self.labels == self.labels[t]) for t in self.target]
-        self.targets = [
-            [t, *found[found != t]] for t, found in zip(self.target, equal, strict=True)
-        ]
+        pairs = zip(self.target, equal, strict=True)
+        self.targets = [[t, *found[found != t]] for t, found in pairs]
 
     def captions(self, rows: Sequence[int], seed: int = 0) -> list[str]:
         """A full caption of each of these images, drawn from the seed."""
@@ -112,21 +111,16 @@ def groups(bench: Benchmark) -> dict[str, np.ndarray]:
     """Named subsets of the queries, B bool: all, each kind, two changes, seen and held-out."""
     alone = load_world(bench.world).KINDS
     kinds = {kind: np.array([k == (kind,) for k in bench.kinds]) for kind in alone}
-    two = {"two changes": np.array([len(k) == 2 for k in bench.kinds])}
-    return (
-        {"all": np.ones(len(bench), bool)}
-        | kinds
-        | two
-        | {"seen pairs": ~bench.held_out, "held-out pairs": bench.held_out}
-    )
+    kinds["two changes"] = np.array([len(k) == 2 for k in bench.kinds])
+    seen = {"seen pairs": ~bench.held_out, "held-out pairs": bench.held_out}
+    return {"all": np.ones(len(bench), bool)} | kinds | seen
 
 
 def group_table(bench: Benchmark, methods: Mapping[str, np.ndarray], k: int = 1) -> pd.DataFrame:
     """Recall@K in percent with its 95% interval: a row a group (with its size) of queries."""
     chosen = {f"{name} ({mask.sum()})": mask for name, mask in groups(bench).items() if mask.any()}
-    return pd.DataFrame(
-        {
-            m: {name: cell(rank[mask], k) for name, mask in chosen.items()}
-            for m, rank in methods.items()
-        }
-    )
+
+    def column(rank: np.ndarray) -> dict[str, str]:
+        return {name: cell(rank[mask], k) for name, mask in chosen.items()}
+
+    return pd.DataFrame({name: column(rank) for name, rank in methods.items()})

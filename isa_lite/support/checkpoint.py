@@ -103,10 +103,8 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
         if len(found) < len(shape) - 1:
             return f"{where} is empty"
         inner = shape if fixed else shape[:1] * len(found)
-        faults = (
-            misfit(value, kind, f"{where}[{i}]")
-            for i, (value, kind) in enumerate(zip(found, inner, strict=True))
-        )
+        pairs = enumerate(zip(found, inner, strict=True))
+        faults = (misfit(value, kind, f"{where}[{i}]") for i, (value, kind) in pairs)
         return next(filter(None, faults), "")
     if isinstance(shape, Between) or shape in (int, float):
         least, most = (-(2.0**63), 2.0**63) if shape is int else (-1e300, 1e300)
@@ -254,8 +252,7 @@ def resume_run(
 
     Its `info` must hold `identity`, by which runs are told apart, and a "step" of at most `steps`.
     Raises ValueError, before anything is loaded, that names each setting that is different, with
-    both values, or the file, where it is damaged. Warns where the threads of this process are not
-    as many as the run had.
+    both values, or the file, where it is damaged. Warns of another number of threads than it had.
     """
     import torch
 
@@ -282,12 +279,9 @@ def resume_run(
         optimizer.state[parameter] = slots
     if (threads := info.get("threads")) != torch.get_num_threads():
         now = torch.get_num_threads()
-        warnings.warn(
-            f"{path} was made with {threads} threads, and this process has {now} (OMP_NUM_THREADS"
-            " sets them): the result will differ a little from that of a run that was never"
-            " interrupted",
-            stacklevel=3,
-        )
+        said = f"{path} was made with {threads} threads, and this process has {now}"
+        said += " (OMP_NUM_THREADS sets them): the result will differ a little from that of a run"
+        warnings.warn(f"{said} that was never interrupted", stacklevel=3)
     return info
 
 

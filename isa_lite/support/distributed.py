@@ -4,8 +4,7 @@
 of every batch, the loss is that of the whole batch, and all take the same step. A contrastive loss
 compares across the parts, so embeddings are gathered: gradients flow into a process's own rows, and
 adding up all processes' gradients gives that of the whole. Only batch normalisation, which looks at
-a process's own images, and LAR on a share of each process's images make this differ from a run of
-one process. Ours.
+a process's own images, and LAR on a share of its images make this differ from one process. Ours.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ def joined(device: str) -> Iterator[None]:
     """Inside, this process is one of torchrun's, with a GPU of its own if `device` is "cuda".
 
     Raises ValueError where there is no such GPU, or `device` names one. After an error inside there
-    is no farewell: it would wait for the others, which wait for this process, and torchrun ends
-    them all.
+    is no farewell, which would wait for the others, as they for this one: torchrun ends them all.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield

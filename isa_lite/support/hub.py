@@ -1,9 +1,7 @@
-"""What lives on the network: taken from the cache of this machine, else fetched, else refused at
-once with what to do.
+"""What lives on the network: taken from this machine's cache, else fetched, else refused at once.
 
 Nothing is fetched that the user did not name. Before anything is fetched the server is asked for a
-sign of life, within `PATIENCE` seconds: the libraries underneath try for minutes and end in a stack
-trace. Ours.
+sign of life, within `PATIENCE` seconds: the libraries try for minutes, and end in a trace. Ours.
 """
 
 from __future__ import annotations
@@ -129,12 +127,10 @@ def _fetched(repo: str, names: Sequence[str]) -> Path:
 def repository(
     repo: str, what: str, must: str, weights: Sequence[str] = (), extra: Sequence[str] = ()
 ) -> Path:
-    """A local folder with what we need of a repository of the hub: `must`, one file of `weights`,
-    `extra`, and the tokenizer.
+    """A local folder with `must`, one of `weights`, `extra`, and the tokenizer of a hub repository.
 
-    A folder's path is returned as it is. Files in the cache are taken as they are, without asking
-    the hub. Raises ConnectionError at once if offline, and ValueError for a repository without
-    `must` or without weights.
+    A folder's path is returned as it is. Files in the cache are taken without asking the hub.
+    Raises ConnectionError at once if offline, ValueError for no `must` or no weights there.
     """
     if Path(repo).is_dir():
         return Path(repo)

@@ -124,10 +124,9 @@ class ImageFolder(Sequence):
         """Warns of what is broken or a copy. Raises ValueError where no image is left."""
         path, why = next(iter(self.broken.items()), (None, ""))
         if not self.files:
-            all_broken = f"; all {len(self.broken)} files are broken, the first: {path} ({why})"
-            raise ValueError(
-                f"{self.folder} holds no image that can be read" + all_broken * bool(self.broken)
-            )
+            said = f"; all {len(self.broken)} files are broken, the first: {path} ({why})"
+            said = said if self.broken else ""
+            raise ValueError(f"{self.folder} holds no image that can be read{said}")
         if self.broken:
             said = f"skipped {broken} files in {self.folder}, the first: {path} ({why})"
             warnings.warn(said, stacklevel=3)
@@ -253,9 +252,8 @@ def check_images(images: object, what: str = "images") -> None:
     """
     if isinstance(images, ImageFolder):
         return
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping)) or not hasattr(
-        images, "__getitem__"
-    ):
+    one = isinstance(images, (str, bytes, os.PathLike, Image.Image, Mapping))
+    if one or not hasattr(images, "__getitem__"):
         kind = type(images).__name__
         fault = f"{what} must be a list of pictures or an array N x H x W x 3, not one {kind}"
         raise ValueError(f"{fault}; put a picture into a list")

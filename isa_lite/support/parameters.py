@@ -50,9 +50,8 @@ def whole(least: int, most: int | None = None, each: int = 0, multiple: int = 1)
         if value % multiple:
             raise ValueError(f"must be a multiple of {multiple}")
         if each and value * each > memory():
-            raise ValueError(
-                f"must be at most {memory() // each}, for which this machine has the memory"
-            )
+            most_here = memory() // each
+            raise ValueError(f"must be at most {most_here}, for which this machine has the memory")
         return value
 
     return rule
@@ -285,8 +284,7 @@ def _obey(rule: Rule, value: Any, name: str) -> Any:
 
 
 def check(namespace: Mapping[str, Any], **rules: Rule) -> SimpleNamespace:
-    """The checked parameters as attributes. Call it with `globals()` right behind the parameters
-    cell.
+    """The checked parameters as attributes. Call it with `globals()` behind the parameters cell.
 
     Raises ValueError naming the parameter: for one that the parameters cell, or papermill's behind
     it, gives and that the notebook does not have (a misspelt name), for one that is missing, or for
@@ -369,11 +367,8 @@ def command_line(name: str, settings: Any) -> str:
     """The line that runs a command with a dataclass of settings, without the defaults."""
     changed = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init}
     defaults = {f.name: f.default for f in fields(settings)}
-    options = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in changed.items()
-        if value != defaults[name]
-    ]
+    given = {name: value for name, value in changed.items() if value != defaults[name]}
+    options = [f"--{option.replace('_', '-')}={value}" for option, value in given.items()]
     return shlex.join(["python", "-m", "isa_lite", name, *options])
 
 

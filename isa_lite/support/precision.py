@@ -1,8 +1,7 @@
 """In which dtype a training multiplies: float32 on a CPU, bfloat16 on a GPU that has it, or yours.
 
 A CPU without instructions for bfloat16 (AVX2 alone, which is most laptops) emulates it, and takes
-many times as long. The weights stay float32 in any case, and evaluation always computes in float32.
-Ours.
+many times as long. The weights stay float32 in any case, and so does evaluation. Ours.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ Config = TypeVar("Config", DistillConfig, PretrainConfig)
 
 
 def training_dtype(wanted: str, device: torch.device | str, recorded: str | None = None) -> str:
-    """ "float32" or "bfloat16": `wanted`, or for "auto" what an earlier part of the run `recorded`,
-    else what suits the device.
+    """ "float32" or "bfloat16": `wanted`; for "auto" what the run `recorded`, or the device's.
 
     An explicit bfloat16 on a CPU is obeyed; where it is slower, a warning gives the ratio.
     """
@@ -69,6 +67,5 @@ def bfloat16_cost(size: int = 256, rounds: int = 5) -> float:
 
 def mixed(device: torch.device | str, dtype: str) -> AbstractContextManager:
     """Inside, products of a training are computed in `dtype`."""
-    return torch.autocast(
-        torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"
-    )
+    kind, reduced = torch.device(device).type, dtype != "float32"
+    return torch.autocast(kind, getattr(torch, dtype), enabled=reduced)

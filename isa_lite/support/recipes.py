@@ -1,8 +1,7 @@
 """Recipes: what a run is given beyond the parts that the paper's abstract names.
 
 `recipe("core")`: the adaptive token learner, GCD within the batch, LAR and a prompt, in our
-reading, and no further aids. `recipe("default")`: what ships, the same with five aids. All five are
-ours.
+reading, and no further aids. `recipe("default")`: what ships, the same with five aids, all ours.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ class Recipe:
     Of the query encoder (`QueryEncoderConfig`): the words that a sentence starts from, holding
     pseudo-words to the length of real words, the weights that the backbone starts from. Of
     distillation (`DistillConfig`): noise on pseudo-words, and images outside the batch that each
-    sentence is told apart from. lar_share is no aid but saves time: LAR on a share of each step's
-    images.
+    sentence is told apart from. lar_share saves time: LAR on a share of each step's images.
     """
 
     start_words: str = ""

@@ -34,8 +34,7 @@ class Lock:
     """Inside, no other process works on `path`. ValueError, naming that process, where one does.
 
     The system keeps the lock, on the file `.NAME.lock` beside `path`, and lets it go when the
-    process ends, however it ends. Of several processes of one run (`distributed`) number 0 holds it
-    for all.
+    process ends, however it ends. Of several processes of a run (`distributed`) number 0 holds it.
     """
 
     def __init__(self, path: Path):
@@ -155,9 +154,8 @@ class Keeper:
         """To be called behind every step. Raises KeyboardInterrupt if the run is to stop."""
         if not self._save:
             return
-        stop, due = distributed.anywhere(
-            bool(self._signal), time.monotonic() - self._saved >= 60 * self.minutes
-        )
+        due = time.monotonic() - self._saved >= 60 * self.minutes
+        stop, due = distributed.anywhere(bool(self._signal), due)
         if stop or due or last:
             self._save(step)
             self._saved = time.monotonic()

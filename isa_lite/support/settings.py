@@ -89,6 +89,11 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
 
 
+#: Help on what a query encoder starts from, which the command distill has, too.
+START = "weights that the backbone starts from: scenes, lite0, or a folder of light_backbone"
+WORDS = "a text whose words the sentence is before training"
+
+
 def setting(default: Any, meaning: str) -> Any:
     """A field of a settings dataclass: its default, and the line that `--help` shows."""
     return field(default=default, metadata={"help": meaning})
@@ -115,8 +120,7 @@ class QueryEncoderConfig:
 
     None is replaced when the encoder is built, and the value is what is saved. image_size, mean,
     std: those of the weights' own training (timm's data config), or 96 pixels and 0.5 with random
-    weights; stride: `backbones.default_stride`;
-    width, depth: the mapping's own.
+    weights; stride: `backbones.default_stride`; width, depth: the mapping's own.
     """
 
     word_width: int
@@ -126,33 +130,19 @@ class QueryEncoderConfig:
         "mobilenetv4_conv_small_050",
         "any timm model with feature maps, or vl: the VL model's own image tower",
     )
-    pretrained: bool = setting(
-        False, "start from timm's weights of the backbone, which are downloaded"
-    )
-    backbone_weights: str = setting(
-        "",
-        "weights that the backbone starts from: scenes, lite0 (an extra), or a folder of"
-        " light_backbone (default: none)",
-    )
+    pretrained: bool = setting(False, "start from timm's weights, which are downloaded")
+    backbone_weights: str = setting("", f"{START} (default: none)")
     image_size: int | None = setting(
-        None,
-        "pixels on a side of what the backbone sees (default: as its weights were trained; 96 with"
-        " random ones)",
+        None, "pixels a side for the backbone (default: as its weights were trained; 96 if random)"
     )
     stride: int | None = setting(
-        None,
-        "stride of the backbone's feature map in pixels (default: the coarsest map of at least 4 x"
-        " 4 places)",
+        None, "stride of the feature map in pixels (default: the coarsest of at least 4 x 4 places)"
     )
     mapping: str = setting("adaptive", "the network from the feature map to the sentence")
     norm_matching: bool = setting(True, "hold pseudo-words to the length of real words")
-    start_words: str = setting(
-        "", "a text whose words the sentence is before training (default: none)"
-    )
+    start_words: str = setting("", f"{WORDS} (default: none)")
     num_tokens: int = setting(12, "pseudo-words of a sentence; a single vector is 1")
-    width: int | None = setting(
-        None, "channels of the mapping network (default: its own, 128 or 512)"
-    )
+    width: int | None = setting(None, "channels of the mapping (default: its own, 128 or 512)")
     depth: int | None = setting(None, "blocks of the mapping network (default: its own)")
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -175,24 +165,16 @@ class DistillConfig:
     gcd_weight: float = setting(1.0, "weight of global contrastive distillation; 0 switches it off")
     lar_weight: float = setting(0.1, "weight of local alignment regularization; 0 switches it off")
     lar_share: float | None = setting(
-        None,
-        "share of a step's images that LAR is computed on, at that share of its cost (default: the"
-        " recipe's)",
+        None, "share of a step's images that LAR is computed on (default: the recipe's)"
     )
     freeze_stem: bool = setting(
-        True,
-        "leave the backbone's first convolution and its norm as they are, where it starts from"
-        " learned weights",
+        True, "hold the first convolution, and its norm, of a learned backbone as they are"
     )
     recipe: str = setting(
-        "default",
-        "core: the parts that the paper's abstract names, or default: with our aids (default:"
-        " default)",
+        "default", "core: the paper's abstract alone; default: also our aids (default: default)"
     )
     negatives: int | None = setting(
-        None,
-        "images outside the batch that each sentence is told apart from, if there are so many"
-        " (default: the recipe's)",
+        None, "images outside the batch to tell a sentence from, at most (default: the recipe's)"
     )
     word_noise: float | None = setting(
         None, "Gaussian noise on pseudo-words, in lengths of a pseudo-word (default: the recipe's)"
@@ -255,12 +237,8 @@ class PretrainConfig:
     matching_steps: int = setting(600, "training steps of the matching encoder")
     families: int = setting(20, "families of five related scenes in a batch")
     singles: int = setting(12, "unrelated scenes in a batch")
-    partial: float = setting(
-        0.2, "share of the unrelated scenes whose caption leaves something out"
-    )
-    change: float = setting(
-        1.0, "share of the edited scenes that also get a caption in the language of change"
-    )
+    partial: float = setting(0.2, "share of the unrelated scenes with an incomplete caption")
+    change: float = setting(1.0, "share of the edited scenes also told in the language of change")
     lr: float = setting(1e-3, "highest learning rate")
     warmup: int = setting(100, "steps until the learning rate is at its highest")
     weight_decay: float = setting(0.05, "weight decay of matrices")
@@ -269,9 +247,7 @@ class PretrainConfig:
     dtype: str = setting("auto", DTYPE_HELP)
     num_workers: int = setting(1, "processes that make batches ahead")
 
-    image_size: int = setting(
-        IMAGE_SIZE, "pixels on a side of what the image tower sees; a multiple of 32"
-    )
+    image_size: int = setting(IMAGE_SIZE, "pixels on a side of a picture; a multiple of 32")
     embed_dim: int = setting(256, "dimensions of the joint space")
     vision_width: int = setting(24, "channels of the image tower's first stage")
     vision_layers: tuple[int, ...] = (1, 1, 1, 1)
@@ -314,18 +290,12 @@ class FolderConfig(PretrainConfig):
     """
 
     steps: int = setting(1000, "training steps of the towers")
-    matching_steps: int = setting(
-        300, "training steps of the matching encoder; 0: no matching encoder"
-    )
+    matching_steps: int = setting(300, "training steps of the matching encoder; 0: without one")
     batch_size: int = setting(128, "images in a step")
     related: float = setting(
-        0.5,
-        "share of a batch's images that bring a relative, an image whose caption differs in a few"
-        " words",
+        0.5, "share of a batch's images that bring a relative: its caption differs in a few words"
     )
-    change: float = setting(
-        0.7, "share of related images also described as a change of their relative; 0: none"
-    )
+    change: float = setting(0.7, "share of related images also told as a change; 0: none")
     prompted: float = setting(0.25, 'share of captions that begin with "a photo of"')
     zoom: float = setting(0.15, "pictures are enlarged, reduced and shifted by up to this part")
     held_out: float = setting(0.0, "share of the captioned images that training does not see")

@@ -199,11 +199,9 @@ def checked_task(
         notes.append(f"{note} (the first: {silent[0]})")
     enough = known and (images == known[1] or (or_more and images > known[1]))
     if known and not (queries == known[0] and enough):
-        notes.append(
-            f"{what} has {queries} queries and a gallery of {images} here, the complete one"
-            f" {known[0]} and {'at least ' * or_more}{known[1]}: no number here compares with a"
-            " published one"
-        )
+        note = f"{what} has {queries} queries and a gallery of {images} here, the complete one"
+        note = f"{note} {known[0]} and {'at least ' * or_more}{known[1]}"
+        notes.append(f"{note}: no number here compares with a published one")
     return replace(task, notes=notes, left_out=listed - queries)
 
 

@@ -67,10 +67,8 @@ def load(
     one_of("captions", captions, CAPTIONS)
     images = Path(root) / "images"
     known = {category: by_stem(images) | by_stem(images / category) for category in CATEGORIES}
-    return [
-        _load(Path(root), category, split, gallery, captions, partial, known[category])
-        for category in CATEGORIES
-    ]
+    how = split, gallery, captions, partial
+    return [_load(Path(root), category, *how, known[category]) for category in CATEGORIES]
 
 
 def _load(
@@ -98,18 +96,13 @@ def _load(
     protocol = {"gallery": which[gallery], "reference": "stays in the ranking"}
     protocol |= {"captions": f"joined by 'and' in {order}"}
     known = SIZES[category] if split == "val" else None
-    task = checked_task(
-        Task(category, split, {name: files.get(name) for name in names}, queries, protocol),
-        [root / "images", root / "images" / category],
-        known and (known[0], known[1][gallery]),
-        partial=partial,
-    )
+    task = Task(category, split, {name: files.get(name) for name in names}, queries, protocol)
+    places = [root / "images", root / "images" / category]
+    complete = known and (known[0], known[1][gallery])
+    task = checked_task(task, places, complete, partial=partial)
     # Where both are empty, `checked_task` says so.
-    empty = sum(
-        bool(q.texts[0]) and not all(c.strip(".?, ") for c in q.entry["captions"])
-        for q in task.queries
-    )
-    if empty:
+    said = [q.entry["captions"] for q in task.queries if q.texts[0]]
+    if empty := sum(not all(c.strip(".?, ") for c in pair) for pair in said):
         note = f"{category} {split}: an empty caption in {empty} of the queries"
         task.notes.append(f"{note}, where the other one stands alone")
     if twice:

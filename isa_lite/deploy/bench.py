@@ -42,14 +42,13 @@ def embedding(
         files = [Path(folder) / f"{i:06}.jpg" for i in range(images)]
         for file, picture in zip(files, pictures, strict=True):
             Image.fromarray(picture).save(file, quality=90)
-        starts, quick = range(0, images, batch), {"progress": False}
+        starts = range(0, images, batch)
         ready = [vl.pixels([read_image(f) for f in files[s : s + batch]]) for s in starts]
+        embed = partial(embed_files, files, vl, None, batch, progress=False)
         calls = {
             "bare image tower": lambda: [vl.encode_pixels(pixels) for pixels in ready],
-            "embed_files": lambda: embed_files(files, vl, None, batch, **quick),
-            "embed_files, one thread reads ahead": lambda: embed_files(
-                files, vl, None, batch, num_workers=1, **quick
-            ),
+            "embed_files": embed,
+            "embed_files, one thread reads ahead": partial(embed, num_workers=1),
         }
         times = side_by_side(calls, rounds, warm_up=1)
     table = pd.DataFrame({"images / s": {name: 1000 * images / ms for name, ms in times.items()}})

@@ -188,17 +188,13 @@ def _contents(path: Path) -> bytes:
 def _fits(part: Mapping[str, Tensor], files: int) -> bool:
     """Whether a shard from disk has an embedding and a digest a file; another is made again."""
     embeddings, digests = part.get("embeddings"), part.get("digests")
-    return (
-        isinstance(embeddings, Tensor)
-        and isinstance(digests, Tensor)
-        and embeddings.dtype == torch.float32
-        and embeddings.ndim == 2
-        and len(embeddings) == files
-        # False for nan, too
-        and bool(((torch.linalg.vector_norm(embeddings, dim=1) - 1).abs() <= TOLERANCE).all())
-        and digests.dtype == torch.uint8
-        and digests.shape == (files, 16)
-    )
+    if not (isinstance(embeddings, Tensor) and isinstance(digests, Tensor)):
+        return False
+    kinds = (embeddings.dtype, digests.dtype) == (torch.float32, torch.uint8)
+    if not kinds or embeddings.ndim != 2 or len(embeddings) != files:
+        return False
+    lengths = torch.linalg.vector_norm(embeddings, dim=1)  # of nan, the next line is False
+    return digests.shape == (files, 16) and bool(((lengths - 1).abs() <= TOLERANCE).all())
 
 
 def _count_copies(files: Sequence[Path], digests: Sequence[bytes]) -> None:

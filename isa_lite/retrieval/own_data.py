@@ -222,10 +222,8 @@ def read_triplets(
     path, names = Path(path), _Names(images)
     entries = read_json(path, "triplets", object)
     if not isinstance(entries, list) or not entries:
-        raise ValueError(
-            f'{path} must be a list of {{"reference": file, "modifier": text, "targets": [files]}},'
-            " and not empty"
-        )
+        shape = '{"reference": file, "modifier": text, "targets": [files]}'
+        raise ValueError(f"{path} must be a list of {shape}, and not empty")
     read, problems = [], []
     for number, entry in enumerate(entries, 1):
         try:

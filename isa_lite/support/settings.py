@@ -257,14 +257,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         shares = dict.fromkeys(("partial", "change"), number(0, most=1))
-        check_settings(
-            self,
-            **_PRETRAINING,
-            **shares,
-            world=text(*WORLDS),
-            families=whole(0, 10_000),
-            singles=whole(0, 10_000),
-        )
+        shares |= dict.fromkeys(("families", "singles"), whole(0, 10_000))
+        check_settings(self, **_PRETRAINING, **shares, world=text(*WORLDS))
         if 5 * self.families + self.singles < 2:
             fault = f"families and singles make {self.singles} images in a batch"
             raise ValueError(f"{fault}; two are needed to tell apart")

@@ -214,6 +214,8 @@ def read_gallery(path: str | Path) -> tuple[np.ndarray, list[str | int], str]:
 
     Raises FileNotFoundError, or ValueError naming the file, and the first row not of length 1.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"there is no gallery {path}; Gallery.save writes one")
     arrays, info = read_arrays(Path(path))
     if fault := misfit(info, {"ids": [object, ...], "vl_model": str}):
         raise ValueError(f"{path} is no gallery: {fault}; Gallery.save writes one")

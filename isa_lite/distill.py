@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -149,4 +149,5 @@ def distill(
         watched = images, held_back, known.embeddings, encoder, run.queries, config.num_workers
         recall = partial(own_image_recall, *watched)
         optimize(run, batches, recall, keeper, identity, began, progress)
+    encoder.info = {"config": asdict(config)}
     return run.history

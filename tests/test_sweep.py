@@ -122,6 +122,7 @@ def notebook(monkeypatch):
             "queries": 30,
             "gallery": 150,
             "machine": "m",
+            "provenance": {},
         }
         folder = output.parent
         (folder / "metrics.json").write_text(json.dumps(found))

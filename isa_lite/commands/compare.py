@@ -37,7 +37,7 @@ def run(args: Namespace) -> None:
     from isa_lite.methods.named import named
     from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.retrieval.metrics import seed_interval
-    from isa_lite.retrieval.results import runs_table
+    from isa_lite.retrieval.results import provenance, runs_table
     from isa_lite.support.checkpoint import write_text
 
     config, own = compare.CompareConfig(), named(args.method) if args.method else {}
@@ -62,7 +62,8 @@ def run(args: Namespace) -> None:
             methods["symmetric isa"] = Isa(symmetric[seed])
         methods |= {n: compare.fitted(m, vl, seed, config) for n, m in own.items()}
         measured = compare.recalls(compare.benchmark(vl, seed, config), methods)
-        runs.append({**found, "methods": {**measured, **found["methods"]}})
+        of = {n: provenance(vl, m.encoder) for n, m in methods.items() if isinstance(m, Isa)}
+        runs.append({**found, "methods": {**measured, **found["methods"]}, "provenance": of})
     record = {"machine": machine(), "commit": commit(), "runs": runs}
     write_text(args.out, json.dumps(record, indent=1) + "\n")
     print(runs_table(runs, None).to_string())

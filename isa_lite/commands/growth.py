@@ -27,12 +27,14 @@ def run(args: Namespace) -> None:
     from isa_lite.experiments.growth import growth, growth_table
     from isa_lite.models.vl_model import commit, load_vl_model, machine
     from isa_lite.query_encoder import QueryEncoder
+    from isa_lite.retrieval.results import provenance
     from isa_lite.support.checkpoint import write_text
 
     vl = load_vl_model()
     encoder = QueryEncoder.load(args.encoder, vl, args.mapping)
     found = growth(vl, encoder, args.cache, sizes, seed=args.seed)
-    found |= {"machine": machine(), "commit": commit(), "date": str(date.today())}
+    found |= {"provenance": provenance(vl, encoder), "machine": machine(), "commit": commit()}
+    found |= {"date": str(date.today())}
     write_text(args.out, json.dumps(found, indent=1) + "\n")
     told = f"rendered scenes, {found['queries']} queries"
     print(f"{told}; {found['machine']}\n{growth_table(found).to_string()}")

@@ -76,7 +76,15 @@ def execute(notebook: Path, parameters: Mapping, folder: Path) -> dict:
     how = {"progress_bar": False, "cwd": Path.cwd()}
     papermill.execute_notebook(notebook, folder / "executed.ipynb", given, **how)
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    kept = ("methods", "intervals", "training_seconds", "queries", "gallery", "machine")
+    kept = (
+        "methods",
+        "intervals",
+        "training_seconds",
+        "queries",
+        "gallery",
+        "machine",
+        "provenance",
+    )
     result = {name: found[name] for name in kept}
     result |= {"parameters": dict(parameters), "wall_seconds": round(time.time() - began, 1)}
     result |= {"commit": commit(), "date": str(date.today())}

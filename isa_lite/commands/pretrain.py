@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from isa_lite.commands import add_output, add_shared
 from isa_lite.support.parameters import add_settings, folder, settings_from
-from isa_lite.support.settings import SCENES_CLIP, PretrainConfig
+from isa_lite.support.settings import SCENES_CLIP, WORLDS, PretrainConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     meaning = "folder of the checkpoint, to resume from"
     add_output(parser, "run", folder(), "runs/pretrain", meaning)
     add_shared(parser, "checkpoint-minutes")
-    add_settings(parser, PretrainConfig)
+    add_settings(parser, PretrainConfig, world=WORLDS)
 
 
 def run(args: Namespace) -> None:

@@ -104,7 +104,6 @@ _LEARNING: dict[str, Rule] = {"steps": whole(1), "seed": whole(0), "device": dev
 _LEARNING |= {"lr": number(0, above=True), "weight_decay": number(0), "num_workers": whole(0, 256)}
 _TRAINING = _LEARNING | {"batch_size": whole(2), "warmup": whole(0)}
 _PRETRAINING = _LEARNING | {"matching_steps": whole(0), "warmup": whole(1), "dtype": text(*DTYPES)}
-_PRETRAINING |= {"world": text(*WORLDS)}
 # the image tower halves five times; the text tower is cut in heads
 _PRETRAINING |= {"image_size": whole(32, 4096, multiple=32), "embed_dim": whole(1, 2**14)}
 _PRETRAINING |= {"vision_width": whole(2, 2**12, multiple=2), "text_layers": whole(1, 128)}
@@ -259,7 +258,7 @@ class PretrainConfig:
     def __post_init__(self):
         shares = dict.fromkeys(("partial", "change"), number(0, most=1))
         shares |= dict.fromkeys(("families", "singles"), whole(0, 10_000))
-        check_settings(self, **_PRETRAINING, **shares)
+        check_settings(self, **_PRETRAINING, **shares, world=text(*WORLDS))
         if 5 * self.families + self.singles < 2:
             fault = f"families and singles make {self.singles} images in a batch"
             raise ValueError(f"{fault}; two are needed to tell apart")
@@ -296,7 +295,8 @@ class FolderConfig(PretrainConfig):
     held_out: float = setting(0.0, "share of the captioned images that training does not see")
     num_workers: int = setting(0, "processes that make batches ahead")
     data: str = field(default="", init=False)
-    families: int = field(default=0, init=False)  # these three are of rendered scenes
+    world: str = field(default="", init=False)  # these four are of rendered scenes
+    families: int = field(default=0, init=False)
     singles: int = field(default=0, init=False)
     partial: float = field(default=0.0, init=False)
 

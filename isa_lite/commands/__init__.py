@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isa_lite.support.parameters import Rule, number, option, output
+from isa_lite.support.plugins import either
 from isa_lite.support.settings import DATA, MINUTES, SCENES_CLIP, SCENES_ENCODER, TEMPLATE
 
 #: What each command does, in the order in which a newcomer meets them.
@@ -46,7 +47,10 @@ COMMANDS = {
 #: Options that several commands have.
 _SHARED = {
     "encoder": {"default": str(DATA / SCENES_ENCODER), "help": "folder of a trained query encoder"},
-    "mapping": {"help": "FILE.py:NAME of the encoder's mapping, if that is yours (default: none)"},
+    "mapping": {
+        "type": option(either()),
+        "help": "FILE.py:NAME of the encoder's mapping, if that is yours (default: none)",
+    },
     "vl-model": {"help": "a name of open_clip, hf-hub:..., blip:..., or a folder"},
     "pretrained": {"help": "tag or file of weights, for an open_clip model (default: none)"},
     "checkpoint-minutes": {"help": "how often the state of the run is saved", "default": MINUTES},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isa_lite.commands import add_output, add_shared
 from isa_lite.support.parameters import file, folder, option, whole_number
-from isa_lite.support.plugins import either
+from isa_lite.support.plugins import either, load
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,6 +41,8 @@ def run(args: Namespace) -> None:
     from isa_lite.support.checkpoint import write_text
 
     config, own = compare.CompareConfig(), named(args.method) if args.method else {}
+    if args.mapping:
+        load(args.mapping, "mapping")  # what is wrong with it shows now
     vl = load_vl_model()
     for seed in args.rivals:
         compare.kept_rivals(vl, seed, config, args.run)

@@ -15,6 +15,7 @@ import torch
 from isa_lite.support import checkpoint
 from isa_lite.support.checkpoint import (
     Between,
+    misfit,
     read_info,
     read_json,
     read_shard,
@@ -242,3 +243,9 @@ def test_no_file_stays_mapped_after_it_was_read(tmp_path):
     found, _ = read_tensors(tmp_path / "mapped.safetensors")
     with open("/proc/self/maps") as maps:
         assert found and "mapped.safetensors" not in maps.read()
+
+
+@pytest.mark.parametrize("found, fits", [(2**62, True), (2**63, False), (-(10**40), False)])
+def test_a_whole_number_that_no_array_holds_is_no_number(found, fits):
+    assert (not misfit(found, float)) == fits
+    assert not misfit(1e40, float)  # one with a point is

@@ -17,6 +17,7 @@ from isa_lite.mappings import MAPPINGS
 from isa_lite.models.symmetric import LARGE_TOWER
 from isa_lite.retrieval.metrics import seed_interval
 from isa_lite.retrieval.results import RECALLS
+from isa_lite.support.checkpoint import Between
 from isa_lite.support.recipes import RECIPES, START_WORDS
 from isa_lite.support.settings import SCENES, WITHOUT_CHANGE
 
@@ -41,7 +42,8 @@ _RESULT |= {"wall_seconds": float, "queries": int, "gallery": int}
 _RESULT |= dict.fromkeys(("machine", "commit", "date"), str)
 ENTRY = _RESULT | {"ablation": str, "label": str, "seed": int, "changed": dict, "key": str}
 RESULT = _RESULT | {"parameters": {"steps": int, "seed": int}}
-_LOOK = {"maps": [[[float]]], "grounding": [float], "elsewhere": [float]}  # of `sentences.look`
+#: What `sentences.look` tells.
+_LOOK = {"maps": [[[Between(0, 1)]]], "grounding": [float], "elsewhere": [float]}
 RECORD = {"defaults": {"steps": int}, "runs": [ENTRY], "attention": {str: _LOOK}}
 RECORD |= {"missing": [{"ablation": str, "label": str}]}
 RECORD |= dict.fromkeys(("machine", "commit", "date"), [str])

@@ -112,6 +112,7 @@ def misfit(found: object, shape: object, where: str = "it") -> str:
         if isinstance(shape, Between):
             (least, most), bound = shape, f" from {shape.least:g} to {shape.most:g}"
         number = isinstance(found, int if shape is int else (int, float))
+        number &= not (isinstance(found, int) and abs(found) >= 2**63)  # NumPy has none as long
         if not number or isinstance(found, bool) or not least <= found <= most:
             return f"{where} is {_told(found)}, no {'whole ' if shape is int else ''}number{bound}"
         return ""

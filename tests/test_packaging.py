@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ def requirements() -> list[str]:
     return [line.split("#")[0].strip() for line in requirement_lines()]
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the package, by its dotted name below isa_lite, parsed."""
     found = {}
@@ -154,14 +156,15 @@ def inside(name: str, tree: ast.Module, known: set[str]) -> set[str]:
 
 def test_nothing_imports_upwards():
     """Folder by folder; the paper's own files, beside the folders, are one floor."""
-    found = {name: tree for name, tree in modules().items() if not name.endswith("__init__")}
+    every = modules()
+    found = {name: tree for name, tree in every.items() if not name.endswith("__init__")}
     floor = {place: number for number, places in enumerate(FLOORS) for place in places}
     assert {name.split(".")[0] for name in found} == set(floor), (
         "give each folder its place in FLOORS"
     )
     for name, tree in found.items():
         own = name.split(".")[0]
-        for other in inside(name, tree, set(modules())):
+        for other in inside(name, tree, set(every)):
             place = other.split(".")[0]
             level = place == own or (place in PAPER and own in PAPER)
             assert level or floor[place] < floor[own], (

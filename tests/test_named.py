@@ -66,6 +66,14 @@ def test_the_method_of_the_readme_is_measured_on_a_public_benchmark(mine, vl, tm
     assert found.provenance["vl_fingerprint"] == vl.fingerprint
 
 
+def test_a_method_of_ones_own_may_be_called_isa(vl, tmp_path):
+    (tmp_path / "own.py").write_text("def isa(queries):\n    return queries.image_embeddings()\n")
+    root = tiny.write_tiny("cirr", tmp_path / "cirr", queries=4)
+    found = run("cirr", root, vl, [f"{tmp_path}/own.py:isa", "image only"], config=QUIET)
+    assert found.methods["isa"] == found.methods["image only"] and "prompt" not in found.protocol
+    assert "encoder" not in found.provenance
+
+
 def test_the_benchmark_of_the_readme_is_scored(mine, vl, tmp_path, capsys):
     root = tmp_path / "pets"
     (root / "images").mkdir(parents=True)
@@ -94,9 +102,9 @@ def test_the_benchmark_of_the_readme_is_scored(mine, vl, tmp_path, capsys):
 
 def test_a_method_is_fitted_on_other_queries_than_it_is_measured_on(tmp_path, vl):
     (tmp_path / "fitted.py").write_text(FITTED)
-    (method,) = named([f"{tmp_path}/fitted.py:Mine"]).values()
+    own = named([f"{tmp_path}/fitted.py:Mine"])
     config = CompareConfig(queries=4, gallery=16, chosen_queries=3, chosen_gallery=12)
-    fitted = compare.fitted(method, vl, 5, config)
+    (fitted,) = compare.fitted(own, vl, 5, config).values()
     (other,) = fitted.asked
     assert len(other) == 3 and other.scenes[0] != make_benchmark(4, 16, 5).scenes[0]
     bench = compare.benchmark(vl, 5, config)

@@ -155,7 +155,7 @@ def run(
         {task.name: len(task.files) for task in tasks},
         found,
         written,
-        provenance(vl, encoder if "isa" in chosen else None, config.dtype),
+        provenance(vl, encoder if isa in chosen.values() else None, config.dtype),
     )
     if out is not None:
         write_text(Path(out) / "metrics.json", json.dumps(asdict(result), indent=1) + "\n")
@@ -167,7 +167,8 @@ def _protocol(
 ) -> dict[str, str]:
     """Every choice that changes the numbers. Raises ValueError for a modifier that does not fit."""
     found, prompt = dict(tasks[0].protocol), (0, "{sentence}{modifier}")
-    if isa := methods.get("isa"):
+    isa = methods.get("isa")
+    if isinstance(isa, Isa):  # a method of your own may have this name
         prompt = (isa.encoder.config.num_tokens, config.template)
         found["prompt"] = config.template
     cut = sum(count_cut(task, vl, *prompt, config.truncate) for task in tasks)

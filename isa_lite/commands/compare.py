@@ -62,7 +62,7 @@ def run(args: Namespace) -> None:
         methods = {"isa": Isa(encoders[seed])}
         if symmetric:
             methods["symmetric isa"] = Isa(symmetric[seed])
-        methods |= {n: compare.fitted(m, vl, seed, config) for n, m in own.items()}
+        methods |= compare.fitted(own, vl, seed, config)
         measured = compare.recalls(compare.benchmark(vl, seed, config), methods)
         of = {n: provenance(vl, m.encoder) for n, m in methods.items() if isinstance(m, Isa)}
         runs.append({**found, "methods": {**measured, **found["methods"]}, "provenance": of})

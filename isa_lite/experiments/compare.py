@@ -126,9 +126,13 @@ def rivals(vl: VLModel, seed: int, config: CompareConfig, progress: bool = True)
     }
 
 
-def fitted(method: Method, vl: VLModel, seed: int, config: CompareConfig) -> Method:
-    """A method of the user's own, fitted as late fusion is, if it has something to fit."""
-    return method.fit(_chosen_on(vl, seed, config)) if hasattr(method, "fit") else method
+def fitted(
+    methods: Mapping[str, Method], vl: VLModel, seed: int, config: CompareConfig
+) -> dict[str, Method]:
+    """Methods of the user's own, fitted as late fusion is, those that have something to fit."""
+    fits = any(hasattr(method, "fit") for method in methods.values())
+    other = _chosen_on(vl, seed, config) if fits else None  # rendered and embedded once for all
+    return {n: m.fit(other) if hasattr(m, "fit") else m for n, m in methods.items()}
 
 
 def encoders_by_seed(

@@ -7,6 +7,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,13 @@ def write_blip(folder: Path, kind: str = "BlipForImageTextRetrieval") -> Path:
         json.dumps({"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]})
     )
     return folder
+
+
+def nbval(folder: Path, *files: str, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """What nbval says of notebooks, run strictly in `folder`."""
+    options = ["-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import nbval
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.plugin import get_sanitize_patterns
 from papermill.translators import PythonTranslator
@@ -368,37 +369,14 @@ def test_nbval_compares_so_wherever_it_is_started(tmp_path):
             execution_count=1,
         )
         nbformat.write(new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval",
-        "--nbval-current-env",
-    ]
-    done = subprocess.run(
-        [*command, "good.ipynb", "bad.ipynb"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = nbval(tmp_path, "good.ipynb", "bad.ipynb")
     assert "1 failed, 1 passed" in done.stdout and "FAILED bad.ipynb" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT)
 def test_a_short_notebook_gives_what_it_shows(name):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval",
-        "--nbval-current-env",
-        f"notebooks/{name}.ipynb",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = nbval(ROOT, f"notebooks/{name}.ipynb")
     assert done.returncode == 0, done.stdout[-3000:]
 
 

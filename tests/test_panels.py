@@ -19,6 +19,7 @@ import pages
 import papermill
 import pytest
 import torch
+from conftest import nbval
 from ipywidgets import HBox
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
@@ -408,18 +409,7 @@ def test_a_panel_runs_in_papermill_is_stripped_and_passes_strict_nbval_without_a
     stripped = execute.strip(executed)
     assert not stripped.cells[1].outputs
     nbformat.write(stripped, str(tmp_path / "b.ipynb"))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--nbval",
-        "--nbval-current-env",
-        "b.ipynb",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = nbval(tmp_path, "b.ipynb", timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
